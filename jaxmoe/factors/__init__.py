@@ -1,0 +1,20 @@
+"""What is stored: the terms that stand for the experts' matrices, and the compressed layer that holds them."""
+
+from jaxmoe.factors.dense import Dense
+from jaxmoe.factors.layer import PROJECTIONS, TARGETS, CompressedLayer, LayerShape, stack
+from jaxmoe.factors.low_rank import LowRank
+from jaxmoe.factors.shared_basis import SharedBasis
+from jaxmoe.factors.term import Count, Term
+
+__all__ = [
+    "PROJECTIONS",
+    "TARGETS",
+    "CompressedLayer",
+    "Count",
+    "Dense",
+    "LayerShape",
+    "LowRank",
+    "SharedBasis",
+    "Term",
+    "stack",
+]

@@ -1,0 +1,165 @@
+"""The compressed layer: the routed experts of one MoE layer as sums of terms.
+
+A term belongs to one *target*: a projection (`gate`, `up`, `down`) or `gate_up`, the two stacked along their outputs
+(gate's rows first). The matrix of a projection is the sum of all terms that cover it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.dense import Dense
+from jaxmoe.factors.low_rank import LowRank
+from jaxmoe.factors.shared_basis import SharedBasis
+from jaxmoe.factors.term import Count, Term, pytree
+
+PROJECTIONS = ("gate", "up", "down")
+TARGETS = {"gate": ("gate",), "up": ("up",), "gate_up": ("gate", "up"), "down": ("down",)}
+"""What each target covers, in the order in which the outputs are stacked."""
+
+KINDS: dict[str, type] = {cls.kind: cls for cls in (Dense, LowRank, SharedBasis)}
+"""The registered terms by the name that stands in files."""
+
+
+class LayerShape(NamedTuple):
+    """Sizes of one MoE layer: routed experts, hidden size, expert intermediate size; `gated` is False without a gate.
+
+    Example:
+        >>> LayerShape(experts=16, hidden=128, intermediate=64).of("gate_up")
+        (16, 128, 128)
+    """
+
+    experts: int
+    hidden: int
+    intermediate: int
+    gated: bool = True
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        return PROJECTIONS if self.gated else PROJECTIONS[1:]
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in all routed experts of the layer."""
+        return len(self.projections) * self.experts * self.hidden * self.intermediate
+
+    def of(self, target: str) -> tuple[int, int, int]:
+        """Return `(experts, out, in)` of a target."""
+        if target == "down":
+            return self.experts, self.hidden, self.intermediate
+        return self.experts, len(TARGETS[target]) * self.intermediate, self.hidden
+
+
+def stack(weights: Mapping[str, Any], target: str) -> Float[Array, "expert out in"]:
+    """Return a target's dense matrices from those of the projections.
+
+    Example:
+        >>> stack({"gate": jnp.zeros((2, 3, 4)), "up": jnp.ones((2, 3, 4))}, "gate_up").shape
+        (2, 6, 4)
+    """
+    parts = [weights[projection] for projection in TARGETS[target]]
+    return jnp.asarray(parts[0]) if len(parts) == 1 else jnp.concatenate([jnp.asarray(p) for p in parts], axis=1)
+
+
+@pytree(static=("sizes",))
+@dataclass(frozen=True, kw_only=True)
+class CompressedLayer:
+    """The experts of one layer as sums of terms, abstract (in a plan) or real.
+
+    Args:
+        terms: for each target the tuple of its terms.
+        sizes: the layer's shape.
+
+    Example:
+        >>> sizes = LayerShape(experts=2, hidden=4, intermediate=3)
+        >>> layer = CompressedLayer(sizes=sizes, terms={
+        ...     "gate_up": (LowRank.abstract(sizes.of("gate_up"), "float32", rank=1),),
+        ...     "down": (Dense.abstract(sizes.of("down"), "float32"),)})
+        >>> layer.count().numbers == 2 * 1 * (6 + 4) + 2 * 4 * 3
+        True
+    """
+
+    terms: dict[str, tuple[Term, ...]]
+    sizes: LayerShape
+
+    def check(self) -> "CompressedLayer":
+        """Return self, or raise if a target is unknown, a shape differs or a projection has no term."""
+        for target, terms in self.terms.items():
+            if target not in TARGETS:
+                raise JaxmoeError(f"unknown target {target!r}: the targets are {', '.join(TARGETS)}")
+            for term in terms:
+                if term.shape != self.sizes.of(target):
+                    raise JaxmoeError(f"{target}: a {term.kind} term of shape {term.shape}, not {self.sizes.of(target)}")
+        covered = {p for target, terms in self.terms.items() if terms for p in TARGETS[target]}
+        if missing := [p for p in self.sizes.projections if p not in covered]:
+            raise JaxmoeError(f"no term for {', '.join(missing)}: every projection of the layer needs one")
+        return self
+
+    def materialize(self, projection: str) -> Float[Array, "expert out in"]:
+        """Return one projection's dense matrices, the sum of all terms that cover it, in float32."""
+        total = None
+        for target, terms in self.terms.items():
+            if projection not in TARGETS[target]:
+                continue
+            for term in terms:
+                dense = term.materialize()
+                if target != projection:
+                    part = TARGETS[target].index(projection)
+                    dense = dense[:, part * self.sizes.intermediate : (part + 1) * self.sizes.intermediate]
+                total = dense if total is None else total + dense
+        if total is None:
+            raise JaxmoeError(f"no term for {projection}: the layer holds {', '.join(self.terms)}")
+        return total
+
+    def apply(self, rows: Float[Array, "expert row in"], projection: str) -> Float[Array, "expert row out"]:
+        """Multiply each expert's activations by one projection, term by term, without densifying."""
+        total = jnp.zeros((), rows.dtype)
+        for target, terms in self.terms.items():
+            if projection not in TARGETS[target]:
+                continue
+            for term in terms:
+                out = term.apply(rows)
+                if target != projection:
+                    part = TARGETS[target].index(projection)
+                    out = out[..., part * self.sizes.intermediate : (part + 1) * self.sizes.intermediate]
+                total = total + out
+        return total
+
+    def count(self) -> Count:
+        """Count stored numbers and bytes, exactly as on disk."""
+        return sum((term.count() for terms in self.terms.values() for term in terms), Count(0, 0))
+
+    def tensors(self) -> dict[str, Any]:
+        """Return the file layout: `{target}.{position}.{tensor}` to two-dimensional array."""
+        return {
+            f"{target}.{position}.{name}": array
+            for target, terms in self.terms.items()
+            for position, term in enumerate(terms)
+            for name, array in term.tensors().items()
+        }
+
+    def spec(self) -> dict[str, list[dict[str, Any]]]:
+        """Return what stands in `config.json` beside the tensors: for each target its terms' kinds and sizes."""
+        return {target: [term.spec() for term in terms] for target, terms in self.terms.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Any], spec: Mapping[str, Any], sizes: LayerShape) -> "CompressedLayer":
+        """Rebuild the layer from its file layout and spec."""
+        terms = {}
+        for target, specs in spec.items():
+            if target not in TARGETS:
+                raise JaxmoeError(f"unknown target {target!r}: the targets are {', '.join(TARGETS)}")
+            rebuilt = []
+            for position, entry in enumerate(specs):
+                if entry.get("kind") not in KINDS:
+                    known = ", ".join(KINDS)
+                    raise JaxmoeError(f"unknown term {entry.get('kind')!r} in {target}: this version knows {known}")
+                prefix = f"{target}.{position}."
+                parts = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
+                rebuilt.append(KINDS[entry["kind"]].from_tensors(parts, entry, sizes.of(target)))
+            terms[target] = tuple(rebuilt)
+        return cls(terms=terms, sizes=sizes).check()

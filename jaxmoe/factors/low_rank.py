@@ -1,0 +1,69 @@
+"""LowRank: a thin pair of factors for every expert."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxmoe.factors.term import Abstract, Count, count_arrays, pytree, stack_rows
+
+
+@pytree()
+@dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """L_e R_e, with one rank for all experts.
+
+    Stored numbers: experts * rank * (out + in), fewer than dense only for rank < out * in / (out + in).
+
+    Args:
+        left: `[expert, out, rank]`.
+        right: `[expert, rank, in]`.
+
+    Example:
+        >>> term = LowRank(left=jnp.ones((2, 3, 1)), right=jnp.ones((2, 1, 4)))
+        >>> term.materialize().shape, term.count().numbers
+        ((2, 3, 4), 14)
+    """
+
+    kind: ClassVar[str] = "low_rank"
+    left: Float[Array | Abstract, "expert out rank"]
+    right: Float[Array | Abstract, "expert rank in"]
+
+    @classmethod
+    def abstract(cls, shape, dtype, *, rank: int) -> "LowRank":
+        """Return the term without values: `shape` is `(experts, out, in)`."""
+        experts, out, in_ = shape
+        return cls(left=Abstract((experts, out, rank), dtype), right=Abstract((experts, rank, in_), dtype))
+
+    @property
+    def shape(self):
+        return (*self.left.shape[:2], self.right.shape[2])
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[2]
+
+    def materialize(self):
+        left, right = (jnp.asarray(x, jnp.float32) for x in (self.left, self.right))
+        return jnp.einsum("eor,eri->eoi", left, right, precision=lax.Precision.HIGHEST)
+
+    def apply(self, rows):
+        inner = jnp.einsum("eti,eri->etr", rows, self.right, precision=lax.Precision.HIGHEST)
+        return jnp.einsum("etr,eor->eto", inner, self.left, precision=lax.Precision.HIGHEST)
+
+    def count(self) -> Count:
+        return count_arrays([self.left, self.right])
+
+    def tensors(self):
+        return {"left": stack_rows(self.left), "right": stack_rows(self.right)}
+
+    def spec(self):
+        return {"kind": self.kind, "rank": self.rank}
+
+    @classmethod
+    def from_tensors(cls, tensors, spec, shape):
+        experts, out, in_ = shape
+        rank = spec["rank"]
+        return cls(left=tensors["left"].reshape(experts, out, rank), right=tensors["right"].reshape(experts, rank, in_))

@@ -1,0 +1,142 @@
+"""SharedBasis: every expert is its own thin factor times a function of its own blend of shared bases (MoBE).
+
+    W_e = A_e f(sum_j alpha_ej B_j)  (+ mean)          or the transpose of that
+
+f acts on the blended *weight*, so the bases cannot be applied to activations one by one: `apply` forms f(blend) of every
+expert first, [rank, columns] each. Source: MoBE, arXiv 2508.05257.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxmoe.factors.term import Abstract, Count, count_arrays, pytree, stack_rows
+
+ACTIVATIONS: dict[str, Callable] = {
+    "identity": lambda x: x,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "relu": jax.nn.relu,
+    "sigmoid": jax.nn.sigmoid,
+}
+"""The element-wise functions that may stand between the blend and the coefficients."""
+
+
+@pytree(static=("activation", "transposed"))
+@dataclass(frozen=True, kw_only=True)
+class SharedBasis:
+    """A_e f(sum_j alpha_ej B_j), optionally plus one constant, optionally transposed.
+
+    Stored numbers: experts * rows * rank + bases * rank * columns + experts * bases (+ 1 for the mean).
+
+    Args:
+        coefficients: A, `[expert, row, rank]`.
+        bases: B, `[base, rank, column]`.
+        mixing: alpha, `[expert, base]`.
+        mean: a constant that is added to every entry, `[1, 1]`, or None.
+        activation: a name in `ACTIVATIONS`.
+        transposed: whether the experts' matrices `[out, in]` are the transposes of `[row, column]`.
+
+    Example:
+        >>> term = SharedBasis.abstract((8, 4, 16), "bfloat16", bases=2, rank=4, activation="tanh")
+        >>> term.count().numbers == 8 * 4 * 4 + 2 * 4 * 16 + 8 * 2
+        True
+    """
+
+    kind: ClassVar[str] = "shared_basis"
+    coefficients: Float[Array | Abstract, "expert row rank"]
+    bases: Float[Array | Abstract, "base rank column"]
+    mixing: Float[Array | Abstract, "expert base"]
+    mean: Float[Array | Abstract, "1 1"] | None = None
+    activation: str = "silu"
+    transposed: bool = False
+
+    @classmethod
+    def abstract(cls, shape, dtype, *, bases: int, rank: int, activation: str, transposed: bool = False, mean=False):
+        """Return the term without values: `shape` is `(experts, out, in)`."""
+        experts, rows, columns = (shape[0], *(shape[:0:-1] if transposed else shape[1:]))
+        return cls(
+            coefficients=Abstract((experts, rows, rank), dtype),
+            bases=Abstract((bases, rank, columns), dtype),
+            mixing=Abstract((experts, bases), dtype),
+            mean=Abstract((1, 1), dtype) if mean else None,
+            activation=activation,
+            transposed=transposed,
+        )
+
+    @property
+    def shape(self):
+        experts, rows = self.coefficients.shape[:2]
+        columns = self.bases.shape[2]
+        return (experts, columns, rows) if self.transposed else (experts, rows, columns)
+
+    @property
+    def rank(self) -> int:
+        return self.bases.shape[1]
+
+    def features(self) -> Float[Array, "expert rank column"]:
+        """Return f(blend) of every expert, in float32."""
+        mixing, bases = (jnp.asarray(x, jnp.float32) for x in (self.mixing, self.bases))
+        blend = jnp.einsum("em,mrc->erc", mixing, bases, precision=lax.Precision.HIGHEST)
+        return ACTIVATIONS[self.activation](blend)
+
+    def materialize(self):
+        coefficients = jnp.asarray(self.coefficients, jnp.float32)
+        equation = "epr,erq->eqp" if self.transposed else "epr,erq->epq"
+        dense = jnp.einsum(equation, coefficients, self.features(), precision=lax.Precision.HIGHEST)
+        return dense if self.mean is None else dense + jnp.asarray(self.mean, jnp.float32)
+
+    def apply(self, rows):
+        features = self.features().astype(rows.dtype)
+        coefficients = jnp.asarray(self.coefficients, rows.dtype)
+        if self.transposed:
+            inner = jnp.einsum("etp,epr->etr", rows, coefficients, precision=lax.Precision.HIGHEST)
+            out = jnp.einsum("etr,erq->etq", inner, features, precision=lax.Precision.HIGHEST)
+        else:
+            inner = jnp.einsum("etq,erq->etr", rows, features, precision=lax.Precision.HIGHEST)
+            out = jnp.einsum("etr,epr->etp", inner, coefficients, precision=lax.Precision.HIGHEST)
+        if self.mean is None:
+            return out
+        # A constant matrix maps a row to its sum times the constant, for every output.
+        return out + jnp.asarray(self.mean, rows.dtype) * jnp.sum(rows, axis=-1, keepdims=True)
+
+    def count(self) -> Count:
+        arrays = [self.coefficients, self.bases, self.mixing]
+        return count_arrays(arrays if self.mean is None else [*arrays, self.mean])
+
+    def tensors(self):
+        tensors = {
+            "coefficients": stack_rows(self.coefficients),
+            "bases": stack_rows(self.bases),
+            "mixing": self.mixing,
+        }
+        return tensors if self.mean is None else {**tensors, "mean": self.mean}
+
+    def spec(self):
+        return {
+            "kind": self.kind,
+            "bases": self.bases.shape[0],
+            "rank": self.rank,
+            "activation": self.activation,
+            "transposed": self.transposed,
+            "mean": self.mean is not None,
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors, spec, shape):
+        experts, rows, columns = (shape[0], *(shape[:0:-1] if spec["transposed"] else shape[1:]))
+        bases, rank = spec["bases"], spec["rank"]
+        return cls(
+            coefficients=tensors["coefficients"].reshape(experts, rows, rank),
+            bases=tensors["bases"].reshape(bases, rank, columns),
+            mixing=tensors["mixing"],
+            mean=tensors["mean"] if spec["mean"] else None,
+            activation=spec["activation"],
+            transposed=spec["transposed"],
+        )

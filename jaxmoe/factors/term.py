@@ -1,0 +1,123 @@
+"""What every factor type has in common: a term of the sum that stands for the experts' matrices.
+
+A term is a pytree of arrays with a leading expert axis (or of shared arrays), and knows four things: how to
+materialise, how to multiply activations, how many numbers and bytes it stores, and how it lies in a file. The arrays may
+also be `jax.ShapeDtypeStruct`: such an abstract term is what a plan holds, and counts exactly like the real one.
+
+On disk every tensor of a term is two-dimensional: the experts (or bases) are stacked along the rows. Serving engines
+take a module whose parameters are all three-dimensional for a stock expert layer and replace it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from math import prod
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+Abstract = jax.ShapeDtypeStruct
+"""An array of which only shape and dtype are known."""
+
+
+class Count(NamedTuple):
+    """What is stored: `numbers` (elements of the saved tensors) and `bytes` (their size on disk).
+
+    Example:
+        >>> Count(3, 6) + Count(1, 4)
+        Count(numbers=4, bytes=10)
+    """
+
+    numbers: int
+    bytes: int
+
+    def __add__(self, other: tuple) -> "Count":
+        return Count(self.numbers + other[0], self.bytes + other[1])
+
+
+class Term(Protocol):
+    """One structured summand of the experts' matrices."""
+
+    kind: ClassVar[str]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(experts, out, in)` of the dense matrices that the term stands for."""
+        ...
+
+    def materialize(self) -> Float[Array, "expert out in"]:
+        """Return the dense matrices in float32."""
+        ...
+
+    def apply(self, rows: Float[Array, "expert row in"]) -> Float[Array, "expert row out"]:
+        """Multiply each expert's block of activations without forming the dense matrices."""
+        ...
+
+    def count(self) -> Count:
+        """Count stored numbers and bytes, exactly as on disk."""
+        ...
+
+    def tensors(self) -> dict[str, Any]:
+        """Return the two-dimensional tensors of the file layout by name."""
+        ...
+
+    def spec(self) -> dict[str, Any]:
+        """Return what a reader needs beside the tensors, as JSON: `kind` and sizes."""
+        ...
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Any], spec: Mapping[str, Any], shape: tuple[int, int, int]) -> Self:
+        """Rebuild the term from its file layout."""
+        ...
+
+
+T = TypeVar("T")
+
+
+def pytree(*, static: tuple[str, ...] = ()):
+    """Register a frozen dataclass as a pytree; `static` names the fields that are not arrays.
+
+    Unflattening bypasses `__init__`: transformations put placeholders where arrays are declared, and a run-time check
+    of the declared shapes must not see them.
+    """
+
+    def register(cls: type[T]) -> type[T]:
+        data = tuple(f.name for f in fields(cls) if f.name not in static)  # type: ignore[arg-type]
+
+        def flatten(record):
+            children = tuple((jax.tree_util.GetAttrKey(name), getattr(record, name)) for name in data)
+            return children, tuple(getattr(record, name) for name in static)
+
+        def unflatten(aux, children):
+            record = object.__new__(cls)
+            for name, value in zip(data + static, tuple(children) + aux, strict=True):
+                object.__setattr__(record, name, value)
+            return record
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+        return cls
+
+    return register
+
+
+def count_arrays(arrays) -> Count:
+    """Count the elements and bytes of arrays, abstract or real.
+
+    Example:
+        >>> count_arrays([Abstract((2, 3), "float32")])
+        Count(numbers=6, bytes=24)
+    """
+    total = Count(0, 0)
+    for array in arrays:
+        numbers = prod(array.shape)
+        total += (numbers, numbers * np.dtype(array.dtype).itemsize)
+    return total
+
+
+def stack_rows(array):
+    """Reshape `[item, row, column]` to the file layout `[item * row, column]`, abstract or real."""
+    items, rows, columns = array.shape
+    if isinstance(array, Abstract):
+        return Abstract((items * rows, columns), array.dtype)
+    return array.reshape(items * rows, columns)
