@@ -1,0 +1,34 @@
+"""One file per method: a recipe of scores, allocation, solvers and factors, and the registry of their names."""
+
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.methods.method import Fit, Method, Outcome, Slot
+from jaxmoe.methods.svd import SVD
+
+METHODS: dict[str, Method] = {}
+"""The registered methods by name."""
+
+
+def register(method: Method) -> Method:
+    """Make a method known under its name, to the library and the command line."""
+    if METHODS.get(method.name, method) is not method:
+        raise JaxmoeError(f"a method named {method.name!r} is registered already: choose another name")
+    METHODS[method.name] = method
+    return method
+
+
+def get(name: str) -> Method:
+    """Return the method of that name.
+
+    Example:
+        >>> get("svd").summary
+        'truncated SVD of every expert'
+    """
+    if name not in METHODS:
+        raise JaxmoeError(f"unknown method {name!r}: the methods are {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+for _method in (SVD,):
+    register(_method)
+
+__all__ = ["METHODS", "Fit", "Method", "Outcome", "Slot", "get", "register"]
