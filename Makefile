@@ -1,0 +1,55 @@
+# Every target works on a fresh machine: it makes its own virtual environment in .venv first.
+#   make demo        compress, evaluate and report on the bundled checkpoint
+#   make test        the tests, a few minutes            make test-slow   those that take longer
+#   make lint        format, lint, types, spelling, import rules
+#   make bench       the benchmarks (pinned to one core; the better part of an hour)
+#
+# make PYTHON=python3.12 ...    another interpreter (for a new .venv)
+# make TORCH=2.14.1 ...         another PyTorch; empty takes whatever pip finds
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= 2.13.0
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+.PHONY: demo test test-slow lint format bench clean
+
+demo: $(INSTALLED)
+	$(BIN)/jaxmoe demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/codespell
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(INSTALLED)
+	for program in scripts/benchmarks/*.py; do echo "== $$program"; $(BIN)/python $$program || exit 1; done
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# PyTorch goes first, alone: as a mere dependency pip may take a build of several gigabytes.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "jaxmoe needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
+	  "Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
+	$(BIN)/python -m pip install --quiet "torch$(if $(TORCH),==$(TORCH))"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,torch]"
+	touch $@
