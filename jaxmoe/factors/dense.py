@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxmoe.factors.term import Abstract, Count, count_arrays, pytree, stack_rows
+from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, pytree, stack_rows
 
 
 @pytree()
@@ -36,8 +36,8 @@ class Dense:
     def shape(self):
         return tuple(self.weight.shape)
 
-    def materialize(self):
-        return jnp.asarray(self.weight, jnp.float32)
+    def materialize(self, experts=EVERY):
+        return jnp.asarray(self.weight[experts], jnp.float32)
 
     def apply(self, rows):
         return jnp.einsum("eti,eoi->eto", rows, self.weight, precision=lax.Precision.HIGHEST)

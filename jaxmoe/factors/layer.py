@@ -15,7 +15,7 @@ from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.dense import Dense
 from jaxmoe.factors.low_rank import LowRank
 from jaxmoe.factors.shared_basis import SharedBasis
-from jaxmoe.factors.term import Count, Term, pytree
+from jaxmoe.factors.term import EVERY, Count, Term, pytree
 
 PROJECTIONS = ("gate", "up", "down")
 TARGETS = {"gate": ("gate",), "up": ("up",), "gate_up": ("gate", "up"), "down": ("down",)}
@@ -99,14 +99,14 @@ class CompressedLayer:
             raise JaxmoeError(f"no term for {', '.join(missing)}: every projection of the layer needs one")
         return self
 
-    def materialize(self, projection: str) -> Float[Array, "expert out in"]:
-        """Return one projection's dense matrices, the sum of all terms that cover it, in float32."""
+    def materialize(self, projection: str, experts: slice = EVERY) -> Float[Array, "expert out in"]:
+        """Return one projection's dense matrices, the sum of all terms that cover it, in float32; of some experts if asked."""
         total = None
         for target, terms in self.terms.items():
             if projection not in TARGETS[target]:
                 continue
             for term in terms:
-                dense = term.materialize()
+                dense = term.materialize(experts)
                 if target != projection:
                     part = TARGETS[target].index(projection)
                     dense = dense[:, part * self.sizes.intermediate : (part + 1) * self.sizes.intermediate]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxmoe.factors.term import Abstract, Count, count_arrays, pytree, stack_rows
+from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, pytree, stack_rows
 
 
 @pytree()
@@ -45,8 +45,8 @@ class LowRank:
     def rank(self) -> int:
         return self.left.shape[2]
 
-    def materialize(self):
-        left, right = (jnp.asarray(x, jnp.float32) for x in (self.left, self.right))
+    def materialize(self, experts=EVERY):
+        left, right = (jnp.asarray(x[experts], jnp.float32) for x in (self.left, self.right))
         return jnp.einsum("eor,eri->eoi", left, right, precision=lax.Precision.HIGHEST)
 
     def apply(self, rows):

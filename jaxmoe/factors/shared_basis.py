@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxmoe.factors.term import Abstract, Count, count_arrays, pytree, stack_rows
+from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, pytree, stack_rows
 
 ACTIVATIONS: dict[str, Callable] = {
     "identity": lambda x: x,
@@ -80,16 +80,16 @@ class SharedBasis:
     def rank(self) -> int:
         return self.bases.shape[1]
 
-    def features(self) -> Float[Array, "expert rank column"]:
-        """Return f(blend) of every expert, in float32."""
-        mixing, bases = (jnp.asarray(x, jnp.float32) for x in (self.mixing, self.bases))
+    def features(self, experts: slice = EVERY) -> Float[Array, "expert rank column"]:
+        """Return f(blend) of all experts, or of some, in float32."""
+        mixing, bases = (jnp.asarray(x, jnp.float32) for x in (self.mixing[experts], self.bases))
         blend = jnp.einsum("em,mrc->erc", mixing, bases, precision=lax.Precision.HIGHEST)
         return ACTIVATIONS[self.activation](blend)
 
-    def materialize(self):
-        coefficients = jnp.asarray(self.coefficients, jnp.float32)
+    def materialize(self, experts=EVERY):
+        coefficients = jnp.asarray(self.coefficients[experts], jnp.float32)
         equation = "epr,erq->eqp" if self.transposed else "epr,erq->epq"
-        dense = jnp.einsum(equation, coefficients, self.features(), precision=lax.Precision.HIGHEST)
+        dense = jnp.einsum(equation, coefficients, self.features(experts), precision=lax.Precision.HIGHEST)
         return dense if self.mean is None else dense + jnp.asarray(self.mean, jnp.float32)
 
     def apply(self, rows):

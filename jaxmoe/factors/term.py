@@ -21,6 +21,10 @@ Abstract = jax.ShapeDtypeStruct
 """An array of which only shape and dtype are known."""
 
 
+EVERY = slice(None)
+"""All experts."""
+
+
 class Count(NamedTuple):
     """What is stored: `numbers` (elements of the saved tensors) and `bytes` (their size on disk).
 
@@ -46,8 +50,8 @@ class Term(Protocol):
         """`(experts, out, in)` of the dense matrices that the term stands for."""
         ...
 
-    def materialize(self) -> Float[Array, "expert out in"]:
-        """Return the dense matrices in float32."""
+    def materialize(self, experts: slice = EVERY) -> Float[Array, "expert out in"]:
+        """Return the dense matrices of all experts, or of some, in float32."""
         ...
 
     def apply(self, rows: Float[Array, "expert row in"]) -> Float[Array, "expert row out"]:

@@ -115,10 +115,10 @@ def weighted_svd(
     Example:
         >>> weight = jnp.array([[[3.0, 0.0], [0.0, 1.0]]])
         >>> fit = weighted_svd(weight, rank=1)
-        >>> (fit.left @ fit.right).round(3).tolist()
+        >>> abs(fit.left @ fit.right).round(3).tolist()
         [[[3.0, 0.0], [0.0, 0.0]]]
         >>> fit = weighted_svd(weight, rank=1, column_moment=jnp.array([[1.0, 16.0]]))
-        >>> (fit.left @ fit.right).round(3).tolist()
+        >>> abs(fit.left @ fit.right).round(3).tolist()
         [[[0.0, 0.0], [0.0, 1.0]]]
     """
     experts, out, in_ = weight.shape

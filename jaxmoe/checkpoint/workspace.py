@@ -1,0 +1,150 @@
+"""The folder of a run that is not finished: what is done, by whom, and how it becomes the output.
+
+    OUTPUT.partial/                 becomes OUTPUT by one rename, when complete
+      model-layer00003.safetensors  a finished layer, written under a temporary name and renamed
+      .jaxmoe/run.json              what this run computes: its fingerprints
+      .jaxmoe/layer00003.json       the journal entry of a finished layer: its key and checksum
+      .jaxmoe/layer00003.lock       held by the process that works on the layer
+
+A layer counts as finished when its entry carries the key of this run and its file the checksum of the entry. Runs over
+disjoint layers may share the folder; whoever finishes last publishes.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from jaxmoe.checkpoint.atomic import sync_folder, write_bytes
+from jaxmoe.errors import JaxmoeError
+
+JOURNAL = ".jaxmoe"
+
+
+def fingerprint(record: Mapping[str, Any]) -> str:
+    """Return the sha256 of a JSON record, independent of the order of its keys.
+
+    Example:
+        >>> fingerprint({"a": 1, "b": 2}) == fingerprint({"b": 2, "a": 1})
+        True
+    """
+    return sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def layer_file(index: int) -> str:
+    """Return the file name of a layer.
+
+    Example:
+        >>> layer_file(3)
+        'model-layer00003.safetensors'
+    """
+    return f"model-layer{index:05d}.safetensors"
+
+
+class Workspace:
+    """The folder of a run in progress, `OUTPUT.partial`, for one process.
+
+    Args:
+        output: the final folder.
+        run: JSON record of everything that decides the result: a folder begun with another record is refused.
+    """
+
+    def __init__(self, output: Path, run: Mapping[str, Any]):
+        self.output = output
+        self.folder = output.with_name(output.name + ".partial")
+        self.journal = self.folder / JOURNAL
+        self.run = dict(run)
+        self.locks = ExitStack()
+
+    def open(self, layers: Iterable[int], *, resume: bool = True) -> None:
+        """Create or reopen the folder and take the locks of the layers that this process will work on.
+
+        Raises:
+            JaxmoeError: the folder belongs to a run with other settings, or another process holds one of the layers.
+        """
+        layers = list(layers)
+        begun = self.journal / "run.json"
+        if not resume and self.folder.exists():
+            with ExitStack() as stack:
+                # Whoever still works here must not lose the folder under its feet.
+                for lock in sorted(self.journal.glob("*.lock")):
+                    stack.enter_context(self._lock(lock))
+                shutil.rmtree(self.folder)
+        if self.folder.exists() and not begun.exists() and any(p.name != JOURNAL for p in self.folder.iterdir()):
+            raise JaxmoeError(
+                f"{self.folder} holds something that jaxmoe did not begin: remove it, or choose another output folder"
+            )
+        self.journal.mkdir(parents=True, exist_ok=True)
+        if begun.exists():
+            self._check_same(begun)
+        else:
+            write_bytes(begun, json.dumps(self.run, indent=2, sort_keys=True).encode())
+        for index in layers:
+            self.locks.enter_context(self._lock(self.journal / f"layer{index:05d}.lock"))
+
+    def _lock(self, path: Path) -> FileLock:
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise JaxmoeError(
+                f"another run is working on {path.stem} in {self.folder}: "
+                "wait for it to end, or give the runs disjoint --layers"
+            ) from None
+        return lock
+
+    def _check_same(self, begun: Path) -> None:
+        try:
+            before = json.loads(begun.read_bytes())
+        except ValueError:
+            raise JaxmoeError(f"{begun} is not readable JSON: remove {self.folder}, or run with --no-resume") from None
+        if before == json.loads(json.dumps(self.run)):
+            return
+        names = sorted(k for k in before.keys() | self.run.keys() if before.get(k) != self.run.get(k))
+        changed = ", ".join(f"{k} (was {before.get(k)!r}, now {self.run.get(k)!r})" for k in names)
+        raise JaxmoeError(
+            f"{self.folder} was begun with other settings: {changed}; "
+            "run with those, choose another output folder, or start over with --no-resume"
+        )
+
+    def close(self) -> None:
+        """Release the locks."""
+        self.locks.close()
+
+    def entry(self, index: int, key: str) -> dict[str, Any] | None:
+        """Return the journal entry of a layer that is finished and whole, else None."""
+        try:
+            entry = json.loads((self.journal / f"layer{index:05d}.json").read_bytes())
+            with (self.folder / layer_file(index)).open("rb") as file:
+                whole = entry["key"] == key and entry["sha256"] == file_digest(file, "sha256").hexdigest()
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+        return entry if whole else None
+
+    def finish(self, index: int, key: str, checksum: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Journal a layer whose file is written."""
+        entry = {"key": key, "sha256": checksum, **record}
+        write_bytes(self.journal / f"layer{index:05d}.json", json.dumps(entry).encode())
+        return entry
+
+    def publish(self) -> None:
+        """Give the complete folder its final name.
+
+        The journal goes last: a process killed in between leaves a complete output with a journal that the next run removes.
+        """
+        if self.output.exists():
+            raise JaxmoeError(f"{self.output} appeared while the run was going on: remove it and run again to publish")
+        os.rename(self.folder, self.output)
+        sync_folder(self.output.parent)
+        sweep(self.output)
+
+
+def sweep(output: Path) -> None:
+    """Remove what a process killed while publishing may have left in a complete output."""
+    shutil.rmtree(output / JOURNAL, ignore_errors=True)

@@ -1,0 +1,198 @@
+"""What a ratio means for this model: the size of every term of every layer, before anything runs.
+
+A ratio is the removed fraction of the touched matrices, of all routed experts or of the whole model. It becomes one budget of
+stored numbers, which is spent exactly over all layers and projections.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxmoe.allocation import allocate, reachable
+from jaxmoe.checkpoint import Checkpoint, MoELayer
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense
+from jaxmoe.methods import Method, Slot
+
+SCOPES = ("touched", "experts", "model")
+"""What a ratio may be a fraction of: the matrices that the method replaces, all routed experts, the whole model."""
+
+
+class Sizes(NamedTuple):
+    """Numbers that the three honest ratios are made of.
+
+    touched: in the matrices that are replaced; experts: in all routed experts; model: in the whole model; stored: what replaces
+    the touched ones.
+
+    Example:
+        >>> Sizes(touched=200, experts=300, model=400, stored=100).removed()
+        {'touched': 0.5, 'experts': 0.333..., 'model': 0.25}
+    """
+
+    touched: int
+    experts: int
+    model: int
+    stored: int
+
+    def removed(self) -> dict[str, float]:
+        """Return the removed fraction of each scope."""
+        return {scope: (self.touched - self.stored) / getattr(self, scope) for scope in SCOPES}
+
+
+class PlannedLayer(NamedTuple):
+    """One layer of the plan: `template` holds abstract terms, `touched` names the targets that the method fits."""
+
+    source: MoELayer
+    template: CompressedLayer
+    touched: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What will be stored, layer by layer.
+
+    requested: `{"ratio", "of"}`; sizes: numbers of the three ratios; parameters and bytes: `{"before", "after"}` of the whole
+    model as factored; peak_bytes: predicted peak of anonymous memory beyond that of the idle program.
+    """
+
+    method: Method
+    settings: Any
+    requested: dict[str, Any]
+    layers: tuple[PlannedLayer, ...]
+    sizes: Sizes
+    parameters: dict[str, int]
+    bytes: dict[str, int]
+    peak_bytes: int
+
+    def summary(self) -> dict[str, Any]:
+        """Return the plan as JSON, with the keys that other programs read."""
+        return {
+            "method": self.method.name,
+            "settings": asdict(self.settings),
+            "requested": self.requested,
+            "achieved": self.sizes.removed(),
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "peak_bytes": self.peak_bytes,
+            "layers": [
+                {"layer": layer.source.index, "projections": describe(layer.template)} for layer in self.layers
+            ],
+        }
+
+
+def describe(layer: CompressedLayer) -> dict[str, dict[str, Any]]:
+    """Return for each projection its terms, ranks and stored numbers; a term over gate and up counts half for each."""
+    projections: dict[str, dict[str, Any]] = {
+        name: {"terms": [], "ranks": [], "parameters": 0} for name in layer.sizes.projections
+    }
+    for target, terms in layer.terms.items():
+        covered = TARGETS[target]
+        for term in terms:
+            numbers = term.count().numbers
+            for position, name in enumerate(covered):
+                entry = projections[name]
+                entry["terms"].append({"target": target, **term.spec()})
+                entry["ranks"].append(getattr(term, "rank", min(term.shape[1:])))
+                entry["parameters"] += numbers // len(covered) + (position < numbers % len(covered))
+    return projections
+
+
+def make_plan(checkpoint: Checkpoint, method: Method, settings: Any, *, ratio: float, of: str = "experts") -> Plan:
+    """Choose the size of every term so that at least the asked fraction is removed, and as little more as possible.
+
+    Args:
+        checkpoint: the source.
+        method: what replaces the experts.
+        settings: an instance of `method.settings`.
+        ratio: removed fraction, between 0 and 1.
+        of: what the ratio is a fraction of, one of `SCOPES`.
+
+    Raises:
+        JaxmoeError: the ratio is not a fraction, or out of reach: the message names the reachable range.
+    """
+    if of not in SCOPES:
+        raise JaxmoeError(f"of {of!r}: give {', '.join(SCOPES)}")
+    if not 0 < ratio < 1:
+        raise JaxmoeError(f"ratio {ratio} is not a removed fraction: give a number between 0 and 1, such as 0.4")
+
+    def slots(kept: float) -> list[tuple[Slot, ...]]:
+        return [method.slots(layer.shape, layer.dtype, settings, kept) for layer in checkpoint.layers]
+
+    def numbers(layer: MoELayer, target: str) -> int:
+        return int(np.prod(layer.shape.of(target)))
+
+    def ladders(slotted):
+        return [slot.ladder() for layer in slotted for slot in layer]
+
+    touched = sum(numbers(layer, slot.target) for layer, own in zip(checkpoint.layers, slots(0.5)) for slot in own)
+    experts = sum(layer.shape.numbers for layer in checkpoint.layers)
+    scope = {"touched": touched, "experts": experts, "model": checkpoint.parameters}[of]
+    # The decimal that the user wrote, not its binary neighbour: 0.4 of 10 numbers are 4.
+    budget = touched - -(-Fraction(str(ratio)) * scope // 1)
+    chosen = slots(max(0.0, budget / touched))
+    least, most = reachable(ladders(chosen))
+    if not least <= budget <= most + max((x.step for x in ladders(chosen)), default=0):
+        extremes = reachable(ladders(slots(0.0)))[0], reachable(ladders(slots(1.0)))[1]
+        raise JaxmoeError(_out_of_reach(method, ratio, of, Sizes(touched, experts, checkpoint.parameters, 0), extremes))
+
+    levels = iter(allocate(ladders(chosen), int(budget)))
+    layers = tuple(
+        _planned(layer, own, [next(levels) for _ in own]) for layer, own in zip(checkpoint.layers, chosen, strict=True)
+    )
+    return assemble(checkpoint, method, settings, layers, requested={"ratio": ratio, "of": of})
+
+
+def assemble(
+    checkpoint: Checkpoint, method: Method, settings: Any, layers: Sequence[PlannedLayer], *, requested: dict[str, Any]
+) -> Plan:
+    """Count a plan whose terms are chosen already, such as one of full rank that no ratio would give."""
+    stored = sum((planned.template.count() for planned in layers), Count(0, 0))
+    experts = sum(layer.shape.numbers for layer in checkpoint.layers)
+    dense = sum(int(np.prod(p.source.shape.of(t))) for p in layers for t in p.touched)
+    untouched = experts - dense
+    copied = sum(planned.bytes for planned in checkpoint.copied())
+    return Plan(
+        method=method,
+        settings=settings,
+        requested=requested,
+        layers=tuple(layers),
+        sizes=Sizes(dense, experts, checkpoint.parameters, stored.numbers - untouched),
+        parameters={"before": checkpoint.parameters, "after": checkpoint.parameters - experts + stored.numbers},
+        bytes={"before": checkpoint.bytes, "after": copied + stored.bytes},
+        peak_bytes=max((_peak(method, planned) for planned in layers), default=0),
+    )
+
+
+def _planned(layer: MoELayer, slots: Sequence[Slot], levels: Sequence[int]) -> PlannedLayer:
+    terms = {slot.target: (slot.at(level),) for slot, level in zip(slots, levels, strict=True)}
+    covered = {projection for target in terms for projection in TARGETS[target]}
+    for projection in layer.shape.projections:
+        if projection not in covered:
+            terms[projection] = (Dense.abstract(layer.shape.of(projection), layer.dtype),)
+    template = CompressedLayer(terms=terms, sizes=layer.shape).check()
+    return PlannedLayer(layer, template, tuple(slot.target for slot in slots))
+
+
+def _peak(method: Method, planned: PlannedLayer) -> int:
+    """Predict the bytes that fitting one layer holds at once: its factors, one target twice, and what the solver needs."""
+    worst = 0
+    for target in planned.touched:
+        numbers = int(np.prod(planned.source.shape.of(target)))
+        (term,) = planned.template.terms[target]
+        worst = max(worst, numbers * (planned.source.dtype.itemsize + 4) + method.working_bytes(term))
+    return worst + planned.template.count().bytes
+
+
+def _out_of_reach(method: Method, ratio: float, of: str, sizes: Sizes, extremes: tuple[int, int]) -> str:
+    def span(scope):
+        low, high = (sizes._replace(stored=stored).removed()[scope] for stored in reversed(extremes))
+        return f"{low:.4f} to {high:.4f} of {scope}"
+
+    return (
+        f"ratio {ratio} of {of} is out of reach for {method.name} with these settings: "
+        f"it can remove {', '.join(span(scope) for scope in SCOPES)}; choose a ratio in that range, "
+        "or another method or setting that replaces more projections"
+    )
