@@ -1,0 +1,250 @@
+"""Basis learning as published: Adam on coefficients, bases and mixing at once.
+
+    minimise  sum_e u_e ||T_e - A_e f(sum_j alpha_ej B_j)||²,    T = W / sigma  or  (W - mu) / sigma
+
+with alpha the softmax of free logits (or free itself), full batch, constant rate. The whole fit is one loop on the
+device with a gradient written by hand; best loss and its parameters are tracked by evaluate, compare, then step. One
+step costs 6 E r Q (M + P) operations, and the loop holds five copies of (A, B, alpha) beside three arrays of
+[E, r, Q].
+
+Source: MoBE, arXiv 2508.05257, and what is known of its authors' code: weights are divided by their standard deviation
+only, the rate is .07 without decay, and the bases start at the SVD of consecutive blocks of experts with one-hot
+*logits*, so that the first blend is almost uniform and the first output almost zero. That looks like a fault and is
+what works: sharper starts stall.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.shared_basis import ACTIVATIONS
+from jaxmoe.solvers.mixture import (
+    HIGHEST,
+    BasisFit,
+    activate,
+    blend,
+    block_svd,
+    check_sizes,
+    location_and_scale,
+    owners,
+    pull_back,
+    relative_errors,
+    solve_coefficients,
+    squared_norms,
+    weigh,
+    whiten_rows,
+)
+
+
+def learn_basis(
+    weight: Float[Array, "expert row column"],
+    *,
+    bases: int,
+    rank: int,
+    activation: str = "silu",
+    mixing: str = "softmax",
+    initial: str = "svd",
+    normalize: str = "std",
+    start_scale: float | None = None,
+    groups: int = 1,
+    learning_rate: float = 0.07,
+    steps: int = 50_000,
+    patience: int | None = 2_000,
+    moment: Array | None = None,
+    row_moment: Array | None = None,
+    expert_weight: Float[Array, " expert"] | None = None,
+    resolve: bool = False,
+    key: Array | None = None,
+) -> BasisFit:
+    """Fit a mixture of bases by the published algorithm.
+
+    Args:
+        weight: the experts' matrices; bases span the columns.
+        bases: M, 1 to the number of experts.
+        rank: r, 1 to min(row, column).
+        activation: f, a name in `ACTIVATIONS`.
+        mixing: "softmax" of logits as published, or "free" coefficients of any sign.
+        initial: "svd" of consecutive blocks of experts as published, or "random".
+        normalize: "std" divides by the standard deviation of all entries, "zscore" also removes their mean (kept in the
+            result), "none" leaves the weights.
+        start_scale: factor on the starting coefficients in normalised units. None is as published: sigma, the SVD of
+            raw weights. A number (0.02 is sigma of usual checkpoints) makes the fit equivariant to the weights' scale.
+        groups: number of consecutive groups of experts that are fitted apart, with `bases / groups` bases each.
+        learning_rate: of Adam(.9, .999, 1e-8).
+        steps: upper limit; 0 returns the start.
+        patience: stop after so many steps without a new best loss; None never stops early.
+        moment: second moment of the inputs along the columns, pooled or per expert; None weighs all directions alike.
+        row_moment: the same along the rows (for matrices fitted transposed).
+        expert_weight: u_e, relative weight of every expert's error.
+        resolve: whether A is finally solved exactly for the bases found.
+        key: random key, needed by the random start only.
+
+    Returns:
+        The best parameters seen, in the weights' own scale.
+
+    Raises:
+        JaxmoeError: sizes or names that cannot be fitted.
+
+    Example:
+        >>> weight = jax.random.normal(jax.random.key(0), (4, 3, 8))
+        >>> fit = learn_basis(weight, bases=2, rank=3, steps=50)
+        >>> fit.coefficients.shape, bool(fit.losses[-1] < fit.losses[0])
+        ((4, 3, 3), True)
+    """
+    check_sizes(weight.shape, bases, rank, activation)
+    for name, value, known in (
+        ("mixing", mixing, ("softmax", "free")),
+        ("initial", initial, ("svd", "random")),
+        ("normalize", normalize, ("std", "zscore", "none")),
+    ):
+        if value not in known:
+            raise JaxmoeError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+    weight = jnp.asarray(weight, jnp.float32)
+    options = {
+        "rank": rank,
+        "activation": activation,
+        "mixing": mixing,
+        "initial": initial,
+        "start_scale": start_scale,
+        "learning_rate": learning_rate,
+        "steps": steps,
+        "patience": patience,
+    }
+    if groups > 1 and (bases % groups or groups > weight.shape[0]):
+        raise JaxmoeError(f"{groups} groups of {weight.shape[0]} experts with {bases} bases: bases must divide evenly")
+    mean, sigma = location_and_scale(weight)
+    mean = mean if normalize == "zscore" else jnp.zeros_like(mean)
+    constant = sigma == 0
+    sigma = jnp.where(constant | (normalize == "none"), 1.0, sigma)
+    target = (weight - mean) / sigma
+    fitted = whiten_rows(target, row_moment)
+    moment = None if moment is None else jnp.asarray(moment, jnp.float32)
+    shares = jnp.ones(weight.shape[0]) if expert_weight is None else jnp.asarray(expert_weight, jnp.float32)
+    key = jax.random.key(0) if key is None else key
+    blocks = owners(weight.shape[0], groups)
+    parts = []
+    for group in range(groups):
+        members = np.flatnonzero(blocks == group)
+        own = moment[members] if moment is not None and moment.ndim == 3 else moment
+        part = fitted if groups == 1 else fitted[members]
+        parts.append(
+            _fit(part, own, shares[members], sigma, jax.random.fold_in(key, group), bases=bases // groups, **options)
+        )
+    (coefficients, basis, alpha), losses, taken, diverged = _join(parts, fitted, shares, blocks, moment)
+    if resolve or row_moment is not None:
+        coefficients = solve_coefficients(target, basis, alpha, activation=activation, moment=moment)
+    # A constant has no scale to learn at: one base of ones stands for it exactly.
+    level = weight[0, 0, 0] - mean
+    ones = jnp.zeros_like(coefficients).at[..., 0].set(level / ACTIVATIONS[activation](jnp.ones(())))
+    coefficients = jnp.where(constant, ones, coefficients * sigma)
+    basis = jnp.where(constant, 1.0, basis)
+    alpha = jnp.where(constant, jax.nn.one_hot(jnp.zeros(len(alpha), int), bases), alpha)
+    approximation = jnp.matmul(coefficients, ACTIVATIONS[activation](blend(alpha, basis)), precision=HIGHEST) + mean
+    error = relative_errors(whiten_rows(weight, row_moment), whiten_rows(approximation, row_moment), moment)
+    return BasisFit(coefficients, basis, alpha, mean, error, losses, taken, diverged)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("bases", "rank", "activation", "mixing", "initial", "start_scale", "steps", "patience"),
+)
+def _fit(
+    target,
+    moment,
+    shares,
+    sigma,
+    key,
+    *,
+    bases,
+    rank,
+    activation,
+    mixing,
+    initial,
+    start_scale,
+    learning_rate,
+    steps,
+    patience,
+):
+    """Return the best (A, B, alpha) in normalised units, losses, steps taken and whether the loss broke."""
+    start = _start(target, bases, rank, mixing, initial, sigma if start_scale is None else start_scale, key)
+    mix = partial(jax.nn.softmax, axis=-1) if mixing == "softmax" else lambda x: x
+    optimizer = optax.adam(learning_rate)
+    whole = jnp.sum(shares * squared_norms(target, moment))
+    whole = jnp.where(whole > 0, whole, 1.0)
+    # Adam's 1e-8 is felt relative to the gradient: keep the published mean over all entries as the loss that it sees.
+    per_entry = shares[:, None, None] * (2.0 / (jnp.mean(shares) * target.size))
+
+    def evaluate(parameters):
+        coefficients, basis, logits = parameters
+        alpha, d_softmax = jax.vjp(mix, logits)
+        features, slope = activate(blend(alpha, basis), activation)
+        residual = jnp.matmul(coefficients, features, precision=HIGHEST) - target
+        weighed = weigh(residual, moment)
+        loss = jnp.sum(shares * jnp.sum(weighed * residual, axis=(1, 2))) / whole
+        weighed = weighed * per_entry
+        d_coefficients = jnp.matmul(weighed, jnp.swapaxes(features, 1, 2), precision=HIGHEST)
+        d_features = jnp.matmul(jnp.swapaxes(coefficients, 1, 2), weighed, precision=HIGHEST)
+        d_basis, d_alpha = pull_back(d_features * slope, alpha, basis)
+        return loss, (d_coefficients, d_basis, d_softmax(d_alpha)[0])
+
+    def unfinished(state):
+        step, *_, since_best, broken, _ = state
+        stale = False if patience is None else since_best >= patience
+        return (step < steps) & ~broken & ~jnp.asarray(stale)
+
+    def advance(state):
+        step, parameters, moments, best, best_parameters, since_best, _, losses = state
+        loss, gradient = evaluate(parameters)
+        better = loss < best
+        best_parameters = jax.tree.map(lambda new, old: jnp.where(better, new, old), parameters, best_parameters)
+        updates, moments = optimizer.update(gradient, moments)
+        return (
+            step + 1,
+            optax.apply_updates(parameters, updates),
+            moments,
+            jnp.where(better, loss, best),
+            best_parameters,
+            jnp.where(better, 0, since_best + 1),
+            ~jnp.isfinite(loss),
+            losses.at[step].set(loss),
+        )
+
+    zero = jnp.zeros((), jnp.int32)
+    state = (zero, start, optimizer.init(start), jnp.inf, start, zero, jnp.zeros((), bool), jnp.full(steps, jnp.nan))
+    step, _, _, _, (coefficients, basis, logits), _, broken, losses = jax.lax.while_loop(unfinished, advance, state)
+    return (coefficients, basis, mix(logits)), losses, step, broken
+
+
+def _start(target, bases, rank, mixing, initial, scale, key):
+    experts, rows, columns = target.shape
+    if initial == "svd":
+        coefficients, basis = block_svd(target, bases, rank)
+        logits = jax.nn.one_hot(owners(experts, bases), bases)
+        return coefficients * scale, basis, logits
+    keys = jax.random.split(key, 3)
+    coefficients = scale * jax.random.normal(keys[0], (experts, rows, rank))
+    basis = jax.random.normal(keys[1], (bases, rank, columns)) / columns**0.5
+    logits = jax.random.normal(keys[2], (experts, bases)) * (1.0 if mixing == "softmax" else bases**-0.5)
+    return coefficients, basis, logits
+
+
+def _join(parts, target, shares, blocks, moment):
+    """Return one mixture from those of the groups: mixing is zero across groups, losses are weighted by energy."""
+    if len(parts) == 1:
+        return parts[0]
+    energy = shares * squared_norms(target, moment)
+    parameters, losses, taken, diverged = zip(*parts)
+    alpha = jax.scipy.linalg.block_diag(*(p[2] for p in parameters))
+    joined = jnp.concatenate([p[0] for p in parameters]), jnp.concatenate([p[1] for p in parameters]), alpha
+    # A group that stopped early keeps its best loss while the others go on.
+    filled = [jnp.where(jnp.isnan(x), jnp.nanmin(x, initial=jnp.inf), x) for x in losses]
+    portion = jax.ops.segment_sum(energy, jnp.asarray(blocks), len(parts)) / jnp.sum(energy)
+    total = sum(p * x for p, x in zip(portion, filled))
+    steps = jnp.max(jnp.stack(taken))
+    total = jnp.where(jnp.arange(total.size) < steps, total, jnp.nan)
+    return joined, total, steps, jnp.any(jnp.stack(diverged))

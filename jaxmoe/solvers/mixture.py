@@ -1,0 +1,205 @@
+"""The mixture of bases, W_e ~ A_e f(sum_j alpha_ej B_j): what both solvers of it share.
+
+Blocks of experts, the published start, normalisation, the exact coefficients for given bases, and the error. Shapes:
+weights `[expert, row, column]` = [E, P, Q], coefficients [E, P, r], bases [M, r, Q], mixing [E, M]. The second moment C
+of the inputs weighs the columns: the error of an expert is tr(R C R^T), R = W - What. A moment along the rows needs no
+solver: replacing W by L^T W, with L L^T the moment, turns it into an ordinary problem with coefficients L^T A
+(`whiten_rows`).
+
+Source: MoBE, arXiv 2508.05257.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.shared_basis import ACTIVATIONS
+
+HIGHEST = lax.Precision.HIGHEST
+
+
+class BasisFit(NamedTuple):
+    """A mixture of bases in the weights' own scale, and how it was found.
+
+    Args:
+        coefficients: A, with the normalisation folded in.
+        bases: B.
+        mixing: alpha.
+        mean: the constant that is added to every entry (0 unless `normalize="zscore"`).
+        error: relative error of every expert under the objective, sqrt(tr(R C R^T) / tr(W C W^T)).
+        losses: squared relative error before each step; NaN from the first step not taken.
+        steps: steps taken.
+        diverged: whether the loop ended at a loss that is not finite.
+    """
+
+    coefficients: Float[Array, "expert row rank"]
+    bases: Float[Array, "base rank column"]
+    mixing: Float[Array, "expert base"]
+    mean: Float[Array, ""]
+    error: Float[Array, " expert"]
+    losses: Float[Array, " step"]
+    steps: Int[Array, ""]
+    diverged: Bool[Array, ""]
+
+
+def check_sizes(shape: tuple[int, int, int], bases: int, rank: int, activation: str) -> None:
+    """Raise if a mixture of these sizes cannot be fitted to matrices of this shape."""
+    experts, rows, columns = shape
+    faults = []
+    if not 1 <= bases <= experts:
+        faults.append(f"{bases} bases for {experts} experts: choose 1 to {experts}")
+    if not 1 <= rank <= min(rows, columns):
+        faults.append(f"rank {rank} for matrices of {rows} x {columns}: choose 1 to {min(rows, columns)}")
+    if activation not in ACTIVATIONS:
+        faults.append(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+    if faults:
+        raise JaxmoeError("; ".join(faults))
+
+
+def owners(experts: int, bases: int) -> np.ndarray:
+    """Return the consecutive block that each expert belongs to; block sizes differ by at most one.
+
+    Example:
+        >>> owners(5, 2).tolist()
+        [0, 0, 0, 1, 1]
+    """
+    return np.repeat(np.arange(bases), [len(block) for block in np.array_split(np.arange(experts), bases)])
+
+
+def location_and_scale(weight: Float[Array, "expert row column"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return mean and population standard deviation of all entries; exactly (c, 0) for a constant c."""
+    first = weight[0, 0, 0]
+    shifted = weight - first
+    mean = jnp.mean(shifted)
+    return first + mean, jnp.sqrt(jnp.mean((shifted - mean) ** 2))
+
+
+def activate(blend: Array, activation: str) -> tuple[Array, Array]:
+    """Return f and its derivative."""
+    return jax.jvp(ACTIVATIONS[activation], (blend,), (jnp.ones_like(blend),))
+
+
+def blend(mixing: Float[Array, "expert base"], bases: Float[Array, "base rank column"]):
+    """Return sum_j alpha_ej B_j as one matrix product."""
+    flat = jnp.matmul(mixing, bases.reshape(bases.shape[0], -1), precision=HIGHEST)
+    return flat.reshape(mixing.shape[0], *bases.shape[1:])
+
+
+def pull_back(gradient, mixing, bases):
+    """Return the gradients with respect to bases and mixing from that with respect to the blends.
+
+    Written as products of matrices: XLA runs the equivalent `einsum("erd,mrd->em")` six times slower on CPU.
+    """
+    flat = gradient.reshape(gradient.shape[0], -1)
+    d_bases = jnp.matmul(mixing.T, flat, precision=HIGHEST).reshape(bases.shape)
+    d_mixing = jnp.matmul(bases.reshape(bases.shape[0], -1), flat.T, precision=HIGHEST).T
+    return d_bases, d_mixing
+
+
+def weigh(matrix: Float[Array, "expert row column"], moment: Array | None):
+    """Return matrix @ C for a pooled `[column, column]` or a per-expert C, or the matrix itself without one."""
+    return matrix if moment is None else jnp.matmul(matrix, moment, precision=HIGHEST)
+
+
+def whiten_rows(weight: Float[Array, "expert row column"], row_moment: Array | None):
+    """Return L^T W with L L^T the moment along the rows; its plain error is the error of W under that moment."""
+    if row_moment is None:
+        return weight
+    values, vectors = jnp.linalg.eigh(row_moment)
+    root = vectors * jnp.sqrt(jnp.maximum(values, 0.0))[..., None, :]
+    return jnp.matmul(jnp.swapaxes(root, -1, -2), weight, precision=HIGHEST)
+
+
+def block_svd(
+    weight: Float[Array, "expert row column"], bases: int, rank: int
+) -> tuple[Float[Array, "expert row rank"], Float[Array, "base rank column"]]:
+    """Return the best bases and coefficients if every block of experts had one linear basis of its own.
+
+    Right singular vectors come from the blocks' Gram matrices: a start needs no more digits.
+    """
+    owner = owners(weight.shape[0], bases)
+    spread = jax.nn.one_hot(owner, bases, dtype=weight.dtype)
+    grams = jnp.einsum("epq,epk->eqk", weight, weight, precision=HIGHEST)
+    grams = jnp.einsum("eb,eqk->bqk", spread, grams, precision=HIGHEST)
+    vectors = jnp.linalg.eigh(grams)[1][..., ::-1][..., :rank]
+    coefficients = jnp.matmul(weight, vectors[owner], precision=HIGHEST)
+    return coefficients, jnp.swapaxes(vectors, -1, -2)
+
+
+def solve_coefficients(
+    weight: Float[Array, "expert row column"],
+    bases: Float[Array, "base rank column"],
+    mixing: Float[Array, "expert base"],
+    *,
+    activation: str,
+    moment: Array | None = None,
+    ridge: float = 1e-6,
+    refinements: int = 2,
+) -> Float[Array, "expert row rank"]:
+    """Return the coefficients that minimise tr(R C R^T), R = W - A f(blend), for given bases and mixing.
+
+    Call it again after bases and mixing were rounded to the storage type, so that A absorbs their rounding. A weight
+    along the rows does not change the answer.
+
+    Args:
+        weight: W.
+        bases: B, of any float type.
+        mixing: alpha, of any float type.
+        activation: a name in `ACTIVATIONS`.
+        moment: C, `[column, column]` or `[expert, column, column]`, or None for the identity.
+        ridge: floor added to the Gram matrix of f(blend), in units of its mean diagonal; the refinements undo its bias
+            wherever the Gram matrix is not singular.
+        refinements: times that the residual is fitted again.
+
+    Returns:
+        A, in float32.
+
+    Example:
+        >>> bases = jnp.array([[[1.0, -1.0, 2.0]]])
+        >>> mixing = jnp.array([[0.5], [2.0]])
+        >>> weight = 3 * jnp.tanh(blend(mixing, bases))
+        >>> solve_coefficients(weight, bases, mixing, activation="tanh").ravel()
+        Array([3., 3.], dtype=float32)
+    """
+    weight, bases, mixing = (jnp.asarray(x, jnp.float32) for x in (weight, bases, mixing))
+    features = ACTIVATIONS[activation](blend(mixing, bases))
+    weighed = jnp.swapaxes(weigh(features, moment), -1, -2)
+    factor = cholesky_with_floor(jnp.matmul(features, weighed, precision=HIGHEST), ridge)
+    coefficients = right_solve(jnp.matmul(weight, weighed, precision=HIGHEST), factor)
+    for _ in range(refinements):
+        residual = weight - jnp.matmul(coefficients, features, precision=HIGHEST)
+        coefficients += right_solve(jnp.matmul(residual, weighed, precision=HIGHEST), factor)
+    return coefficients
+
+
+def cholesky_with_floor(gram: Float[Array, "expert rank rank"], ridge: float):
+    """Return the lower Cholesky factor of the Gram matrix plus `ridge` times its mean diagonal."""
+    rank = gram.shape[-1]
+    floor = ridge * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / rank
+    # An expert whose features all vanish still needs a factor; its coefficients are then exactly zero.
+    floor = jnp.where(floor > 0, floor, 1.0)
+    return lax.linalg.cholesky(gram + floor * jnp.eye(rank, dtype=gram.dtype), symmetrize_input=False)
+
+
+def right_solve(right: Float[Array, "expert row rank"], factor: Float[Array, "expert rank rank"]):
+    """Return X S^-1 for S = L L^T, given L."""
+    half = lax.linalg.triangular_solve(factor, right, left_side=False, lower=True, transpose_a=True)
+    return lax.linalg.triangular_solve(factor, half, left_side=False, lower=True)
+
+
+def squared_norms(matrix: Float[Array, "expert row column"], moment: Array | None = None) -> Float[Array, " expert"]:
+    """Return tr(X C X^T) of every expert."""
+    return jnp.sum(weigh(matrix, moment) * matrix, axis=(1, 2))
+
+
+def relative_errors(weight, approximation, moment: Array | None = None) -> Float[Array, " expert"]:
+    """Return sqrt(tr(R C R^T) / tr(W C W^T)) of every expert; 0 where both vanish."""
+    lost, whole = squared_norms(weight - approximation, moment), squared_norms(weight, moment)
+    lost = jnp.maximum(lost, 0.0)
+    ratio = lost / jnp.where(whole > 0, whole, 1.0)
+    return jnp.sqrt(jnp.where((whole > 0) | (lost == 0), ratio, jnp.inf))
