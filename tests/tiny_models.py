@@ -1,8 +1,8 @@
 """Tiny random models of every architecture, saved by transformers as checkpoints with the hub's tensor names.
 
 The sizes all differ (hidden 64, expert intermediate 24, 8 experts, shared 40, dense 56), so that a transposed or
-mixed-up tensor cannot pass for a right one; torch's grouped product in bfloat16 wants multiples of 8. Norm weights stand
-near their neutral value and all others have a standard deviation of 0.2 or so: with the small weights of a fresh
+mixed-up tensor cannot pass for a right one; the grouped product of torch in bfloat16 wants multiples of 8. Norm weights
+stand near their neutral value and all others have a standard deviation of 0.2 or so: with the small weights of a fresh
 initialisation the logits would be near uniform and hide errors.
 """
 
