@@ -1,0 +1,340 @@
+"""Read and write safetensors files: an 8-byte length, a JSON header, the tensors' bytes.
+
+Reading maps the file into memory and gives views, in every dtype of the format that numpy and ml_dtypes know; four-bit
+values stay packed, two to a byte. Writing streams: the header follows from shapes that are known beforehand, then the
+tensors are produced one at a time. Neither ever holds a file in memory, and no other code of jaxmoe opens such files.
+"""
+
+import hashlib
+import json
+import mmap
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from jaxmoe.checkpoint.atomic import atomic_file
+from jaxmoe.errors import JaxmoeError
+
+DTYPES: dict[str, np.dtype] = {
+    code: np.dtype(dtype)
+    for code, dtype in {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+        "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+        "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+        "C64": np.complex64,
+        "I64": np.int64,
+        "I32": np.int32,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U64": np.uint64,
+        "U32": np.uint32,
+        "U16": np.uint16,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }.items()
+}
+"""The format's dtype codes whose elements are whole bytes."""
+
+PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""The codes whose elements are not: their tensors are read and written as bytes, `shape` counts elements."""
+
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+# The limit that the format's reference implementation sets.
+_HEADER_LIMIT = 100_000_000
+_CHUNK = 1 << 23
+
+
+class _Mapping:
+    """A file's bytes, mapped on first use and shared by all its tensors."""
+
+    __slots__ = ("_bytes", "path")
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._bytes: np.ndarray | None = None
+
+    def __call__(self) -> np.ndarray:
+        if self._bytes is None:
+            with open(self.path, "rb") as file:
+                self._bytes = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        return self._bytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TensorEntry:
+    """A tensor in a file.
+
+    Args:
+        name: as the header has it.
+        file: where it lies.
+        dtype: the format's code.
+        shape: in elements.
+        begin: offset of its first byte from the start of the file.
+        end: offset behind its last byte.
+        mapping: the file's bytes.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    mapping: Callable[[], np.ndarray]
+
+    @property
+    def numbers(self) -> int:
+        """Elements."""
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return self.end - self.begin
+
+    def view(self) -> np.ndarray:
+        """Return the tensor as a read-only view of the mapped file; packed dtypes as a flat array of bytes."""
+        if self.begin == self.end:
+            return np.empty(self.shape, DTYPES.get(self.dtype, np.uint8))
+        raw = self.mapping()[self.begin : self.end]
+        if self.dtype in PACKED_BITS:
+            return raw
+        return raw.view(DTYPES[self.dtype]).reshape(self.shape)
+
+
+def byte_size(code: str, shape: Sequence[int]) -> int:
+    """Return the bytes that a tensor takes on disk.
+
+    Example:
+        >>> byte_size("BF16", (3, 5)), byte_size("F4", (3, 4))
+        (30, 6)
+    """
+    bits = PACKED_BITS.get(code) or 8 * DTYPES[code].itemsize
+    return -(-prod(shape) * bits // 8)
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensors of a safetensors file in the order of their bytes.
+
+    Raises:
+        JaxmoeError: if the file is missing, truncated or not what the format asks for; all wrong tensors are listed.
+    """
+    path = Path(path)
+    header, start, size = _parse(path)
+    problems: list[str] = []
+    mapping = _Mapping(path)
+    entries: list[TensorEntry] = []
+    for name, record in header.items():
+        if name == "__metadata__":
+            continue
+        problem = _problem(record, size - start)
+        if problem:
+            problems.append(f"{name}: {problem}")
+            continue
+        begin, end = record["data_offsets"]
+        entries.append(
+            TensorEntry(name, path, record["dtype"], tuple(record["shape"]), start + begin, start + end, mapping)
+        )
+    if not problems:
+        entries.sort(key=lambda entry: (entry.begin, entry.end))
+        position = start
+        for entry in entries:
+            if entry.begin != position:
+                kind = "overlap" if entry.begin < position else "leave a hole"
+                problems.append(f"{entry.name}: its bytes {kind} at offset {min(entry.begin, position) - start}")
+            position = max(position, entry.end)
+        if position != size and not problems:
+            problems.append(f"{size - position} bytes behind the last tensor belong to none")
+    if problems:
+        raise JaxmoeError(f"{path} is corrupt: fetch it again. {listing(problems)}")
+    return {entry.name: entry for entry in entries}
+
+
+def header_bytes(path: Path) -> bytes:
+    """Return a file's length field and header as they stand, for fingerprints."""
+    with open(path, "rb") as file:
+        prefix = file.read(8)
+        return prefix + file.read(struct.unpack("<Q", prefix)[0])
+
+
+def listing(items: Sequence[str], limit: int = 20) -> str:
+    """Join what is wrong into one line; of very long lists the first ones and how many more there are.
+
+    Example:
+        >>> listing(["a", "b", "c"], limit=2)
+        'a; b; and 1 more'
+    """
+    more = [f"and {len(items) - limit} more"] if len(items) > limit else []
+    return "; ".join([*items[:limit], *more])
+
+
+def _parse(path: Path) -> tuple[dict[str, Any], int, int]:
+    """Return the header, the offset of the first data byte and the size of the file."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            prefix = file.read(8)
+            if prefix == b"version ":
+                raise JaxmoeError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder")
+            if len(prefix) < 8:
+                raise JaxmoeError(f"{path} is truncated: {size} bytes do not hold a safetensors header; fetch it again")
+            (length,) = struct.unpack("<Q", prefix)
+            if length > min(size - 8, _HEADER_LIMIT):
+                raise JaxmoeError(
+                    f"{path} is truncated or not a safetensors file: it names a header of {length} bytes and has"
+                    f" {size - 8} behind the length field; fetch it again"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise JaxmoeError(f"{path} cannot be read: {error.strerror or error}") from error
+    try:
+        header = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise JaxmoeError(f"{path} is corrupt: its header is not JSON ({error}); fetch it again") from error
+    if not isinstance(header, dict):
+        raise JaxmoeError(f"{path} is corrupt: its header is not a JSON object; fetch it again")
+    return header, 8 + length, size
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"names occur twice: {listing(sorted({n for n in names if names.count(n) > 1}))}")
+    return record
+
+
+def _problem(record: Any, data_size: int) -> str | None:
+    """Return what is wrong with one tensor's record, or None."""
+    if not isinstance(record, dict) or not record.keys() >= {"dtype", "shape", "data_offsets"}:
+        return "its record lacks dtype, shape or data_offsets"
+    code, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
+    if code not in DTYPES and code not in PACKED_BITS:
+        return f"unknown dtype {code!r}"
+    if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
+        return f"shape {shape!r} is not a list of sizes"
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(n) is not int for n in offsets):
+        return f"data_offsets {offsets!r} are not two numbers"
+    begin, end = offsets
+    if not 0 <= begin <= end <= data_size:
+        return f"its bytes {begin} to {end} lie outside the {data_size} bytes of data"
+    if end - begin != byte_size(code, shape):
+        return f"{end - begin} bytes do not fit dtype {code} and shape {shape}"
+    return None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Planned:
+    """A tensor to be written: what is known beforehand, and how to get its values.
+
+    Args:
+        name: of the tensor.
+        dtype: a numpy dtype or a code of the format.
+        shape: in elements.
+        produce: returns the values in just that dtype and shape; packed dtypes as bytes. Called once.
+    """
+
+    name: str
+    dtype: Any
+    shape: tuple[int, ...]
+    produce: Callable[[], np.ndarray]
+
+    @property
+    def code(self) -> str:
+        """The format's code of the dtype."""
+        if isinstance(self.dtype, str) and (self.dtype in DTYPES or self.dtype in PACKED_BITS):
+            return self.dtype
+        try:
+            return CODES[np.dtype(self.dtype)]
+        except (KeyError, TypeError):
+            raise JaxmoeError(f"{self.name}: dtype {self.dtype} cannot be stored in safetensors") from None
+
+    @property
+    def numbers(self) -> int:
+        """Elements."""
+        return prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return byte_size(self.code, self.shape)
+
+
+def write_tensors(path: Path, tensors: Sequence[Planned], metadata: dict[str, str] | None = None) -> str:
+    """Write a safetensors file, producing one tensor at a time.
+
+    Wide dtypes come first, so that every tensor starts at a multiple of its element's size; within one dtype the given
+    order stands. The same tensors give the same bytes.
+
+    Args:
+        path: the file's final name, under which it appears only when it is complete.
+        tensors: what to write.
+        metadata: the header's `__metadata__`; `{"format": "pt"}` by default, which transformers asks for.
+
+    Returns:
+        The SHA-256 of the file in hexadecimal digits, computed on the way.
+
+    Raises:
+        JaxmoeError: if two tensors have one name, or the disk is full or not writable.
+        ValueError: if a produced array has another shape or dtype than planned.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
+        >>> digest = write_tensors(path, [Planned("a", "float32", (2, 3), lambda: np.ones((2, 3), "float32"))])
+        >>> read_header(path)["a"].view().sum()
+        np.float32(6.0)
+    """
+    names = [tensor.name for tensor in tensors]
+    if len(set(names)) < len(names):
+        raise JaxmoeError(f"{path}: written twice: {listing(sorted({n for n in names if names.count(n) > 1}))}")
+    ordered = sorted(tensors, key=lambda tensor: -DTYPES.get(tensor.code, np.dtype(np.uint8)).itemsize)
+    header: dict[str, Any] = {"__metadata__": metadata if metadata is not None else {"format": "pt"}}
+    position = 0
+    for tensor in ordered:
+        end = position + tensor.bytes
+        header[tensor.name] = {"dtype": tensor.code, "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with atomic_file(Path(path)) as file:
+        for block in (struct.pack("<Q", len(text)), text):
+            digest.update(block)
+            file.write(block)
+        for tensor in ordered:
+            values = _contiguous_bytes(tensor)
+            # In pieces: the digest and the disk then share what is still in the processor's cache.
+            for begin in range(0, len(values), _CHUNK):
+                block = memoryview(values[begin : begin + _CHUNK])
+                digest.update(block)
+                file.write(block)
+            del values
+    return digest.hexdigest()
+
+
+def _contiguous_bytes(tensor: Planned) -> np.ndarray:
+    """Return a planned tensor's values as a flat array of bytes."""
+    values = np.asarray(tensor.produce())
+    if tensor.code in PACKED_BITS:
+        if values.dtype != np.uint8 or values.size != tensor.bytes:
+            raise ValueError(f"{tensor.name}: {values.size} {values.dtype} for {tensor.bytes} packed bytes")
+    elif values.dtype != DTYPES[tensor.code] or values.shape != tuple(tensor.shape):
+        raise ValueError(
+            f"{tensor.name}: produced {values.dtype} {values.shape}, planned {DTYPES[tensor.code]} {tensor.shape}"
+        )
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
