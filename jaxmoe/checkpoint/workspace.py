@@ -99,6 +99,10 @@ class Workspace:
             ) from None
         return lock
 
+    def exclusive(self, name: str) -> FileLock:
+        """Return a lock that one process of the run can hold at a time."""
+        return self._lock(self.journal / f"{name}.lock")
+
     def _check_same(self, begun: Path) -> None:
         try:
             before = json.loads(begun.read_bytes())

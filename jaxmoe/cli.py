@@ -1,0 +1,256 @@
+"""The command line: thin commands over the library, one JSON object on standard output where asked.
+
+Exit codes: 0, 1 with a message that one can act on, 2 for wrong usage.
+"""
+
+import functools
+import json
+import shlex
+import sys
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+from rich.console import Console
+
+import jaxmoe
+from jaxmoe.errors import JaxmoeError
+
+app = typer.Typer(
+    help="Compress the experts of Mixture-of-Experts language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(soft_wrap=True, highlight=False)
+
+
+class Scope(str, Enum):
+    touched = "touched"
+    experts = "experts"
+    model = "model"
+
+
+class Export(str, Enum):
+    factored = "factored"
+    dense = "dense"
+
+
+class Setting(str, Enum):
+    paper = "paper"
+    improved = "improved"
+
+
+class Form(str, Enum):
+    dense = "dense"
+
+
+CheckpointArgument = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="a folder or a hub id")]
+OutputArgument = Annotated[Path, typer.Argument(metavar="OUTPUT", help="the folder to create")]
+MethodOption = Annotated[str, typer.Option("--method", "-m", help="svd or mobe")]
+RatioOption = Annotated[float, typer.Option("--ratio", "-r", help="removed fraction, such as 0.4")]
+OfOption = Annotated[Scope, typer.Option("--of", help="what the ratio is a fraction of")]
+SettingOption = Annotated[Setting, typer.Option("--setting", help="as published, or with jaxmoe's improvements")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a setting of the method; may be repeated")
+]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit of a hub id")]
+JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"jaxmoe {jaxmoe.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    """Compress the experts of Mixture-of-Experts language models."""
+
+
+def command(function):
+    """Register a command whose known errors end in one message and exit code 1."""
+
+    @functools.wraps(function)
+    def guarded(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except (JaxmoeError, PermissionError) as error:
+            if kwargs.get("as_json"):
+                print(json.dumps({"error": str(error)}))
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on where it stopped", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return app.command(name=function.__name__.rstrip("_"))(guarded)
+
+
+def _emit(record: dict[str, Any], as_json: bool, *tables) -> None:
+    if as_json:
+        print(json.dumps(record))
+        return
+    for entry in tables:
+        out.print(entry)
+        out.print()
+
+
+def _settings(method, setting: Setting, given: list[str] | None):
+    """Build a method's settings from `--setting` and `--set NAME=VALUE`."""
+    hints = get_type_hints(method.settings)
+    names = [f.name for f in fields(method.settings) if f.name != "setting"]
+    values: dict[str, Any] = {"setting": setting.value}
+    for text in given or []:
+        name, separator, value = text.partition("=")
+        if not separator or name not in names:
+            known = ", ".join(names) or "none"
+            raise JaxmoeError(f"--set {text}: give NAME=VALUE; the settings of {method.name} are: {known}")
+        values[name] = _parse(method.name, name, value, hints[name])
+    return method.settings(**values)
+
+
+def _parse(method: str, name: str, text: str, hint: Any) -> Any:
+    kinds = get_args(hint) if get_origin(hint) is UnionType or get_args(hint) else (hint,)
+    for kind in kinds:
+        if kind in (int, float, str):
+            try:
+                return kind(text)
+            except ValueError:
+                raise JaxmoeError(f"--set {name}={text}: {method} takes {name} as {kind.__name__}") from None
+    raise JaxmoeError(f"--set {name}={text}: {name} cannot be set from the command line")
+
+
+def _layers(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, separator, end = text.partition(":")
+    try:
+        span = int(first or 0), int(end) if end else sys.maxsize
+    except ValueError:
+        separator = ""
+        span = (0, 0)
+    if not separator or not 0 <= span[0] < span[1]:
+        raise JaxmoeError(f"--layers {text}: give FIRST:END with FIRST < END, such as 0:16 (END is not included)")
+    return span
+
+
+def _open(source: str, revision: str | None = None):
+    from jaxmoe.checkpoint import Checkpoint
+
+    return Checkpoint.open(source, revision=revision)
+
+
+@command
+def inspect(checkpoint: CheckpointArgument, revision: RevisionOption = None, as_json: JsonOption = False) -> None:
+    """Show architecture, layers, experts, parameters, dtypes, and what is supported."""
+    from jaxmoe.checkpoint.inspection import inspect as look
+    from jaxmoe.report.tables import inspection_tables
+
+    record = look(checkpoint, revision=revision)
+    _emit(record, as_json, *inspection_tables(record))
+
+
+@command
+def plan(
+    checkpoint: CheckpointArgument,
+    method: MethodOption,
+    ratio: RatioOption,
+    of: OfOption = Scope.experts,
+    setting: SettingOption = Setting.improved,
+    set_: SetOption = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print sizes, ranks and memory of a compression before anything runs."""
+    from jaxmoe import methods
+    from jaxmoe.plan import make_plan
+    from jaxmoe.report.tables import plan_tables, size
+
+    recipe = methods.get(method)
+    chosen = _settings(recipe, setting, set_)
+    planned = make_plan(_open(checkpoint, revision), recipe, chosen, ratio=ratio, of=of.value)
+    summary = planned.summary()
+    peak = f"predicted peak memory beyond the idle program: {size(summary['peak_bytes'], 'B')}"
+    _emit(summary, as_json, *plan_tables(summary), peak)
+
+
+@command
+def compress(
+    checkpoint: CheckpointArgument,
+    output: OutputArgument,
+    method: MethodOption,
+    ratio: RatioOption,
+    of: OfOption = Scope.experts,
+    setting: SettingOption = Setting.improved,
+    set_: SetOption = None,
+    export: Annotated[Export, typer.Option("--export", help="factored: smaller files; dense: stock files")] = Export.factored,
+    seed: Annotated[int, typer.Option("--seed", help="of everything random")] = 0,
+    layers: Annotated[str | None, typer.Option("--layers", metavar="A:B", help="work on layers A to B-1 only")] = None,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="go on with an unfinished run")] = True,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a smaller checkpoint that PyTorch loads."""
+    from jaxmoe import methods, pipeline
+    from jaxmoe.plan import make_plan
+    from jaxmoe.report.progress import progress
+    from jaxmoe.report.tables import error_table, size_tables
+
+    recipe = methods.get(method)
+    chosen = _settings(recipe, setting, set_)
+    span = _layers(layers)
+    opened = _open(checkpoint, revision)
+    planned = make_plan(opened, recipe, chosen, ratio=ratio, of=of.value)
+    with progress(len(planned.layers), as_json=as_json) as on_event:
+        report = pipeline.compress(
+            opened,
+            output,
+            planned,
+            export=export.value,
+            seed=seed,
+            layers=span,
+            resume=resume,
+            command=shlex.join(["jaxmoe", *sys.argv[1:]]),
+            on_event=on_event,
+        )
+    _emit(report, as_json, error_table(report["layers"]), *size_tables(report))
+
+
+@command
+def convert(
+    checkpoint: CheckpointArgument,
+    output: OutputArgument,
+    to: Annotated[Form, typer.Option("--to", help="dense: the original architecture with materialised experts")],
+    as_json: JsonOption = False,
+) -> None:
+    """Write a compressed checkpoint in another form."""
+    from jaxmoe.export.dense import densify
+
+    _emit(densify(checkpoint, output), as_json, f"written: {output}")
+
+
+@command
+def demo(
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="folder for the results")] = Path("jaxmoe-demo"),
+    as_json: JsonOption = False,
+) -> None:
+    """Compress the bundled checkpoint with SVD and MoBE at two ratios and compare them."""
+    from jaxmoe.demo import run
+    from jaxmoe.report.progress import progress
+
+    with progress(0, as_json=as_json) as on_event:
+        record, *tables = run(output, on_event)
+    _emit(record, as_json, *tables)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,89 @@
+"""The folder that a user gets: the layers' files joined by everything else of the source, and an index written last.
+
+A folder with an index is complete: nothing in it is still to come. Layers keep one file each, the tensors that no method
+touched are copied byte for byte into shards of their own.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxmoe.checkpoint.atomic import atomic_file, write_bytes
+from jaxmoe.checkpoint.tensor_file import Planned, read_header, write_tensors
+
+SHARD_BYTES = 4 * 1024**3
+INDEX = "model.safetensors.index.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".index.json")
+REWRITTEN = ("config.json", "README.md", "report.json")
+
+
+def side_files(source: Path) -> list[Path]:
+    """Return the files of a checkpoint that travel as they are: tokenizer, generation config, licence, its own code."""
+    files = (path for path in sorted(source.iterdir()) if path.is_file() and not path.name.startswith("."))
+    return [path for path in files if not path.name.endswith(WEIGHTS) and path.name not in REWRITTEN]
+
+
+def dump(record: Mapping[str, Any]) -> bytes:
+    """Return JSON as the hub's files have it: two spaces, a final newline, letters as they are."""
+    return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def shards(tensors: Sequence[Planned], limit: int = SHARD_BYTES) -> Iterator[list[Planned]]:
+    """Split tensors, in the order of their names, into lists of at most `limit` bytes (or one tensor)."""
+    shard: list[Planned] = []
+    size = 0
+    for tensor in sorted(tensors, key=lambda planned: planned.name):
+        if shard and size + tensor.bytes > limit:
+            yield shard
+            shard, size = [], 0
+        shard.append(tensor)
+        size += tensor.bytes
+    if shard:
+        yield shard
+
+
+def complete_folder(
+    folder: Path,
+    *,
+    layers: Iterable[Path],
+    copied: Sequence[Planned],
+    config: Mapping[str, Any],
+    code: Mapping[str, str],
+    beside: Iterable[Path],
+) -> dict[str, int]:
+    """Write everything but the layers' files, the index last.
+
+    Args:
+        folder: where the finished layers lie.
+        layers: their files.
+        copied: the tensors that no layer's file holds.
+        config: what `config.json` will say.
+        code: further text files by name, such as remote code.
+        beside: files to copy as they are.
+
+    Returns:
+        `{"parameters": elements, "bytes": bytes}` of all tensors in the folder, from the files' own headers.
+    """
+    files = sorted(layers)
+    for number, shard in enumerate(shards(copied), start=1):
+        path = folder / f"model-rest-{number:05d}.safetensors"
+        write_tensors(path, shard)
+        files.append(path)
+
+    for name, text in code.items():
+        write_bytes(folder / name, text.encode())
+    for path in beside:
+        if path.name not in code:
+            with path.open("rb") as source, atomic_file(folder / path.name) as target:
+                shutil.copyfileobj(source, target)
+    write_bytes(folder / "config.json", dump(config))
+
+    entries = {path.name: read_header(path) for path in files}
+    held = [entry for header in entries.values() for entry in header.values()]
+    total = sum(entry.bytes for entry in held)
+    weight_map = {name: file for file, header in entries.items() for name in header}
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_bytes(folder / INDEX, dump(index))
+    return {"parameters": sum(entry.numbers for entry in held), "bytes": total}

@@ -1,0 +1,329 @@
+"""Compress a checkpoint: one layer at a time, each finished layer kept, the output under its name only when complete.
+
+Nothing ever holds the whole model: a layer is read target by target, fitted, measured, written and journaled before the next
+one starts. A run that is killed goes on where it stopped and ends with the same bytes; runs over disjoint layers share one
+folder and complete it together.
+"""
+
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxmoe
+from jaxmoe.checkpoint import Checkpoint, MoELayer
+from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
+from jaxmoe.checkpoint.atomic import write_bytes
+from jaxmoe.checkpoint.workspace import Workspace, fingerprint, layer_file, sweep
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.card import model_card
+from jaxmoe.export.factored import factored_config, remote_code
+from jaxmoe.export.folder import complete_folder, dump, side_files
+from jaxmoe.factors import TARGETS, CompressedLayer, Dense
+from jaxmoe.factors.error import relative_errors
+from jaxmoe.methods import Outcome
+from jaxmoe.plan import Plan, PlannedLayer, describe
+
+EXPORTS = ("factored", "dense")
+Event = Callable[[dict[str, Any]], None]
+
+
+def compress(
+    checkpoint: Checkpoint,
+    output: str | Path,
+    plan: Plan,
+    *,
+    export: str = "factored",
+    seed: int = 0,
+    layers: tuple[int, int] | None = None,
+    resume: bool = True,
+    command: str = "",
+    moments: Mapping[int, Mapping[str, Any]] | None = None,
+    on_event: Event = lambda event: None,
+) -> dict[str, Any]:
+    """Carry out a plan and write the compressed checkpoint.
+
+    Args:
+        checkpoint: the source, which is never written to.
+        output: the folder to create; work in progress lies in `OUTPUT.partial` beside it.
+        plan: what to store, from `make_plan`.
+        export: "factored" (smaller on disk, runs through remote code) or "dense" (original architecture and size).
+        seed: of everything random.
+        layers: `(first, end)`: work on the decoder layers first <= index < end only; the run that finishes the last
+            layer publishes.
+        resume: whether to go on with an unfinished run; False starts over.
+        command: the command line, for the report.
+        moments: second moments of the inputs by layer and target, `[1|expert, in, in]`.
+        on_event: called with a small record after every step.
+
+    Returns:
+        The report, also written to `report.json`; its `complete` is False while layers of other runs are missing.
+
+    Raises:
+        JaxmoeError: the output exists, the folder belongs to another run, a weight is not finite, or the disk is full.
+    """
+    if export not in EXPORTS:
+        raise JaxmoeError(f"export {export!r}: give {' or '.join(EXPORTS)}")
+    output = Path(output).absolute()
+    begun = time.perf_counter()
+    run = _run_record(checkpoint, plan, export, seed, moments)
+    if (done := _finished(output, run)) is not None:
+        on_event({"event": "complete", "output": str(output)})
+        return done
+    mine = _selected(plan, layers)
+    workspace = Workspace(output, run)
+    workspace.folder.parent.mkdir(parents=True, exist_ok=True)
+    workspace.open([planned.source.index for planned in mine], resume=resume)
+    try:
+        keys = {planned.source.index: _layer_key(run, planned) for planned in plan.layers}
+        for position, planned in enumerate(mine):
+            index = planned.source.index
+            entry = workspace.entry(index, keys[index])
+            resumed = entry is not None
+            if entry is None:
+                entry = _compress_layer(checkpoint, plan, planned, export, seed, moments, workspace, keys[index])
+            on_event(
+                {
+                    "event": "layer",
+                    "layer": index,
+                    "done": position + 1,
+                    "total": len(mine),
+                    "resumed": resumed,
+                    "seconds": entry["seconds"],
+                    "projections": entry["projections"],
+                }
+            )
+        entries = {index: workspace.entry(index, key) for index, key in keys.items()}
+        report = _report(checkpoint, output, plan, export, seed, command, entries, time.perf_counter() - begun)
+        if not report["complete"]:
+            # Another run may have finished the last layer and published while this one was still counting.
+            if (done := _finished(output, run)) is not None:
+                return done
+            on_event({"event": "waiting", "layers": report["missing_layers"]})
+            return report
+        with workspace.exclusive("publish"):
+            return _publish(checkpoint, plan, export, workspace, run, report, on_event)
+    finally:
+        workspace.close()
+
+
+def _run_record(checkpoint: Checkpoint, plan: Plan, export: str, seed: int, moments) -> dict[str, Any]:
+    """Return everything that decides the bytes of the result."""
+    return {
+        "source": checkpoint.fingerprint(),
+        "method": plan.method.name,
+        "settings": asdict(plan.settings),
+        "requested": plan.requested,
+        "terms": fingerprint({str(p.source.index): p.template.spec() for p in plan.layers}),
+        "moments": None if moments is None else _moments_fingerprint(moments),
+        "export": export,
+        "seed": seed,
+        "versions": {"jaxmoe": jaxmoe.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        "platform": f"{jax.default_backend()} {platform.machine()}",
+    }
+
+
+def _moments_fingerprint(moments) -> str:
+    leaves, treedef = jax.tree_util.tree_flatten(moments)
+    return fingerprint({"tree": str(treedef), "leaves": [np.asarray(leaf).tobytes().hex() for leaf in leaves]})
+
+
+def _layer_key(run: Mapping[str, Any], planned: PlannedLayer) -> str:
+    return fingerprint({"run": run, "layer": planned.source.index, "terms": planned.template.spec()})
+
+
+def _finished(output: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the report of an output that this very run has completed before, None where there is no output."""
+    if not output.exists():
+        return None
+    try:
+        report = json.loads((output / "report.json").read_bytes())
+        same = report["run"] == json.loads(json.dumps(run))
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise JaxmoeError(f"{output} exists and holds something else: remove it, or choose another output folder")
+    sweep(output)
+    return report
+
+
+def _selected(plan: Plan, layers: tuple[int, int] | None) -> list[PlannedLayer]:
+    if layers is None:
+        return list(plan.layers)
+    first, end = layers
+    chosen = [planned for planned in plan.layers if first <= planned.source.index < end]
+    if not chosen:
+        known = [planned.source.index for planned in plan.layers]
+        raise JaxmoeError(f"layers {first}:{end} hold no routed experts: they lie in layers {known[0]} to {known[-1]}")
+    return chosen
+
+
+def read_target(checkpoint: Checkpoint, layer: MoELayer, target: str) -> np.ndarray:
+    """Return a target's matrices in float32, `[expert, out, in]`, holding one projection beside them at most.
+
+    Raises:
+        JaxmoeError: a weight is NaN or infinite; the message names the tensors.
+    """
+    weight = np.empty(layer.shape.of(target), np.float32)
+    start = 0
+    for projection in TARGETS[target]:
+        part = checkpoint.projection(layer, projection)
+        weight[:, start : start + part.shape[1]] = part
+        start += part.shape[1]
+    if not np.isfinite(weight).all():
+        raise JaxmoeError(_not_finite(checkpoint, layer, target))
+    return weight
+
+
+def _not_finite(checkpoint: Checkpoint, layer: MoELayer, target: str) -> str:
+    named = []
+    for name in layer.names:
+        entry = checkpoint.tensors[name]
+        view = entry.view()
+        if view.dtype.kind not in "iu" and not np.isfinite(view.astype(np.float32)).all():
+            named.append(f"{name} in {entry.file}")
+    where = "; ".join(named[:8]) or f"layer {layer.index}, {target}"
+    more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+    return f"NaN or infinite weights in {where}{more}: the checkpoint is damaged, fetch or train it again"
+
+
+def _compress_layer(checkpoint, plan, planned, export, seed, moments, workspace, key) -> dict[str, Any]:
+    start = time.perf_counter()
+    source = planned.source
+    layer, outcomes, histories = fit_layer(checkpoint, plan, planned, seed, (moments or {}).get(source.index, {}))
+    projections = describe(layer)
+    touched = {projection for target in planned.touched for projection in TARGETS[target]}
+    for projection, record in projections.items():
+        if projection in touched:
+            errors = relative_errors(checkpoint.projection(source, projection), layer, projection)
+        else:
+            errors = np.zeros(source.shape.experts)
+        record["error"] = float(errors.mean())
+        record["worst_error"] = float(errors.max())
+        record["worst_expert"] = int(errors.argmax())
+        record["weighted_error"] = None
+    if export == "dense":
+        tensors = checkpoint.dense_tensors(source, partial(_materialized, layer))
+    else:
+        tensors = [
+            Planned(f"{source.module}.{name}", array.dtype, array.shape, partial(np.asarray, array))
+            for name, array in layer.tensors().items()
+        ]
+    checksum = write_tensors(workspace.folder / layer_file(source.index), tensors)
+    record = {
+        "layer": source.index,
+        "projections": projections,
+        "outcomes": [{"layer": source.index, **outcome._asdict()} for outcome in outcomes],
+        "losses": histories,
+        "seconds": time.perf_counter() - start,
+        "peak_bytes": peak_bytes(),
+    }
+    return workspace.finish(source.index, key, checksum, record)
+
+
+def fit_layer(
+    checkpoint: Checkpoint, plan: Plan, planned: PlannedLayer, seed: int, moments: Mapping[str, Any]
+) -> tuple[CompressedLayer, list[Outcome], dict[str, list[float]]]:
+    """Fit one layer and return it with what happened and the thinned history of the losses."""
+    source, template = planned.source, planned.template
+    key = jax.random.fold_in(jax.random.key(seed), source.index)
+    terms, outcomes, histories = {}, [], {}
+    for position, (target, (abstract,)) in enumerate(template.terms.items()):
+        if target not in planned.touched:
+            terms[target] = (Dense(weight=checkpoint.projection(source, target)),)
+            continue
+        fit = plan.method.fit(
+            jnp.asarray(read_target(checkpoint, source, target)),
+            abstract,
+            plan.settings,
+            moment=moments.get(target),
+            key=jax.random.fold_in(key, position),
+        )
+        for array in jax.tree_util.tree_leaves(fit.term):
+            if not bool(jnp.isfinite(array.astype(jnp.float32)).all()):
+                raise JaxmoeError(
+                    f"layer {source.index}, {target}: {plan.method.name} gave factors that {source.dtype} cannot hold "
+                    "(NaN or overflow); try another setting or seed"
+                )
+        terms[target] = (fit.term,)
+        outcomes += [outcome._replace(target=target) for outcome in fit.outcomes]
+        if len(fit.losses):
+            thin = max(1, len(fit.losses) // 50)
+            histories[target] = [float(x) for x in (*fit.losses[::thin], fit.losses[-1])]
+    return CompressedLayer(terms=terms, sizes=source.shape).check(), outcomes, histories
+
+
+def _materialized(layer: CompressedLayer, projection: str) -> np.ndarray:
+    return np.asarray(layer.materialize(projection))
+
+
+def _report(checkpoint, output, plan, export, seed, command, entries, seconds) -> dict[str, Any]:
+    done = {index: entry for index, entry in entries.items() if entry is not None}
+    missing = [index for index, entry in entries.items() if entry is None]
+    outcomes = [outcome for entry in done.values() for outcome in entry["outcomes"]]
+    if export == "dense":
+        detail = "the files hold the materialised matrices: nothing is saved on disk, the ratios are those of the factors"
+        outcomes.append({"layer": None, "kind": "dense_export", "target": None, "detail": detail})
+    outcomes += [{"layer": None, "kind": "note", "target": None, "detail": note} for note in checkpoint.notes]
+    return {
+        "jaxmoe": jaxmoe.__version__,
+        "source": str(checkpoint.folder),
+        "output": str(output),
+        "command": command,
+        "seed": seed,
+        "export": export,
+        **plan.summary(),
+        "layers": [
+            {name: done[index][name] for name in ("layer", "projections", "seconds", "losses")} for index in sorted(done)
+        ],
+        "outcomes": outcomes,
+        "predicted_peak_bytes": plan.peak_bytes,
+        "peak_bytes": max([peak_bytes(), *(entry["peak_bytes"] for entry in done.values())]),
+        "layer_seconds": sum(entry["seconds"] for entry in done.values()),
+        "seconds": seconds,
+        "complete": not missing,
+        "missing_layers": missing,
+    }
+
+
+def _publish(checkpoint, plan, export, workspace, run, report, on_event) -> dict[str, Any]:
+    if export == "dense":
+        config, code = checkpoint.dense_config(), {}
+    else:
+        modules = {planned.source.module: planned.template for planned in plan.layers}
+        config = factored_config(checkpoint.dense_config(), modules, layouts=checkpoint.layouts())
+        code = remote_code(checkpoint.dense_config())
+    for leftover in workspace.folder.glob(".*.part"):
+        leftover.unlink()
+    stored = complete_folder(
+        workspace.folder,
+        layers=[workspace.folder / layer_file(planned.source.index) for planned in plan.layers],
+        copied=checkpoint.copied(),
+        config=config,
+        code=code,
+        beside=side_files(checkpoint.folder),
+    )
+    if export == "factored" and stored["bytes"] != plan.bytes["after"]:
+        raise RuntimeError(f"the files hold {stored}, the plan counted {plan.bytes}: a defect of jaxmoe")
+    report = {**report, "stored": stored, "run": run}
+    write_bytes(workspace.folder / "README.md", model_card(report).encode())
+    write_bytes(workspace.folder / "report.json", dump(report))
+    workspace.publish()
+    on_event({"event": "complete", "output": str(workspace.output)})
+    return report
+
+
+def peak_bytes() -> int:
+    """Return the peak resident memory of this process so far, file pages included."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,59 @@
+"""Progress of a run: a bar with the time left on a terminal, plain lines elsewhere, JSON lines where programs listen."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from jaxmoe.report.tables import span
+
+
+@contextmanager
+def progress(total: int, *, as_json: bool) -> Iterator:
+    """Yield the function that a pipeline calls with its events; everything goes to standard error."""
+    if as_json:
+        yield lambda event: print(json.dumps(event), file=sys.stderr, flush=True)
+        return
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda event: print(describe(event), file=sys.stderr, flush=True)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("layers"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("compressing", total=total)
+
+        def show(event: dict[str, Any]) -> None:
+            if event["event"] == "layer":
+                bar.update(task, completed=event["done"], total=event["total"])
+            else:
+                bar.console.print(describe(event), highlight=False)
+
+        yield show
+
+
+def describe(event: dict[str, Any]) -> str:
+    """Return an event as one line.
+
+    Example:
+        >>> describe({"event": "complete", "output": "small"})
+        'written: small'
+    """
+    if event["event"] == "layer":
+        errors = ", ".join(f"{name} {record['error']:.4f}" for name, record in event["projections"].items())
+        how = "kept from an earlier run" if event["resumed"] else f"{event['seconds']:.1f} s"
+        return f"layer {event['layer']} ({event['done']} of {event['total']}, {how}): relative error {errors}"
+    if event["event"] == "waiting":
+        return f"this run's layers are done; layers {span(event['layers'])} are still to come from other runs"
+    return f"written: {event['output']}"

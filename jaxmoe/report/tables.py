@@ -1,0 +1,106 @@
+"""Plain tables of plans, checkpoints and reports, for a terminal."""
+
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from typing import Any
+
+from rich.table import Table
+
+
+def size(count: float, unit: str = "") -> str:
+    """Return a count in engineering notation.
+
+    Example:
+        >>> size(2_830_000), size(5_681_464, "B")
+        ('2.83 M', '5.68 MB')
+    """
+    for factor, prefix in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
+        if count >= factor:
+            return f"{count / factor:.2f} {prefix}{unit}"
+    return f"{count:.0f} {unit}".strip()
+
+
+def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], title: str | None = None) -> Table:
+    """Return a table whose first column is left-aligned and the others right-aligned."""
+    grid = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for position, column in enumerate(columns):
+        grid.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
+    for row in rows:
+        grid.add_row(*(str(cell) for cell in row))
+    return grid
+
+
+def span(indices: list[int]) -> str:
+    """Return consecutive layer numbers as a range.
+
+    Example:
+        >>> span([3, 4, 5]), span([7])
+        ('3-5', '7')
+    """
+    return str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
+
+
+def term(spec: Mapping[str, Any]) -> str:
+    """Return one term in a few words.
+
+    Example:
+        >>> term({"target": "down", "kind": "shared_basis", "bases": 4, "rank": 17, "transposed": True, "mean": False})
+        'shared_basis bases=4 rank=17 transposed'
+    """
+    parts = [spec["kind"]]
+    for name, value in spec.items():
+        if name in ("kind", "target") or value is False:
+            continue
+        parts.append(name if value is True else f"{name}={value}")
+    return " ".join(parts)
+
+
+def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of a plan: sizes, and what every layer will hold (equal neighbours on one row)."""
+
+    def stored(layer):
+        return {
+            spec["target"]: term(spec) for record in layer["projections"].values() for spec in record["terms"]
+        }
+
+    rows = []
+    for targets, group in groupby(plan["layers"], key=stored):
+        members = list(group)
+        indices = span([layer["layer"] for layer in members])
+        for target, words in targets.items():
+            numbers = sum(
+                record["parameters"]
+                for record in members[0]["projections"].values()
+                for spec in record["terms"]
+                if spec["target"] == target
+            )
+            rows.append((indices, target, words, f"{numbers:,}"))
+    return [*size_tables(plan), table(("layer", "target", "stored as", "numbers per layer"), rows)]
+
+
+def size_tables(record: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of sizes and ratios of a plan or a report."""
+    requested = record["requested"]
+    rows = []
+    for scope, removed in record["achieved"].items():
+        asked = f"{requested['ratio']:.4f}" if requested.get("of") == scope else ""
+        rows.append((scope, asked, f"{removed:.4f}"))
+    before_after = [
+        (name, show(record[name]["before"]), show(record[name]["after"]))
+        for name, show in (("parameters", "{:,}".format), ("bytes", "{:,}".format))
+    ]
+    return [table(("removed of", "requested", "achieved"), rows), table(("model", "before", "after"), before_after)]
+
+
+def error_table(layers: Iterable[Mapping[str, Any]]) -> Table:
+    """Return relative errors per layer and projection, mean over experts and the worst expert."""
+    rows = []
+    for layer in layers:
+        cells = [
+            f"{record['error']:.4f} ({record['worst_error']:.4f})"
+            for name in ("gate", "up", "down")
+            if (record := layer["projections"].get(name)) is not None
+        ]
+        rows.append((layer["layer"], *cells))
+    names = [name for name in ("gate", "up", "down") if any(name in layer["projections"] for layer in layers)]
+    return table(("layer", *names), rows, title="relative error, mean over experts (worst)")
