@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints of compressed models: the folder, its configuration, its code and its model card."""

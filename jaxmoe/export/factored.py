@@ -1,0 +1,154 @@
+"""The factored checkpoint: what stands in its `config.json`, and the code that it carries.
+
+A factored checkpoint has a `model_type` of its own, `jaxmoe_<original>`, so that no program without our code takes it
+for the original and runs it with random experts. Its configuration is the original JSON edited in place: transformers
+may write other keys than the hub has. The code in the folder is `jaxmoe/torch/runtime.py` as it is, plus a few lines
+that name the architecture's classes; PyTorch is not needed to write it.
+
+The tensors of a compressed layer stand in the files as `<module>.<name>`, where `<module>` is the experts module's path
+in transformers and `<name>` a key of `CompressedLayer.tensors()`.
+"""
+
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import jaxmoe
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.architectures import architecture
+from jaxmoe.factors import CompressedLayer, LayerShape
+
+FORMAT_VERSION = 1
+"""Of the layout that this module writes, and the newest that it reads."""
+
+PREFIX = "jaxmoe_"
+"""Of the factored `model_type`."""
+
+_KEPT = ("model_type", "architectures", "auto_map")
+"""The keys of the original configuration that are replaced, and kept beside the factors."""
+
+
+def factored_config(config: Mapping[str, Any], layers: Mapping[str, CompressedLayer]) -> dict[str, Any]:
+    """Return the original configuration edited for factored experts.
+
+    Args:
+        config: the original `config.json`.
+        layers: the compressed layers, abstract or real, by the path of the experts module in transformers. Layers that
+            are not named keep their stock experts.
+
+    Raises:
+        JaxmoeError: if the architecture's factored checkpoints could not be run.
+    """
+    stock = architecture(config["model_type"])
+    record = {
+        "format_version": FORMAT_VERSION,
+        "version": jaxmoe.__version__,
+        "minimum_transformers": stock.since,
+        **{key: config[key] for key in _KEPT if key in config},
+        "experts": {
+            module: {"shape": layer.check().sizes._asdict(), "terms": layer.spec()} for module, layer in layers.items()
+        },
+    }
+    causal = f"Factored{stock.causal}"
+    edited = {
+        "model_type": PREFIX + config["model_type"],
+        "architectures": [causal],
+        "auto_map": {
+            "AutoConfig": f"configuration_jaxmoe.Factored{stock.config}",
+            "AutoModel": f"modeling_jaxmoe.Factored{stock.base}",
+            "AutoModelForCausalLM": f"modeling_jaxmoe.{causal}",
+        },
+        "jaxmoe": record,
+    }
+    return {**config, **edited}
+
+
+def is_factored(config: Mapping[str, Any]) -> bool:
+    """Tell whether a `config.json` is that of a factored checkpoint.
+
+    Example:
+        >>> is_factored({"model_type": "qwen3_moe"})
+        False
+    """
+    return str(config.get("model_type", "")).startswith(PREFIX)
+
+
+def read_spec(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[LayerShape, dict[str, Any]]]]:
+    """Return the original configuration of a factored checkpoint, and for each experts module its shape and spec.
+
+    The spec is what `CompressedLayer.from_tensors` takes beside the tensors.
+
+    Raises:
+        JaxmoeError: if the checkpoint is not factored, its format is newer than this version's or its record damaged.
+    """
+    record = config.get("jaxmoe")
+    if not is_factored(config) or not isinstance(record, Mapping):
+        raise JaxmoeError(
+            f"model_type {config.get('model_type')!r} is not a factored checkpoint: it has no jaxmoe record"
+        )
+    version = record.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise JaxmoeError(
+            f"the checkpoint has jaxmoe's format {version}, written by jaxmoe {record.get('version')}, and jaxmoe "
+            f"{jaxmoe.__version__} reads up to {FORMAT_VERSION}: pip install --upgrade jaxmoe"
+        )
+    try:
+        layers = {
+            module: (LayerShape(**entry["shape"]), {target: list(terms) for target, terms in entry["terms"].items()})
+            for module, entry in record["experts"].items()
+        }
+        kept = {key: record[key] for key in _KEPT if key in record}
+        original = {key: kept.get(key, value) for key, value in config.items() if key != "jaxmoe"}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise JaxmoeError(
+            f"the jaxmoe record in config.json is damaged ({error!r}): write the checkpoint again"
+        ) from error
+    for key in _KEPT:
+        if key not in kept:
+            original.pop(key, None)
+    return original, layers
+
+
+def remote_code(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the Python files of a factored checkpoint by name.
+
+    Args:
+        config: the factored configuration, or the original one.
+    """
+    model_type = str(config["model_type"]).removeprefix(PREFIX)
+    stock = architecture(model_type)
+    configuration = f'''\
+# SPDX-License-Identifier: Apache-2.0
+# Copyright The jaxmoe developers
+"""The configuration of {model_type} with factored experts, written by jaxmoe {jaxmoe.__version__}."""
+
+from {stock.configuration} import {stock.config}
+
+
+class Factored{stock.config}({stock.config}):
+    model_type = "{PREFIX}{model_type}"
+'''
+    classes = f"""
+
+from {stock.modeling} import (  # noqa: E402
+    {stock.base},
+    {stock.causal},
+)
+
+from .configuration_jaxmoe import Factored{stock.config}  # noqa: E402
+
+
+class Factored{stock.base}(Factored, {stock.base}):
+    config_class = Factored{stock.config}
+    config: Factored{stock.config}
+
+
+class Factored{stock.causal}(Factored, {stock.causal}):
+    config_class = Factored{stock.config}
+    config: Factored{stock.config}
+
+
+copy_conversions(Factored{stock.config}, Factored{stock.base}, Factored{stock.causal})
+"""
+    runtime = resources.files("jaxmoe").joinpath("torch/runtime.py").read_text(encoding="utf-8")
+    return {"configuration_jaxmoe.py": configuration, "modeling_jaxmoe.py": runtime + classes}

@@ -1,0 +1,14 @@
+"""Factored checkpoints in PyTorch: after `import jaxmoe.torch` transformers loads them without a trust flag."""
+
+try:
+    import torch as _torch  # noqa: F401
+    import transformers as _transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError('jaxmoe.torch needs PyTorch and transformers: pip install "jaxmoe[torch]"') from error
+
+from jaxmoe.torch.registration import factored_classes, register
+from jaxmoe.torch.runtime import FactoredExperts, cache_blends, swap_experts
+
+register()
+
+__all__ = ["FactoredExperts", "cache_blends", "factored_classes", "register", "swap_experts"]
