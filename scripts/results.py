@@ -1,0 +1,187 @@
+"""The README's results table: perplexity of compressed checkpoints, for methods, settings and ratios.
+
+    python scripts/results.py CHECKPOINT... --text FOLDER [--into README.md]
+
+Every combination runs `jaxmoe compress` into a folder of its own, as its users run it, and is then evaluated through
+PyTorch on every `*.txt` of the text folder. An interrupted run goes on where it stopped. Beside the table,
+`results.json` keeps every number and the command behind it.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+VARIANTS = ("svd:paper", "svd:improved", "mobe:paper", "mobe:improved")
+RATIOS = ("0.166", "0.25", "0.4", "0.6", "0.8")
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compression: a checkpoint, a method and its setting, and the removed fraction of the experts as written."""
+
+    checkpoint: Path
+    method: str
+    setting: str
+    ratio: str
+    settings: tuple[str, ...]
+
+    def folder(self, output: Path) -> Path:
+        return output / self.checkpoint.name / f"{self.method}-{self.setting}-{self.ratio}"
+
+    def command(self, output: Path) -> list[str]:
+        command = ["compress", str(self.checkpoint), str(self.folder(output)), "--method", self.method]
+        command += ["--setting", self.setting, "--ratio", self.ratio, "--of", "experts", "--export", "factored"]
+        return command + [part for setting in self.settings for part in ("--set", setting)]
+
+
+def main() -> None:
+    arguments = parse()
+    texts = sorted(arguments.text.glob("*.txt"))
+    records = []
+    for checkpoint in arguments.checkpoints:
+        base = evaluate(checkpoint, texts, arguments, arguments.output / checkpoint.name / "original.json")
+        records.append({"checkpoint": checkpoint.name, "method": "original", "evaluation": base})
+        for case in cases(checkpoint, arguments):
+            records.append(measure(case, texts, arguments))
+            write(arguments.output, records)
+    table = "\n\n".join([perplexities(records), *errors(records)])
+    print(table)
+    if arguments.into:
+        insert(arguments.into, f"`{shlex.join(['python', *sys.argv])}` gave:\n\n{table}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
+    parser.add_argument("--text", type=Path, required=True, help="folder of held-out texts, one domain per file")
+    parser.add_argument("--output", type=Path, default=Path("out/results"))
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="method:setting, separated by commas")
+    parser.add_argument("--ratios", default=",".join(RATIOS), help="removed fractions of the experts")
+    parser.add_argument("--set", action="append", default=[], metavar="METHOD:SETTING:NAME=VALUE", dest="settings")
+    parser.add_argument("--length", type=int, default=256, help="tokens in a window")
+    parser.add_argument("--windows", type=int, help="so many windows of each text instead of all")
+    parser.add_argument("--into", type=Path, help=f"file in which to replace what stands between {BEGIN} and {END}")
+    return parser.parse_args()
+
+
+def cases(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Case]:
+    for variant, ratio in product(arguments.variants.split(","), arguments.ratios.split(",")):
+        method, setting = variant.split(":")
+        extra = tuple(s.removeprefix(f"{variant}:") for s in arguments.settings if s.startswith(f"{variant}:"))
+        yield Case(checkpoint, method, setting, ratio, extra)
+
+
+def measure(case: Case, texts: list[Path], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compress and evaluate one case; an infeasible ratio is a result too."""
+    folder, command = case.folder(arguments.output), case.command(arguments.output)
+    record: dict[str, Any] = {
+        "checkpoint": case.checkpoint.name,
+        "method": f"{case.method} {case.setting}",
+        "ratio": float(case.ratio),
+        "command": shlex.join(["jaxmoe", *command]),
+    }
+    print(record["command"], file=sys.stderr, flush=True)
+    done = subprocess.run([sys.executable, "-m", "jaxmoe", *command, "--json"], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        reason = json.loads(done.stdout)["error"] if done.returncode == 1 else ""
+        if "out of reach" not in reason:
+            raise SystemExit(f"{record['command']} ended with {done.returncode}")
+        return {**record, "infeasible": reason}
+    report = json.loads((folder / "report.json").read_text())
+    record |= {key: report[key] for key in ("achieved", "parameters", "bytes", "seconds", "peak_bytes", "layers")}
+    return {**record, "evaluation": evaluate(folder, texts, arguments, folder.parent / f"{folder.name}.json")}
+
+
+def evaluate(checkpoint: Path, texts: list[Path], arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
+    """Return the evaluation of a checkpoint, from the cache where one of the same windows and texts stands there."""
+    from jaxmoe.torch.perplexity import perplexity
+
+    question = {
+        "length": arguments.length,
+        "windows": arguments.windows,
+        "texts": [[path.name, path.stat().st_size] for path in texts],
+        "config": (checkpoint / "config.json").stat().st_mtime_ns,
+    }
+    if cache.exists() and (known := json.loads(cache.read_text()))["question"] == question:
+        return known["evaluation"]
+    result = perplexity(checkpoint, texts, length=arguments.length, windows=arguments.windows).as_json()
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text(json.dumps({"question": question, "evaluation": result}, indent=1))
+    return result
+
+
+def perplexities(records: list[dict[str, Any]]) -> str:
+    """Return the table of geometric-mean perplexities, and why some of its cells are empty."""
+    ratios = sorted({record["ratio"] for record in records if "ratio" in record})
+    rows = [["checkpoint", "method", *(f"{ratio:.1%} removed" for ratio in ratios)]]
+    rows.append(["---"] * len(rows[0]))
+    notes = []
+    for name, method in dict.fromkeys((record["checkpoint"], record["method"]) for record in records):
+        own = [r for r in records if (r["checkpoint"], r["method"]) == (name, method)]
+        if method == "original":
+            base = own[0]["evaluation"]["geometric_mean_perplexity"]
+            rows.append([name, method, f"{base:.2f}", *[""] * (len(ratios) - 1)])
+            continue
+        cells = {record["ratio"]: cell(record, base) for record in own}
+        rows.append([name, method, *(cells.get(ratio, "") for ratio in ratios)])
+        notes += [f"– {name}, {method}: {r['infeasible'].split(': ', 1)[-1]}." for r in own if "infeasible" in r][:1]
+    return "\n".join([markdown(rows), *(["", *(f"- {note}" for note in notes)] if notes else [])])
+
+
+def cell(record: dict[str, Any], base: float) -> str:
+    if "infeasible" in record:
+        return "–"
+    value = record["evaluation"]["geometric_mean_perplexity"]
+    return f"{value:.2f} (x{value / base:.3f})"
+
+
+def errors(records: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the table that compares the improved methods' reconstruction errors, layer by layer."""
+    by_case = {(r["checkpoint"], r["method"], r["ratio"]): r["layers"] for r in records if "layers" in r}
+    rows = []
+    for (name, method, ratio), layers in by_case.items():
+        other = by_case.get((name, "svd improved", ratio))
+        if method != "mobe improved" or other is None:
+            continue
+        cells = []
+        for projection in layers[0]["projections"]:
+            ours, theirs = ([x["projections"][projection]["error"] for x in side] for side in (layers, other))
+            lower = sum(a < b for a, b in zip(ours, theirs, strict=True))
+            cells.append(f"{mean(ours):.3f} / {mean(theirs):.3f} ({lower} of {len(ours)})")
+        rows.append([name, f"{ratio:.1%}", *cells])
+    if rows:
+        header = ["checkpoint", "removed", "gate", "up", "down"]
+        yield "Mean relative error, MoBE / SVD (improved settings), and in how many layers MoBE's is lower:"
+        yield markdown([header, ["---"] * len(header), *rows])
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def markdown(rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def write(output: Path, records: list[dict[str, Any]]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "results.json").write_text(json.dumps(records, indent=1))
+
+
+def insert(path: Path, text: str) -> None:
+    """Replace what stands between the markers of a file."""
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
