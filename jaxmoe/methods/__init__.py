@@ -2,6 +2,7 @@
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods.method import Fit, Method, Outcome, Slot
+from jaxmoe.methods.mobe import MOBE
 from jaxmoe.methods.svd import SVD
 
 METHODS: dict[str, Method] = {}
@@ -28,7 +29,7 @@ def get(name: str) -> Method:
     return METHODS[name]
 
 
-for _method in (SVD,):
+for _method in (SVD, MOBE):
     register(_method)
 
 __all__ = ["METHODS", "Fit", "Method", "Outcome", "Slot", "get", "register"]

@@ -1,0 +1,88 @@
+"""The demonstration: the bundled checkpoint compressed by every method at two sizes, and what that costs, in one table."""
+
+import importlib.util
+import time
+from pathlib import Path
+from typing import Any
+
+from jaxmoe import methods
+from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.data import demo_checkpoint, demo_texts
+from jaxmoe.pipeline import compress
+from jaxmoe.plan import make_plan
+from jaxmoe.report.tables import table
+
+METHODS = ("svd", "mobe")
+RATIOS = (0.25, 0.5)
+
+
+def run(output: Path, on_event) -> tuple[Any, ...]:
+    """Compress the bundled checkpoint and measure the results.
+
+    Args:
+        output: folder for the compressed checkpoints, one subfolder each; finished ones are kept as they are.
+        on_event: called with the pipeline's events.
+
+    Returns:
+        A JSON record, then what to print: a table and where things are. Perplexity needs PyTorch; without it the table shows
+        the reconstruction errors alone, and says so.
+    """
+    source = Checkpoint.open(demo_checkpoint())
+    rows = [{"name": "original", "folder": str(source.folder), "removed": 0.0, "bytes": source.bytes}]
+    for name in METHODS:
+        for ratio in RATIOS:
+            folder = output / f"{name}-{ratio}"
+            recipe = methods.get(name)
+            plan = make_plan(source, recipe, recipe.settings(), ratio=ratio, of="experts")
+            start = time.perf_counter()
+            command = f"jaxmoe compress {source.folder} {folder} --method {name} --ratio {ratio}"
+            report = compress(source, folder, plan, command=command, on_event=on_event)
+            rows.append(
+                {
+                    "name": f"{name} {ratio:.0%}",
+                    "folder": str(folder),
+                    "removed": report["achieved"]["experts"],
+                    "bytes": report["bytes"]["after"],
+                    "error": _mean_error(report),
+                    "seconds": time.perf_counter() - start,
+                }
+            )
+    measured = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("transformers") is not None
+    if measured:
+        from jaxmoe.torch.perplexity import perplexity
+
+        for row in rows:
+            evaluation = perplexity(row["folder"], demo_texts())
+            row["perplexity"] = evaluation.geometric_mean_perplexity
+            row["worst"] = {"name": evaluation.worst.name, "perplexity": evaluation.worst.perplexity}
+    return {"results": rows, "output": str(output)}, _table(rows), _where(output, measured)
+
+
+def _mean_error(report) -> float:
+    errors = [record["error"] for layer in report["layers"] for record in layer["projections"].values()]
+    return sum(errors) / len(errors)
+
+
+def _table(rows):
+    def cells(row):
+        worst = row.get("worst")
+        yield row["name"]
+        yield f"{row['removed']:.3f}"
+        yield f"{row['bytes'] / 1e6:.2f} MB"
+        yield f"{row['error']:.3f}" if "error" in row else ""
+        yield f"{row['perplexity']:.2f}" if "perplexity" in row else ""
+        yield f"{worst['perplexity']:.2f} ({worst['name']})" if worst else ""
+        yield f"{row['seconds']:.1f}" if "seconds" in row else ""
+
+    columns = ("model", "experts removed", "size", "relative error", "perplexity", "worst text", "seconds")
+    title = "A 2.8M-parameter Qwen3-MoE checkpoint, geometric mean perplexity over five held-out texts"
+    return table(columns, map(cells, rows), title=title)
+
+
+def _where(output: Path, measured: bool) -> str:
+    missing = "" if measured else "Perplexity needs PyTorch: pip install 'jaxmoe[torch]', then run the demo again.\n"
+    first = output / f"{METHODS[-1]}-{RATIOS[0]}"
+    return (
+        f"{missing}The compressed checkpoints are in {output}; each has its report.json and model card. To load one:\n"
+        f'  AutoModelForCausalLM.from_pretrained("{first}", trust_remote_code=True)'
+    )

@@ -1,0 +1,152 @@
+"""MoBE: the experts of a layer as mixtures of shared bases, each with a small factor of its own.
+
+    W_e = A_e f(sum_j alpha_ej B_j)          A_e [P, r], B_j [r, Q], alpha_e one coefficient per base
+
+setting="paper": gate and up apart with r = P (down stays), softmax mixing, silu, Adam; M is the size. setting="improved": all three
+projections, down transposed so that its bases lie on the hidden axis; variable projection, tanh, mixing of any sign; the
+coefficients are solved once more for the bases as they are stored. Source: MoBE, arXiv 2508.05257; what differs from the authors' code
+is said in `solvers/basis_learning.py`.
+"""
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors import LayerShape, SharedBasis
+from jaxmoe.factors.shared_basis import ACTIVATIONS
+from jaxmoe.methods.method import Fit, Method, Outcome, Slot
+from jaxmoe.solvers.basis_learning import learn_basis
+from jaxmoe.solvers.mixture import solve_coefficients
+from jaxmoe.solvers.variable_projection import variable_projection
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoBESettings:
+    """Settings of the method; None takes the setting's own default.
+
+    Args:
+        setting: "paper" or "improved".
+        activation: the function between blend and coefficients; silu (paper) or tanh (improved).
+        steps: upper limit of optimiser steps; 50,000 (paper) or 1,000 (improved).
+        patience: steps without a new best loss after which the paper's fit stops; 2,000.
+        bases: number of bases M; chosen from the ratio otherwise.
+        rank: rank r; all rows (paper) or chosen from the ratio (improved) otherwise.
+        groups: groups of experts that are fitted apart (paper), for very many experts.
+
+    Example:
+        >>> MoBESettings(setting="paper").steps
+        50000
+    """
+
+    setting: str = "improved"
+    activation: str | None = None
+    steps: int | None = None
+    patience: int | None = None
+    bases: int | None = None
+    rank: int | None = None
+    groups: int = 1
+
+    def __post_init__(self):
+        if self.setting not in ("paper", "improved"):
+            raise JaxmoeError(f"setting {self.setting!r}: give paper or improved")
+        defaults = {
+            "paper": {"activation": "silu", "steps": 50_000, "patience": 2_000},
+            "improved": {"activation": "tanh", "steps": 1_000, "patience": 500},
+        }[self.setting]
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.activation not in ACTIVATIONS:
+            raise JaxmoeError(f"activation {self.activation!r}: give one of {', '.join(ACTIVATIONS)}")
+        low = {"steps": 0, "patience": 1, "bases": 1, "rank": 1, "groups": 1}
+        if wrong := [f"{n}={v}" for n, least in low.items() if (v := getattr(self, n)) is not None and v < least]:
+            raise JaxmoeError(f"{', '.join(wrong)}: too small")
+
+
+def slots(shape: LayerShape, dtype, settings: MoBESettings, kept: float) -> tuple[Slot, ...]:
+    """Return a ladder of bases (paper) or ranks (improved) for every target."""
+    paper = settings.setting == "paper"
+    targets = tuple(name for name in shape.projections if name != "down" or not paper)
+    return tuple(_slot(shape, target, dtype, settings, kept) for target in targets)
+
+
+def _slot(shape: LayerShape, target: str, dtype, settings: MoBESettings, kept: float) -> Slot:
+    sizes = shape.of(target)
+    experts, out, in_ = sizes
+    transposed = out > in_
+    rows, columns = min(out, in_), max(out, in_)
+
+    def at(bases, rank):
+        return SharedBasis.abstract(
+            sizes, dtype, bases=bases, rank=rank, activation=settings.activation, transposed=transposed
+        )
+
+    dense = experts * rows * columns
+    if settings.setting == "paper" and settings.bases is None:
+        rank = settings.rank or rows
+        most = min(experts, (dense - 1 - experts * rows * rank) // (rank * columns + experts))
+        return Slot(target, lambda bases: at(bases, rank), 1, max(1, most))
+    bases = settings.bases or choose_bases(sizes, kept)
+    most = min(rows, (dense - 1 - experts * bases) // (experts * rows + bases * columns))
+    return Slot(target, lambda rank: at(bases, rank), 1, max(1, most))
+
+
+def choose_bases(shape: tuple[int, int, int], kept: float) -> int:
+    """Return the number of bases for a kept fraction of `[expert, out, in]`."""
+    experts, out, in_ = shape
+    return max(1, min(experts, round(kept * experts / 3)))
+
+
+def fit(weight, template: SharedBasis, settings: MoBESettings, *, moment=None, key=None) -> Fit:
+    """Return the mixture of one target, its coefficients solved for the bases as they are stored."""
+    paper = settings.setting == "paper"
+    dtype = template.bases.dtype
+    matrices = jnp.swapaxes(weight, 1, 2) if template.transposed else weight
+    # The inputs lie along the rows of a transposed fit.
+    moments = {"row_moment" if template.transposed else "moment": moment}
+    options = {
+        "bases": template.bases.shape[0],
+        "rank": template.rank,
+        "activation": settings.activation,
+        "steps": settings.steps,
+        "key": key,
+        **moments,
+    }
+    if paper:
+        found = learn_basis(matrices, patience=settings.patience, groups=settings.groups, **options)
+    else:
+        found = variable_projection(matrices, **options)
+    bases, mixing = found.bases.astype(dtype), found.mixing.astype(dtype)
+    coefficients = found.coefficients
+    if not paper:
+        coefficients = solve_coefficients(
+            matrices, bases, mixing, activation=settings.activation, moment=moments.get("moment")
+        )
+    term = SharedBasis(
+        coefficients=coefficients.astype(dtype),
+        bases=bases,
+        mixing=mixing,
+        activation=settings.activation,
+        transposed=template.transposed,
+    )
+    losses = np.asarray(found.losses)
+    taken = int(found.steps)
+    outcomes = []
+    if bool(found.diverged):
+        outcomes.append(Outcome("diverged", "", f"the loss was not finite after {taken} steps; the best state before is kept"))
+    if settings.steps == 0:
+        outcomes.append(Outcome("not_fitted", "", "no optimiser step was asked for: this is the start"))
+    return Fit(term, losses[:taken], tuple(outcomes))
+
+
+def working_bytes(template: SharedBasis) -> int:
+    """Return the bytes of five copies of the parameters and of the blends with their gradients, in float32."""
+    experts = template.shape[0]
+    rank, columns = template.bases.shape[1:]
+    rows = template.coefficients.shape[1]
+    return 4 * (5 * template.count().numbers + 5 * experts * rank * columns + 2 * experts * rows * columns)
+
+
+MOBE = Method("mobe", "mixtures of shared bases", MoBESettings, slots, fit, working_bytes)

@@ -1,0 +1,169 @@
+"""Runs that are killed, shared, repeated or changed: nothing is lost, and the bytes are those of one quiet run."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+
+import plain_checkpoint
+import pytest
+from filelock import FileLock
+from program import ENVIRONMENT, checksums, command, jaxmoe
+
+SVD = ("--method", "svd", "--ratio", "0.4")
+MOBE = ("--method", "mobe", "--ratio", "0.4", "--set", "steps=300")
+
+
+def source_of(tmp_path, layers=6):
+    return plain_checkpoint.write(tmp_path / "source", shards=2, num_hidden_layers=layers)
+
+
+@pytest.fixture
+def quiet(tmp_path):
+    """A source and the checksums of an undisturbed run over it."""
+    source = source_of(tmp_path)
+    done = jaxmoe("compress", source, tmp_path / "quiet", *MOBE)
+    assert done.returncode == 0, done.stderr
+    return source, checksums(tmp_path / "quiet")
+
+
+def kill(arguments, seconds) -> int:
+    """Start a run, kill it after so many seconds, and return its exit code."""
+    process = subprocess.Popen(command(*arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return process.returncode
+
+
+def hammer(tmp_path, quiet, kills, seed):
+    """Kill a run `kills` times at random moments, finishing and starting over where it was faster than the killer."""
+    source, expected = quiet
+    output, partial = tmp_path / "output", tmp_path / "output.partial"
+    arguments = ("compress", source, output, *MOBE)
+    start = time.perf_counter()
+    jaxmoe("compress", source, tmp_path / "timing", *MOBE)
+    length = time.perf_counter() - start
+    moments = random.Random(seed)
+    killed = 0
+    while killed < kills:
+        code = kill(arguments, moments.uniform(0.2, 0.9) * length)
+        if code == -signal.SIGKILL:
+            killed += 1
+        if output.exists():
+            # Complete under its final name, or not there at all.
+            assert checksums(output) == expected or (output / ".jaxmoe").exists()
+            assert jaxmoe(*arguments).returncode == 0
+            assert checksums(output) == expected
+            subprocess.run(["rm", "-r", output], check=True)
+        else:
+            assert code == -signal.SIGKILL
+    done = jaxmoe(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert checksums(output) == expected
+    assert not partial.exists()
+
+
+def test_killed_three_times(tmp_path, quiet):
+    hammer(tmp_path, quiet, 3, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_twenty_five_times(tmp_path, quiet):
+    hammer(tmp_path, quiet, 25, seed=1)
+
+
+def test_finished_layers_are_kept_and_corrupt_ones_are_not(tmp_path, quiet):
+    source, expected = quiet
+    output = tmp_path / "output"
+    done = jaxmoe("compress", source, output, *MOBE, "--layers", "0:4")
+    assert done.returncode == 0, done.stderr
+    assert not output.exists()
+    assert "still to come" in done.stderr
+    spoiled = tmp_path / "output.partial" / "model-layer00002.safetensors"
+    content = bytearray(spoiled.read_bytes())
+    content[-1] ^= 1
+    spoiled.write_bytes(content)
+    again = jaxmoe("compress", source, output, *MOBE)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("kept from an earlier run") == 3
+    assert checksums(output) == expected
+
+
+def test_disjoint_layers_complete_one_checkpoint(tmp_path, quiet):
+    source, expected = quiet
+    output = tmp_path / "output"
+    runs = [
+        subprocess.Popen(
+            command("compress", source, output, *MOBE, "--layers", span, "--json"),
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for span in ("0:3", "3:6")
+    ]
+    outputs = [run.communicate() for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert any(json.loads(text)["complete"] for text, _ in outputs)
+    assert checksums(output) == expected
+
+
+def test_second_run_is_kept_out(tmp_path):
+    source = source_of(tmp_path, layers=2)
+    output = tmp_path / "output"
+    assert jaxmoe("compress", source, output, *SVD, "--layers", "0:1").returncode == 0
+    with FileLock(tmp_path / "output.partial" / ".jaxmoe" / "layer00001.lock"):
+        for options in ((), ("--no-resume",)):
+            done = jaxmoe("compress", source, output, *SVD, *options)
+            assert done.returncode == 1
+            assert "another run is working on layer00001" in done.stderr
+    assert jaxmoe("compress", source, output, *SVD).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("changed", "word"),
+    [
+        (("--ratio", "0.5"), "requested"),
+        (("--seed", "7"), "seed"),
+        (("--setting", "paper"), "settings"),
+        (("--export", "dense"), "export"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path, changed, word):
+    source = source_of(tmp_path, layers=2)
+    output = tmp_path / "output"
+    assert jaxmoe("compress", source, output, *SVD, "--layers", "0:1").returncode == 0
+    done = jaxmoe("compress", source, output, *SVD, *changed)
+    assert done.returncode == 1
+    assert "other settings" in done.stderr
+    assert word in done.stderr
+    assert jaxmoe("compress", source, output, *SVD, *changed, "--no-resume").returncode == 0
+    finished = jaxmoe("compress", source, output, *SVD)
+    assert finished.returncode == 1
+    assert "something else" in finished.stderr
+
+
+def test_changed_source_is_noticed(tmp_path):
+    source = source_of(tmp_path, layers=2)
+    output = tmp_path / "output"
+    assert jaxmoe("compress", source, output, *SVD, "--layers", "0:1").returncode == 0
+    subprocess.run(["rm", "-r", source], check=True)
+    plain_checkpoint.write(source, shards=2, seed=1)
+    done = jaxmoe("compress", source, output, *SVD)
+    assert done.returncode == 1
+    assert "source" in done.stderr
+
+
+def test_finished_run_is_left_as_it_is(tmp_path):
+    source = source_of(tmp_path, layers=2)
+    output = tmp_path / "output"
+    assert jaxmoe("compress", source, output, *SVD).returncode == 0
+    before = checksums(output, ())
+    (output / ".jaxmoe").mkdir()
+    again = jaxmoe("compress", source, output, *SVD, "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["complete"]
+    assert checksums(output, ()) == before
+    assert not (output / ".jaxmoe").exists(), "what a process killed while publishing left is swept"

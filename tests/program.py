@@ -1,0 +1,29 @@
+"""Run the command line as a user does: in a process of its own."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
+
+
+def command(*arguments) -> list[str]:
+    return [sys.executable, "-m", "jaxmoe", *map(str, arguments)]
+
+
+def jaxmoe(*arguments, **options) -> subprocess.CompletedProcess:
+    """Run the program to its end."""
+    return subprocess.run(
+        command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300, **options
+    )
+
+
+def checksums(folder: Path, leave_out=("report.json", "README.md")) -> dict[str, str]:
+    """Return the sha256 of every file of a folder; the report and the card hold times and the command line."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in leave_out
+    }
