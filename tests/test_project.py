@@ -1,0 +1,67 @@
+"""What the package as a whole promises: a light import, documented names, complete wheels, one version."""
+
+import importlib.metadata
+import inspect
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+from program import jaxmoe as program
+
+import jaxmoe
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_import_is_light():
+    code = "import sys, jaxmoe; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "jaxmoe" in loaded
+    assert not loaded & {"torch", "transformers", "tokenizers", "matplotlib", "safetensors", "huggingface_hub"}
+
+
+def test_public_names_are_documented():
+    for name in jaxmoe.__all__:
+        thing = getattr(jaxmoe, name)
+        if inspect.ismodule(thing) or callable(thing):
+            assert (inspect.getdoc(thing) or "").strip(), f"jaxmoe.{name} has no docstring"
+
+
+def test_one_version():
+    assert importlib.metadata.version("jaxmoe") == jaxmoe.__version__
+    assert program("--version").stdout.split() == ["jaxmoe", jaxmoe.__version__]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The names and sizes of the files in the wheel."""
+    (path,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path_factory.mktemp("wheel")), versions=["standard"])
+    with zipfile.ZipFile(path) as archive:
+        return {entry.filename: entry.file_size for entry in archive.infolist()}
+
+
+def test_wheel_holds_the_data_byte_for_byte(wheel):
+    data = [
+        path for path in (ROOT / "jaxmoe" / "data").rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
+    assert {"model.safetensors", "tokenizer.json", "SOURCES.md", "code.txt"} <= {path.name for path in data}
+    for path in data:
+        assert wheel.get(str(path.relative_to(ROOT))) == path.stat().st_size, f"{path.name} is not in the wheel"
+
+
+def test_wheel_holds_all_code_and_nothing_else(wheel):
+    code = {str(path.relative_to(ROOT)) for path in (ROOT / "jaxmoe").rglob("*.py")}
+    assert code <= set(wheel)
+    assert not [name for name in wheel if not name.startswith(("jaxmoe/", "jaxmoe-"))]
+
+
+def test_bundled_files_name_no_machine():
+    """The data are copies of files that were made elsewhere: no path of that machine may have come along."""
+    for path in (ROOT / "jaxmoe" / "data").rglob("*"):
+        if path.suffix in (".md", ".json") and path.name != "tokenizer.json":
+            text = path.read_text(encoding="utf-8")
+            assert not [word for word in ("/home/", "/root/", "/tmp/", "/work/") if word in text], path
