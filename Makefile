@@ -49,7 +49,6 @@ $(INSTALLED): pyproject.toml
 	  echo "jaxmoe needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)." \
 	  "Name another one: make PYTHON=python3.12" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
 	$(BIN)/python -m pip install --quiet "torch$(if $(TORCH),==$(TORCH))"
 	$(BIN)/python -m pip install --quiet --editable ".[dev,torch]"
 	touch $@
