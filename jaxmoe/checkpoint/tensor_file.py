@@ -105,6 +105,15 @@ class TensorEntry:
         """Size on disk."""
         return self.end - self.begin
 
+    @property
+    def parts(self) -> "tuple[TensorEntry, ...]":
+        """The tensors on disk that hold it: itself."""
+        return (self,)
+
+    def read(self, index: Any = ...) -> np.ndarray:
+        """Return the values at an index of the first axis, all by default, as a view of the mapped file."""
+        return self.view() if index is ... else self.view()[index]
+
     def view(self) -> np.ndarray:
         """Return the tensor as a read-only view of the mapped file; packed dtypes as a flat array of bytes."""
         if self.begin == self.end:
@@ -320,7 +329,7 @@ def write_tensors(path: Path, tensors: Sequence[Planned], metadata: dict[str, st
             values = _contiguous_bytes(tensor)
             # In pieces: the digest and the disk then share what is still in the processor's cache.
             for begin in range(0, len(values), _CHUNK):
-                block = memoryview(values[begin : begin + _CHUNK])
+                block = values[begin : begin + _CHUNK].data
                 digest.update(block)
                 file.write(block)
             del values

@@ -1,0 +1,283 @@
+"""Find the routed experts among a checkpoint's tensors, and check that they are all there and fit.
+
+Names and shapes on disk are the truth; the config must agree with them. Everything that is wrong is collected and
+reported at once: experts missing or described twice, shapes or dtypes that differ, counts that the config contradicts,
+layers without the experts that they should have, and names near experts that nobody knows.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxmoe.checkpoint.families import UNKNOWN, Family, decoder_config, lookup
+from jaxmoe.checkpoint.layout import Stack
+from jaxmoe.checkpoint.moe_layers import is_mtp, moe_layers, num_layers
+from jaxmoe.checkpoint.names import ExpertName, classify, layer_number
+from jaxmoe.checkpoint.quantization import Matrix
+from jaxmoe.checkpoint.tensor_file import DTYPES, listing
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors import TARGETS, LayerShape
+
+FLOATS = ("F32", "BF16", "F16")
+"""The dtypes in which experts can be read and written."""
+
+# Names with "expert" in them that hold no routed experts in any architecture.
+_KNOWN = re.compile(r"(?:^|\.)(?:shared?_expert\w*|expert_bias)(?=\.|$)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoELayer:
+    """The routed experts of one decoder layer.
+
+    Args:
+        index: of the decoder layer.
+        module: path of the experts' module in transformers, such as `model.layers.3.mlp.experts`.
+        shape: sizes.
+        dtype: in which the matrices are stored and factors will be: bfloat16 where the source is quantised.
+        names: all tensors on disk that hold the matrices, scales included; a method replaces them.
+        biases: the experts' biases on disk, which stay as they are.
+        layout: how the matrices lie in the files.
+    """
+
+    index: int
+    module: str
+    shape: LayerShape
+    dtype: np.dtype
+    names: tuple[str, ...]
+    biases: tuple[str, ...]
+    layout: tuple[Stack, ...]
+
+
+class Found(NamedTuple):
+    """What `find_experts` returns: the layers in ascending order, and the tensors of multi-token prediction."""
+
+    layers: tuple[MoELayer, ...]
+    mtp: tuple[str, ...]
+
+
+class _Member(NamedTuple):
+    parsed: ExpertName
+    name: str
+    matrix: Matrix
+
+
+def find_experts(matrices: Mapping[str, Matrix], config: Mapping[str, Any], family: Family | None) -> Found:
+    """Return the MoE layers of a checkpoint.
+
+    Args:
+        matrices: by the names that they have without quantisation.
+        config: the checkpoint's `config.json`.
+        family: its architecture's record; None if there is none.
+
+    Raises:
+        JaxmoeError: if there are no routed experts, or something about them is wrong; all offenders are listed.
+    """
+    decoder = decoder_config(config)
+    count = num_layers(decoder)
+    members, near, mtp = _sort_names(matrices, family)
+    roots = {prefix[: prefix.rindex(".", 0, -1) + 1] for prefix in members}
+    if len(roots) > 1:
+        raise JaxmoeError(
+            f"routed experts stand under several decoders, {', '.join(sorted(roots))}: jaxmoe compresses checkpoints"
+            " with one; split the checkpoint"
+        )
+    if count is not None and roots:
+        # What is numbered behind the last decoder layer predicts further tokens.
+        (root,) = roots
+        behind = {name for name in matrices if (at := layer_number(name)) and at[0] == root and at[1] >= count}
+        mtp |= behind
+        near = [name for name in near if name not in behind]
+        members = {prefix: found for prefix, found in members.items() if found[0].parsed.layer < count}
+    if near:
+        raise JaxmoeError(
+            "unknown names near experts: jaxmoe does not know what they hold and changes nothing that it does not know;"
+            f" {listing(near)}"
+        )
+    if not members:
+        kind = config.get("model_type")
+        raise JaxmoeError(
+            f"no routed experts: none of the {len(matrices)} tensors of this {kind!r} checkpoint has a name such as"
+            " model.layers.0.mlp.experts.0.gate_proj.weight; jaxmoe compresses Mixture-of-Experts models only"
+        )
+    problems: list[str] = []
+    record = family or UNKNOWN
+    layers = []
+    for prefix, found in members.items():
+        layer = _layer(prefix, found, family, decoder, problems)
+        if layer is not None:
+            layers.append(layer)
+            problems += _disagreements(layer, prefix, record, decoder)
+    present = sorted(found[0].parsed.layer for found in members.values())
+    expected = moe_layers(record, decoder)
+    if expected is not None and present != expected:
+        problems += [
+            f"layer {i}: no routed experts, and config.json says it has some" for i in expected if i not in present
+        ]
+        problems += [
+            f"layer {i}: routed experts, and config.json says it has none" for i in present if i not in expected
+        ]
+    if problems:
+        raise JaxmoeError(
+            f"the experts are not complete or do not fit: fetch the checkpoint again. {listing(problems)}"
+        )
+    layers.sort(key=lambda layer: layer.index)
+    return Found(tuple(layers), tuple(name for name in matrices if name in mtp))
+
+
+def _sort_names(
+    matrices: Mapping[str, Matrix], family: Family | None
+) -> tuple[dict[str, list[_Member]], list[str], set[str]]:
+    """Return the experts' tensors by the prefix of their layer, unknown names near experts, and those of MTP."""
+    members: defaultdict[str, list[_Member]] = defaultdict(list)
+    near: list[str] = []
+    mtp: set[str] = set()
+    known = re.compile(family.known) if family and family.known else None
+    for name, matrix in matrices.items():
+        if is_mtp(name):
+            mtp.add(name)
+        elif (parsed := classify(name, len(matrix.shape))) is not None:
+            members[parsed.prefix].append(_Member(parsed, name, matrix))
+        elif "expert" in name and "expert" in _KNOWN.sub("", name) and not (known and known.search(name)):
+            near.append(name)
+    return dict(members), near, mtp
+
+
+def _layer(
+    prefix: str, found: Sequence[_Member], family: Family | None, decoder: Mapping[str, Any], problems: list[str]
+) -> MoELayer | None:
+    """Return one layer, or None and add to the problems what is wrong with it."""
+    before = len(problems)
+    stacks: defaultdict[str, list[_Member]] = defaultdict(list)
+    for member in found:
+        if not member.parsed.bias:
+            stacks[member.parsed.template].append(member)
+    _check_coverage(prefix, stacks, family, problems)
+    experts = _check_numbers(prefix, stacks, problems)
+    dtypes = {member.matrix.dtype for own in stacks.values() for member in own}
+    if len(dtypes) > 1 or not dtypes <= set(FLOATS):
+        problems.append(
+            f"{prefix}: experts in {', '.join(sorted(dtypes))}; they must all be in one of {', '.join(FLOATS)}"
+        )
+    for template, own in stacks.items():
+        # The commonest shape is taken for the right one, so that the tensors which differ are the ones listed.
+        shapes = [member.matrix.shape for member in own]
+        usual = max(set(shapes), key=shapes.count)
+        problems += [
+            f"{m.name}: shape {list(m.matrix.shape)}, others of {template} have {list(usual)}"
+            for m in own
+            if m.matrix.shape != usual
+        ]
+    if len(problems) > before:
+        return None
+    first = sorted((own[0] for own in stacks.values()), key=lambda m: list(TARGETS).index(m.parsed.projection))
+    fit = _fit(prefix, first, experts, family or UNKNOWN, decoder, problems)
+    if fit is None:
+        return None
+    layout, shape = fit
+    by_name = {member.name: member.matrix for member in found}
+    names = tuple(part.name for stack in layout for name in stack.names(shape) for part in by_name[name].parts)
+    block = found[0].parsed.block
+    assumed = f"{prefix}{block}.experts" if block else f"{prefix}experts"
+    return MoELayer(
+        index=found[0].parsed.layer,
+        module=family.memory(prefix) if family else assumed,
+        shape=shape,
+        dtype=DTYPES[dtypes.pop()],
+        names=names,
+        biases=tuple(part.name for m in found if m.parsed.bias for part in m.matrix.parts),
+        layout=layout,
+    )
+
+
+def _check_coverage(
+    prefix: str, stacks: Mapping[str, Sequence[_Member]], family: Family | None, problems: list[str]
+) -> None:
+    """Every projection must be described once."""
+    covering: dict[str, list[str]] = {"gate": [], "up": [], "down": []}
+    for template, own in stacks.items():
+        for projection in TARGETS[own[0].parsed.projection]:
+            covering[projection].append(template)
+    for projection, templates in covering.items():
+        if len(templates) > 1:
+            problems.append(f"{prefix}: {projection} is described twice, by {' and '.join(templates)}")
+        # Whether an unknown architecture has a gate is for its tensors to say.
+        elif not templates and (projection != "gate" or (family is not None and family.gated)):
+            problems.append(f"{prefix}: there is no {projection} projection among {', '.join(stacks) or 'its tensors'}")
+
+
+def _check_numbers(prefix: str, stacks: Mapping[str, Sequence[_Member]], problems: list[str]) -> int:
+    """Every projection must have the experts 0 to E - 1; return E."""
+    numbers = {
+        template: sorted(m.parsed.expert for m in own if m.parsed.expert is not None)
+        for template, own in stacks.items()
+    }
+    most = max((own[-1] + 1 for own in numbers.values() if own), default=0)
+    for template, own in numbers.items():
+        if own and own != list(range(most)):
+            missing = sorted(set(range(most)) - set(own))
+            problems.append(f"{template}: no expert {listing([str(number) for number in missing])} of {most}")
+    return most
+
+
+def _fit(
+    prefix: str,
+    first: Sequence[_Member],
+    experts: int,
+    family: Family,
+    decoder: Mapping[str, Any],
+    problems: list[str],
+) -> tuple[tuple[Stack, ...], LayerShape] | None:
+    """Return the layout and the sizes that all the tensors of a layer agree on, given one tensor of every stack."""
+    gated = any(member.parsed.projection in ("gate", "gate_up") for member in first)
+    if not experts:
+        whole = [member.matrix.shape[0] for member in first if member.parsed.layout in ("fused", "stacked")]
+        experts = whole[0] if whole else lookup(decoder, family.experts)
+    fitting = []
+    for transposed in (False, True) if family.transposed is None else (family.transposed,):
+        layout = tuple(_stack(member, transposed, family) for member in first)
+        (down,) = (stack for stack in layout if stack.target == "down")
+        sizes = down.sizes(next(m.matrix.shape for m in first if m.parsed.projection == "down"), experts)
+        shape = LayerShape(experts, *sizes, gated)
+        if min(shape[:3]) > 0 and all(s.on_disk(shape) == m.matrix.shape for s, m in zip(layout, first, strict=True)):
+            fitting.append((layout, shape))
+    if not fitting:
+        shapes = ", ".join(f"{member.parsed.template} {list(member.matrix.shape)}" for member in first)
+        problems.append(f"{prefix}: the shapes do not fit {experts} experts and one another: {shapes}")
+        return None
+    # Both ways round fit only without a gate: `[expert, F, D]` beside `[expert, D, F]`.
+    hidden = lookup(decoder, family.hidden or "hidden_size")
+    return next((fit for fit in fitting if fit[1].hidden == hidden), fitting[0])
+
+
+def _stack(member: _Member, transposed: bool, family: Family) -> Stack:
+    parsed = member.parsed
+    fused = parsed.layout == "fused"
+    flat = parsed.layout == "flat"
+    return Stack(
+        name=parsed.template,
+        target=parsed.projection,
+        # In the flat layout all three have the hidden size along the columns.
+        transposed=(fused and transposed) or (flat and parsed.projection == "down"),
+        interleaved=fused and family.interleaved and parsed.projection == "gate_up",
+        flat=flat,
+    )
+
+
+def _disagreements(layer: MoELayer, prefix: str, family: Family, decoder: Mapping[str, Any]) -> list[str]:
+    """Return where the config's sizes differ from those of the tensors."""
+    problems = []
+    for what, keys, found in (
+        ("routed experts", family.experts, layer.shape.experts),
+        ("hidden size", family.hidden, layer.shape.hidden),
+        ("expert intermediate size", family.intermediate, layer.shape.intermediate),
+    ):
+        value = lookup(decoder, keys)
+        if isinstance(value, list) and layer.index < len(value):
+            value = value[layer.index]
+        if type(value) is int and value != found:
+            problems.append(f"{prefix}: {what} {found}, and config.json says {value}")
+    return problems

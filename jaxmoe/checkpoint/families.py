@@ -1,0 +1,349 @@
+"""The architectures: where each keeps its experts, on disk and in transformers' memory, and what its config calls them.
+
+One record per architecture, in words and no code: a new one is one entry here. Names of tensors are parsed by one
+grammar for all (`names.py`); a record only says what names cannot. An architecture that is missing here but has
+standard names is still read; then `UNKNOWN` tells where its config is looked into.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture. Keys of the config may be alternatives, `a|b`, of which the first present one counts.
+
+    Args:
+        model_types: the `model_type`s that share the record.
+        experts: config key of the number of routed experts.
+        top_k: config key of the experts per token.
+        intermediate: config key of the expert intermediate size.
+        hidden: config key of the size that the experts read and write.
+        module: path of the experts' module in transformers, relative to the layer.
+        renamed: prefixes on disk and in memory, where they differ.
+        router: the router's tensor on disk, relative to the layer.
+        routing: name of the routing rule.
+        bias: the selection bias on disk, relative to the layer; empty if there is none.
+        shared: the shared experts on disk, relative to the layer; empty if there are none.
+        transposed: whether fused tensors are `[expert, in, out]`; None: the shape decides.
+        interleaved: whether rows of gate and up alternate in fused tensors.
+        gated: whether there is a gate projection.
+        moe_layers: the rules, in `moe_layers.RULES`, that tell which layers have routed experts; the first one counts
+            whose keys the config has. Without any, the tensors alone decide.
+        known: further names with "expert" in them that are no routed experts, as a regular expression.
+    """
+
+    model_types: tuple[str, ...]
+    experts: str = "num_experts|num_local_experts"
+    top_k: str = "num_experts_per_tok"
+    intermediate: str = "moe_intermediate_size"
+    hidden: str = "hidden_size"
+    module: str = "mlp.experts"
+    renamed: tuple[str, str] = ("", "")
+    router: str = "mlp.gate.weight"
+    routing: str = "softmax"
+    bias: str = ""
+    shared: str = ""
+    transposed: bool | None = False
+    interleaved: bool = False
+    gated: bool = True
+    moe_layers: tuple[str, ...] = ("all",)
+    known: str = ""
+
+    @property
+    def name(self) -> str:
+        """The first of its model types."""
+        return self.model_types[0]
+
+    def memory(self, prefix: str) -> str:
+        """Return the path of the experts' module in transformers from a layer's prefix on disk.
+
+        Example:
+            >>> FAMILIES["nemotron_h"].memory("backbone.layers.1.")
+            'model.layers.1.mixer.experts'
+        """
+        on_disk, in_memory = self.renamed
+        return prefix.replace(on_disk, in_memory, 1) + self.module
+
+
+_SPARSE = ("mlp_layer_types", "first_k_dense_replace")
+_DEEPSEEK_BIAS = "mlp.gate.e_score_correction_bias"
+_W = "block_sparse_moe.gate.weight"
+
+_RECORDS = (
+    Family(
+        model_types=("mixtral", "minimax"),
+        experts="num_local_experts",
+        intermediate="intermediate_size",
+        router=_W,
+        routing="softmax_normalised",
+    ),
+    Family(
+        model_types=("minimax_m2",),
+        experts="num_local_experts",
+        intermediate="intermediate_size",
+        router=_W,
+        routing="sigmoid_bias",
+        bias="block_sparse_moe.e_score_correction_bias",
+    ),
+    Family(
+        model_types=("phimoe",),
+        experts="num_local_experts",
+        intermediate="intermediate_size",
+        router=_W,
+        routing="sparse_mixer",
+    ),
+    Family(model_types=("qwen2_moe", "qwen3_next"), shared="mlp.shared_expert", moe_layers=("decoder_sparse_step",)),
+    Family(model_types=("qwen3_moe",), moe_layers=("decoder_sparse_step",)),
+    Family(model_types=("qwen3_5_moe_text", "qwen3_5_moe"), shared="mlp.shared_expert", routing="softmax_normalised"),
+    Family(model_types=("qwen3_vl_moe_text", "qwen3_vl_moe"), transposed=None, moe_layers=("decoder_sparse_step",)),
+    Family(model_types=("olmoe", "flex_olmo"), intermediate="intermediate_size"),
+    Family(
+        model_types=("deepseek_v2",),
+        experts="n_routed_experts",
+        routing="deepseek_v2",
+        shared="mlp.shared_experts",
+        moe_layers=("first_k_dense_replace",),
+    ),
+    Family(
+        model_types=(
+            "deepseek_v3",
+            "kimi_k2",
+            "kimi_k25",
+            "deepseek_v32",
+            "glm_moe_dsa",
+            "glm4_moe",
+            "glm4_moe_lite",
+            "dots1",
+        ),
+        experts="n_routed_experts",
+        routing="deepseek_v3",
+        bias=_DEEPSEEK_BIAS,
+        shared="mlp.shared_experts",
+        moe_layers=_SPARSE,
+    ),
+    Family(
+        model_types=("solar_open",),
+        experts="n_routed_experts",
+        routing="deepseek_v3",
+        bias=_DEEPSEEK_BIAS,
+        shared="mlp.shared_experts",
+    ),
+    Family(
+        model_types=("mimo_v2_flash",),
+        experts="n_routed_experts",
+        routing="deepseek_v3",
+        bias=_DEEPSEEK_BIAS,
+        moe_layers=("mlp_layer_types", "moe_layer_freq"),
+    ),
+    Family(
+        model_types=("exaone_moe",),
+        routing="deepseek_v3",
+        bias="mlp.e_score_correction_bias",
+        shared="mlp.shared_experts",
+        moe_layers=_SPARSE,
+    ),
+    Family(
+        model_types=("bailing_hybrid",),
+        top_k="num_experts_per_token|num_experts_per_tok",
+        routing="deepseek_v3",
+        bias="mlp.gate.expert_bias",
+        shared="mlp.shared_experts",
+        moe_layers=_SPARSE,
+    ),
+    Family(
+        model_types=("kimi_linear",),
+        top_k="num_experts_per_token|num_experts_per_tok",
+        router=_W,
+        routing="deepseek_v3",
+        bias="block_sparse_moe.gate.e_score_correction_bias",
+        shared="block_sparse_moe.shared_experts",
+        moe_layers=_SPARSE,
+    ),
+    Family(
+        model_types=("nemotron_h",),
+        experts="n_routed_experts",
+        # With a latent size, the experts work between two projections that all of them share.
+        hidden="moe_latent_size|hidden_size",
+        module="mixer.experts",
+        renamed=("backbone.", "model."),
+        router="mixer.gate.weight",
+        routing="deepseek_v3",
+        bias="mixer.gate.e_score_correction_bias",
+        shared="mixer.shared_experts",
+        gated=False,
+        moe_layers=("layers_block_type", "hybrid_override_pattern"),
+    ),
+    Family(
+        model_types=("hy_v3",),
+        router="mlp.router.gate.weight",
+        routing="sigmoid_bias",
+        bias="mlp.expert_bias",
+        shared="mlp.shared_mlp",
+        moe_layers=_SPARSE,
+    ),
+    Family(
+        model_types=("afmoe",),
+        router="mlp.router.gate.weight",
+        routing="sigmoid_bias",
+        bias="mlp.expert_bias",
+        shared="mlp.shared_experts",
+        moe_layers=("num_dense_layers",),
+    ),
+    Family(
+        model_types=("lfm2_moe",),
+        module="feed_forward.experts",
+        router="feed_forward.gate.weight",
+        routing="sigmoid_lfm",
+        bias="feed_forward.expert_bias",
+        moe_layers=("num_dense_layers",),
+    ),
+    Family(
+        model_types=("ernie4_5_moe",),
+        experts="moe_num_experts",
+        top_k="moe_k",
+        routing="softmax_bias",
+        bias="mlp.moe_statics.e_score_correction_bias",
+        shared="mlp.shared_experts",
+        moe_layers=("moe_layer_interval",),
+    ),
+    Family(
+        model_types=("hunyuan_v1_moe",),
+        experts="num_experts",
+        top_k="moe_topk",
+        intermediate="intermediate_size",
+        router="mlp.gate.wg.weight",
+        routing="softmax_normalised",
+        shared="mlp.shared_mlp",
+    ),
+    Family(
+        model_types=("gpt_oss",),
+        experts="num_local_experts",
+        intermediate="intermediate_size",
+        router="mlp.router.weight",
+        routing="topk_softmax",
+        transposed=True,
+        interleaved=True,
+    ),
+    Family(
+        model_types=("llama4_text", "llama4"),
+        experts="num_local_experts",
+        intermediate="intermediate_size",
+        module="feed_forward.experts",
+        router="feed_forward.router.weight",
+        routing="llama4",
+        shared="feed_forward.shared_expert",
+        transposed=True,
+        moe_layers=("moe_layers", "interleave_moe_layer_step"),
+    ),
+    Family(
+        model_types=("granitemoe", "granitemoeshared", "granitemoehybrid"),
+        experts="num_local_experts",
+        intermediate="intermediate_size",
+        module="block_sparse_moe.experts",
+        router="block_sparse_moe.router.layer.weight",
+        routing="topk_softmax",
+        shared="shared_mlp",
+    ),
+    Family(
+        model_types=("jetmoe",),
+        experts="num_local_experts",
+        intermediate="intermediate_size",
+        module="mlp",
+        router="mlp.router.layer.weight",
+        routing="topk_softmax",
+        # Its attention is a mixture too, which no method here touches.
+        known=r"\.self_attention\.experts\.",
+    ),
+    Family(
+        model_types=("jamba",),
+        experts="num_experts",
+        intermediate="intermediate_size",
+        module="feed_forward.experts",
+        router="feed_forward.router.weight",
+        moe_layers=("expert_layer_period",),
+    ),
+    Family(
+        model_types=("cohere2_moe",),
+        # Its config has one size for dense and for expert layers.
+        intermediate="moe_intermediate_size|intermediate_size",
+        routing="topk_softmax",
+        shared="mlp.shared_experts",
+        moe_layers=("mlp_layer_types", "first_k_dense_replace"),
+    ),
+    Family(
+        model_types=("gemma4_text", "gemma4"),
+        experts="num_experts",
+        top_k="top_k_experts",
+        module="experts",
+        router="router.proj.weight",
+        routing="gemma4",
+        shared="mlp",
+        known=r"\.per_expert_scale$",
+    ),
+    Family(
+        model_types=("dbrx",),
+        experts="ffn_config.moe_num_experts",
+        top_k="ffn_config.moe_top_k",
+        intermediate="ffn_config.ffn_hidden_size",
+        hidden="d_model",
+        module="ffn.experts.mlp",
+        router="ffn.router.layer.weight",
+        routing="dbrx",
+    ),
+    Family(
+        model_types=("step3p7", "step3p5"),
+        experts="n_routed_experts|moe_num_experts",
+        module="moe.experts",
+        router="moe.gate.weight",
+        routing="sigmoid_bias",
+        bias="moe.router_bias",
+        shared="share_expert",
+        moe_layers=("mlp_layer_types",),
+        known=r"\.share_expert\.",
+    ),
+)
+
+FAMILIES: dict[str, Family] = {model_type: record for record in _RECORDS for model_type in record.model_types}
+"""The known architectures by `model_type`."""
+
+UNKNOWN = Family(
+    model_types=("",),
+    experts="num_experts|num_local_experts|n_routed_experts|moe_num_experts",
+    top_k="num_experts_per_tok|num_experts_per_token|moe_topk|moe_k|top_k_experts",
+    # What an unknown config means by its sizes cannot be told: the tensors decide.
+    intermediate="",
+    hidden="",
+    transposed=None,
+    moe_layers=(),
+)
+"""Where to look in the config of an architecture that is not known."""
+
+
+def decoder_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a config that describes the decoder: `text_config` in one of several modalities."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) and "hidden_size" not in config else config
+
+
+def find_family(config: Mapping[str, Any]) -> Family | None:
+    """Return the record of a checkpoint's architecture, or None if there is none."""
+    decoder = decoder_config(config)
+    return FAMILIES.get(config.get("model_type", "")) or FAMILIES.get(decoder.get("model_type", ""))
+
+
+def lookup(config: Mapping[str, Any], keys: str) -> Any:
+    """Return the first present value of alternative keys, None if there is none; dots reach into nested objects.
+
+    Example:
+        >>> lookup({"ffn_config": {"size": 3}}, "width|ffn_config.size")
+        3
+    """
+    for key in filter(None, keys.split("|")):
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            return value
+    return None

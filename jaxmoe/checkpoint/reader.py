@@ -1,0 +1,217 @@
+"""A checkpoint on disk, opened: its MoE layers, their matrices when asked for, and everything else to be copied.
+
+Opening reads headers only; matrices are views of mapped files where the layout allows it, and are decoded one expert
+at a time where it does not. Nothing is written to the source.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmoe.checkpoint import files, hub
+from jaxmoe.checkpoint.experts import MoELayer, find_experts
+from jaxmoe.checkpoint.families import Family, find_family
+from jaxmoe.checkpoint.layout import plan_dense
+from jaxmoe.checkpoint.quantization import Matrix, assemble, without_quantization
+from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry, header_bytes
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors import TARGETS
+
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A Hugging Face checkpoint with routed experts.
+
+    Args:
+        folder: where it lies.
+        config: its `config.json`.
+        model_type: the architecture's name in it.
+        family: the architecture's record; None if jaxmoe has none and read it by its standard names.
+        tensors: every tensor on disk by name.
+        matrices: every tensor by the name that it has without quantisation.
+        layers: the MoE layers of the decoder in ascending order, without those of multi-token prediction.
+        mtp: names on disk of the tensors of multi-token prediction, which are copied.
+        notes: what a user should know about how the checkpoint was read, one sentence each.
+
+    Example:
+        >>> checkpoint = Checkpoint.open("jaxmoe/demo/checkpoint")  # doctest: +SKIP
+        >>> checkpoint.projection(checkpoint.layers[0], "down").shape  # doctest: +SKIP
+        (16, 128, 64)
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    model_type: str
+    family: Family | None
+    tensors: Mapping[str, TensorEntry] = field(repr=False)
+    matrices: Mapping[str, Matrix] = field(repr=False)
+    layers: tuple[MoELayer, ...] = field(repr=False)
+    mtp: tuple[str, ...] = field(repr=False)
+    notes: tuple[str, ...]
+
+    @classmethod
+    def open(cls, source: str | Path, revision: str | None = None) -> "Checkpoint":
+        """Open a checkpoint and check everything that can be checked without reading its numbers.
+
+        Args:
+            source: a folder or a hub id.
+            revision: branch, tag or commit on the hub.
+
+        Raises:
+            JaxmoeError: if it cannot be found or read, is damaged, has no routed experts, or was compressed already.
+        """
+        folder = hub.resolve(source, revision)
+        config = files.read_config(folder)
+        if "jaxmoe" in config:
+            raise JaxmoeError(
+                f"{folder} was compressed by jaxmoe already: give the original, or write this one out as a dense"
+                " checkpoint with `jaxmoe convert --to dense` first"
+            )
+        try:
+            tensors = files.read_tensors(folder)
+            family = find_family(config)
+            matrices = assemble(tensors, config)
+            found = find_experts(matrices, config, family)
+        except JaxmoeError as error:
+            raise JaxmoeError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from error
+        mtp = tuple(part.name for name in found.mtp for part in matrices[name].parts)
+        return cls(
+            folder=folder,
+            config=config,
+            model_type=config["model_type"],
+            family=family,
+            tensors=tensors,
+            matrices=matrices,
+            layers=found.layers,
+            mtp=mtp,
+            notes=tuple(_notes(config, family, found.layers, tensors, matrices, mtp)),
+        )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether some tensors stand for others, so that everything is written in bfloat16."""
+        return self.matrices.keys() != self.tensors.keys()
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the whole model without quantisation; scales do not count."""
+        return sum(matrix.numbers for matrix in self.matrices.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors on disk."""
+        return sum(entry.bytes for entry in self.tensors.values())
+
+    def projection(self, layer: MoELayer, name: str, experts: slice = slice(None)) -> np.ndarray:
+        """Return the matrices of one projection, `[expert, out, in]`, in the layer's dtype.
+
+        The result is a read-only view of the file where the layout allows it, else the only copy.
+
+        Args:
+            layer: one of `layers`.
+            name: `gate`, `up` or `down`.
+            experts: which ones.
+        """
+        for stack in layer.layout:
+            if name in TARGETS[stack.target]:
+                return stack.read(self.matrices, layer.shape, name, experts)
+        raise JaxmoeError(
+            f"layer {layer.index} has no {name}: its projections are {', '.join(layer.shape.projections)}"
+        )
+
+    def dense_tensors(self, layer: MoELayer, produce: Callable[[str], np.ndarray]) -> list[Planned]:
+        """Plan a layer's dense experts under the source's names and in its layout and dtype (unquantised).
+
+        Args:
+            layer: one of `layers`.
+            produce: returns a projection's matrices, `[expert, out, in]`, in any float dtype.
+        """
+        return plan_dense(layer.layout, layer.shape, layer.dtype, produce)
+
+    def copied(self) -> list[Planned]:
+        """Plan every tensor that no method replaces: byte for byte, or without quantisation where the source has it."""
+        replaced = {name for layer in self.layers for name in layer.names}
+        return [
+            Planned(name, matrix.dtype, matrix.shape, matrix.read)
+            for name, matrix in self.matrices.items()
+            if matrix.parts[0].name not in replaced
+        ]
+
+    def dense_config(self) -> dict[str, Any]:
+        """Return the config of what `dense_tensors` and `copied` write: the source's, without its quantisation."""
+        if not self.quantized:
+            return dict(self.config)
+        config = without_quantization(self.config)
+        for key in ("dtype", "torch_dtype"):
+            if key in config:
+                config[key] = "bfloat16"
+        return config
+
+    def layouts(self) -> dict[str, dict[str, Any]]:
+        """Return for each experts' module how `dense_tensors` writes it, as JSON: `dtype` and `stacks`.
+
+        `plan_dense` writes the dense tensors again from that alone: `Stack(**stack)` for each of the stacks.
+        """
+        return {
+            layer.module: {"dtype": layer.dtype.name, "stacks": [asdict(stack) for stack in layer.layout]}
+            for layer in self.layers
+        }
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 that changes with the config, any header and, almost surely, any retrained weights.
+
+        Of each shard, its name, size, header and evenly spaced blocks of its content count, so that a checkpoint of a
+        terabyte costs a second.
+        """
+        digest = hashlib.sha256((self.folder / files.CONFIG).read_bytes())
+        for path in sorted({entry.file for entry in self.tensors.values()}):
+            size = path.stat().st_size
+            header = header_bytes(path)
+            digest.update(f"{path.name} {size} ".encode() + header)
+            with open(path, "rb") as file:
+                span = max(0, size - len(header) - _SAMPLE_BYTES)
+                for step in range(_SAMPLES):
+                    file.seek(len(header) + span * step // (_SAMPLES - 1))
+                    digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()
+
+
+def _notes(
+    config: Mapping[str, Any],
+    family: Family | None,
+    layers: tuple[MoELayer, ...],
+    tensors: Mapping[str, TensorEntry],
+    matrices: Mapping[str, Matrix],
+    mtp: tuple[str, ...],
+) -> list[str]:
+    notes = []
+    if family is None:
+        first = layers[0]
+        names = ", ".join(stack.name for stack in first.layout)
+        notes.append(
+            f"model_type {config['model_type']!r} is unknown to jaxmoe and was read by its standard names. Known from"
+            f" the tensors: {len(layers)} MoE layers, {first.shape.experts} experts, sizes and names ({names}). Unknown:"
+            f" how it routes, and its module in memory ({first.module} is assumed); methods that need the weights alone"
+            " and the dense export work."
+        )
+    if mtp:
+        predicting = set(mtp)
+        numbers = sum(matrix.numbers for matrix in matrices.values() if matrix.parts[0].name in predicting)
+        notes.append(
+            f"{len(mtp)} tensors of multi-token prediction ({numbers:,} parameters) are copied, not compressed."
+        )
+    if matrices.keys() != tensors.keys():
+        kinds = sorted(
+            {part.dtype for matrix in matrices.values() if len(matrix.parts) > 1 for part in matrix.parts[:1]}
+        )
+        notes.append(
+            f"The source is quantised ({', '.join(kinds)} with scales); it is read exactly, and everything written is"
+            " bfloat16 without quantisation."
+        )
+    return notes
