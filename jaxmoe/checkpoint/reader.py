@@ -196,9 +196,9 @@ def _notes(
         names = ", ".join(stack.name for stack in first.layout)
         notes.append(
             f"model_type {config['model_type']!r} is unknown to jaxmoe and was read by its standard names. Known from"
-            f" the tensors: {len(layers)} MoE layers, {first.shape.experts} experts, sizes and names ({names}). Unknown:"
-            f" how it routes, and its module in memory ({first.module} is assumed); methods that need the weights alone"
-            " and the dense export work."
+            f" the tensors: {len(layers)} MoE layers, {first.shape.experts} experts, sizes and names ({names})."
+            f" Unknown: how it routes, and its module in memory ({first.module} is assumed); methods that need the"
+            " weights alone and the dense export work."
         )
     if mtp:
         predicting = set(mtp)
