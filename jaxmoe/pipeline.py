@@ -82,9 +82,7 @@ def compress(
         return done
     mine = _selected(plan, layers)
     workspace = Workspace(output, run)
-    workspace.folder.parent.mkdir(parents=True, exist_ok=True)
-    workspace.open([planned.source.index for planned in mine], resume=resume)
-    try:
+    with workspace.opened([planned.source.index for planned in mine], resume=resume):
         keys = {planned.source.index: _layer_key(run, planned) for planned in plan.layers}
         for position, planned in enumerate(mine):
             index = planned.source.index
@@ -113,8 +111,6 @@ def compress(
             return report
         with workspace.exclusive("publish"):
             return _publish(checkpoint, plan, export, workspace, run, report, on_event)
-    finally:
-        workspace.close()
 
 
 def _run_record(checkpoint: Checkpoint, plan: Plan, export: str, seed: int, moments) -> dict[str, Any]:
@@ -301,10 +297,8 @@ def _publish(checkpoint, plan, export, workspace, run, report, on_event) -> dict
         config, code = checkpoint.dense_config(), {}
     else:
         modules = {planned.source.module: planned.template for planned in plan.layers}
-        config = factored_config(checkpoint.dense_config(), modules, layouts=checkpoint.layouts())
+        config = factored_config(checkpoint.dense_config(), modules, checkpoint.layouts())
         code = remote_code(checkpoint.dense_config())
-    for leftover in workspace.folder.glob(".*.part"):
-        leftover.unlink()
     stored = complete_folder(
         workspace.folder,
         layers=[workspace.folder / layer_file(planned.source.index) for planned in plan.layers],

@@ -13,8 +13,8 @@ disjoint layers may share the folder; whoever finishes last publishes.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,19 @@ class Workspace:
             "run with those, choose another output folder, or start over with --no-resume"
         )
 
-    def close(self) -> None:
-        """Release the locks."""
-        self.locks.close()
+    @contextmanager
+    def opened(self, layers: Iterable[int], *, resume: bool = True) -> Iterator[None]:
+        """Open the folder for the length of a `with` block, then release the locks."""
+        try:
+            self.open(layers, resume=resume)
+            yield
+        finally:
+            self.locks.close()
+
+    def check_free(self) -> None:
+        """Raise if something stands where the output is to be."""
+        if self.output.exists():
+            raise JaxmoeError(f"{self.output} exists: remove it, or choose another output folder")
 
     def entry(self, index: int, key: str) -> dict[str, Any] | None:
         """Return the journal entry of a layer that is finished and whole, else None."""
@@ -142,8 +152,9 @@ class Workspace:
 
         The journal goes last: a process killed in between leaves a complete output with a journal that the next run removes.
         """
-        if self.output.exists():
-            raise JaxmoeError(f"{self.output} appeared while the run was going on: remove it and run again to publish")
+        self.check_free()
+        for leftover in self.folder.glob(".*.part"):
+            leftover.unlink()
         os.rename(self.folder, self.output)
         sync_folder(self.output.parent)
         sweep(self.output)

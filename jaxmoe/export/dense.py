@@ -1,0 +1,47 @@
+"""From factored back to dense: the checkpoint that `compress --export dense` would have written."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.tensor_file import write_tensors
+from jaxmoe.checkpoint.workspace import Workspace, layer_file
+from jaxmoe.export.factored import remote_code
+from jaxmoe.export.folder import complete_folder, side_files
+
+
+def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
+    """Write a factored checkpoint in the original architecture, layer by layer.
+
+    Args:
+        source: a folder or hub id that jaxmoe wrote with factored experts.
+        output: the folder to create; it gets its name when it is complete.
+
+    Returns:
+        `{"output", "stored": {"parameters", "bytes"}}`.
+
+    Raises:
+        JaxmoeError: the source is not factored or damaged, or the output exists.
+    """
+    opened = CompressedCheckpoint.open(source)
+    output = Path(output).absolute()
+    workspace = Workspace(output, {"convert": "dense", "source": str(opened.folder)})
+    workspace.check_free()
+    files = []
+    with workspace.opened([]):
+        for module in opened.modules:
+            (index,) = (int(number) for number in re.findall(r"\.(\d+)\.", module))
+            files.append(workspace.folder / layer_file(index))
+            write_tensors(files[-1], opened.dense_tensors(module))
+        code = remote_code(opened.config)
+        stored = complete_folder(
+            workspace.folder,
+            layers=files,
+            copied=opened.copied(),
+            config=opened.original,
+            code={},
+            beside=[path for path in side_files(opened.folder) if path.name not in code],
+        )
+        workspace.publish()
+    return {"output": str(output), "stored": stored}
