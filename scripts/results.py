@@ -121,17 +121,16 @@ def evaluate(checkpoint: Path, texts: list[Path], arguments: argparse.Namespace,
 def perplexities(records: list[dict[str, Any]]) -> str:
     """Return the table of geometric-mean perplexities, and why some of its cells are empty."""
     ratios = sorted({record["ratio"] for record in records if "ratio" in record})
-    rows = [["checkpoint", "method", *(f"{ratio:.1%} removed" for ratio in ratios)]]
+    rows = [["checkpoint (original)", "method", *(f"{ratio:.1%} removed" for ratio in ratios)]]
     rows.append(["---"] * len(rows[0]))
     notes = []
-    for name, method in dict.fromkeys((record["checkpoint"], record["method"]) for record in records):
+    bases = {
+        r["checkpoint"]: r["evaluation"]["geometric_mean_perplexity"] for r in records if r["method"] == "original"
+    }
+    for name, method in dict.fromkeys((r["checkpoint"], r["method"]) for r in records if "ratio" in r):
         own = [r for r in records if (r["checkpoint"], r["method"]) == (name, method)]
-        if method == "original":
-            base = own[0]["evaluation"]["geometric_mean_perplexity"]
-            rows.append([name, method, f"{base:.2f}", *[""] * (len(ratios) - 1)])
-            continue
-        cells = {record["ratio"]: cell(record, base) for record in own}
-        rows.append([name, method, *(cells.get(ratio, "") for ratio in ratios)])
+        cells = {record["ratio"]: cell(record, bases[name]) for record in own}
+        rows.append([f"{name} ({bases[name]:.2f})", method, *(cells.get(ratio, "") for ratio in ratios)])
         notes += [f"– {name}, {method}: {r['infeasible'].split(': ', 1)[-1]}." for r in own if "infeasible" in r][:1]
     return "\n".join([markdown(rows), *(["", *(f"- {note}" for note in notes)] if notes else [])])
 
