@@ -81,8 +81,8 @@ _STEMS = {
 
 ARCHITECTURES: dict[str, Architecture] = {
     **{model_type: _regular(model_type, stem) for model_type, stem in _STEMS.items()},
-    "bailing_hybrid": _regular("bailing_hybrid", "BailingHybrid", "5.23"),
-    "kimi_linear": _regular("kimi_linear", "KimiLinear", "5.23"),
+    "bailing_hybrid": _regular("bailing_hybrid", "BailingHybrid", "5.20"),
+    "kimi_linear": _regular("kimi_linear", "KimiLinear", "5.17"),
     "gemma4_text": _text("gemma4", "Gemma4"),
     "qwen3_5_moe_text": _text("qwen3_5_moe", "Qwen3_5Moe"),
     # Kimi-K2 is DeepSeek-V3's architecture; its own code is not needed.

@@ -28,13 +28,18 @@ _KEPT = ("model_type", "architectures", "auto_map")
 """The keys of the original configuration that are replaced, and kept beside the factors."""
 
 
-def factored_config(config: Mapping[str, Any], layers: Mapping[str, CompressedLayer]) -> dict[str, Any]:
+def factored_config(
+    config: Mapping[str, Any],
+    layers: Mapping[str, CompressedLayer],
+    layouts: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, Any]:
     """Return the original configuration edited for factored experts.
 
     Args:
         config: the original `config.json`.
         layers: the compressed layers, abstract or real, by the path of the experts module in transformers. Layers that
             are not named keep their stock experts.
+        layouts: how each module's dense experts lay on disk, so that they can be written like that again; travels along.
 
     Raises:
         JaxmoeError: if the architecture's factored checkpoints could not be run.
@@ -46,7 +51,12 @@ def factored_config(config: Mapping[str, Any], layers: Mapping[str, CompressedLa
         "minimum_transformers": stock.since,
         **{key: config[key] for key in _KEPT if key in config},
         "experts": {
-            module: {"shape": layer.check().sizes._asdict(), "terms": layer.spec()} for module, layer in layers.items()
+            module: {
+                "shape": layer.check().sizes._asdict(),
+                "terms": layer.spec(),
+                **({"layout": layouts[module]} if layouts is not None else {}),
+            }
+            for module, layer in layers.items()
         },
     }
     causal = f"Factored{stock.causal}"
@@ -122,7 +132,16 @@ def remote_code(config: Mapping[str, Any]) -> dict[str, str]:
 # Copyright The jaxmoe developers
 """The configuration of {model_type} with factored experts, written by jaxmoe {jaxmoe.__version__}."""
 
-from {stock.configuration} import {stock.config}
+import transformers
+from packaging.version import Version
+
+if Version(transformers.__version__) < Version("{stock.since}"):
+    raise ImportError(
+        "{model_type} with experts factored by jaxmoe needs transformers {stock.since} or newer, but "
+        f"{{transformers.__version__}} is installed: pip install --upgrade transformers"
+    )
+
+from {stock.configuration} import {stock.config}  # noqa: E402
 
 
 class Factored{stock.config}({stock.config}):

@@ -289,7 +289,7 @@ class FactoredExperts(nn.Module):
         if getattr(self, "has_post_expert_norm", False):
             out = self.post_expert_norm(out)
         weighted = out * top_k_weights.reshape(-1)[order, None]
-        summed = weighted[torch.argsort(order)].view(tokens.shape[0], top_k, -1).sum(1)
+        summed = weighted[torch.argsort(order)].view(-1, top_k, out.shape[-1]).sum(1)
         return summed.to(hidden_states.dtype).view_as(hidden_states)
 
 

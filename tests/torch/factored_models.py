@@ -1,0 +1,127 @@
+"""Factored checkpoints of tiny models, made without jaxmoe's reader or pipeline, and their dense twins.
+
+The factors are random: what they approximate does not matter here, only that PyTorch computes with the matrices that
+`CompressedLayer.materialize` says.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from jaxmoe.export.factored import factored_config, remote_code
+from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank, SharedBasis
+
+EXPERT_WEIGHT = re.compile(r"(^|\.)experts\.(?!.*_bias$)|\.block_sparse_moe\.(input|output)_linear\.")
+"""The experts' matrices on disk, of every tiny model."""
+
+
+def experts_modules(model) -> dict[str, torch.nn.Module]:
+    """Return the stock experts modules of a model by path."""
+    return {name: m for name, m in model.named_modules() if name.split(".")[-1] == "experts"}
+
+
+def shape_of(native) -> LayerShape:
+    """Return a stock module's sizes."""
+    experts, hidden, intermediate = native.down_proj.shape
+    if native.is_transposed:
+        hidden, intermediate = intermediate, hidden
+    return LayerShape(experts, hidden, intermediate, hasattr(native, "gate_up_proj"))
+
+
+class Terms:
+    """Random terms of a layer, large enough to move the logits."""
+
+    def __init__(self, sizes: LayerShape, seed: int = 0, dtype="float32"):
+        self.sizes, self.random, self.dtype = sizes, np.random.default_rng(seed), dtype
+
+    def draw(self, *shape, scale=1.0):
+        return (scale * self.random.normal(size=shape)).astype(self.dtype)
+
+    def dense(self, target):
+        return Dense(weight=self.draw(*self.sizes.of(target), scale=0.2))
+
+    def low_rank(self, target, rank=5):
+        experts, out, in_ = self.sizes.of(target)
+        scale = 0.45 * rank**-0.25
+        return LowRank(
+            left=self.draw(experts, out, rank, scale=scale), right=self.draw(experts, rank, in_, scale=scale)
+        )
+
+    def shared_basis(self, target, activation="silu", bases=3, rank=7, transposed=False, mean=False):
+        experts, rows, columns = self.sizes.of(target)
+        if transposed:
+            rows, columns = columns, rows
+        return SharedBasis(
+            coefficients=self.draw(experts, rows, rank, scale=0.15),
+            bases=self.draw(bases, rank, columns),
+            mixing=self.draw(experts, bases),
+            mean=self.draw(1, 1, scale=0.05) if mean else None,
+            activation=activation,
+            transposed=transposed,
+        )
+
+    def layer(self, **terms) -> CompressedLayer:
+        return CompressedLayer(terms=terms, sizes=self.sizes).check()
+
+
+def low_rank_layer(t: Terms) -> CompressedLayer:
+    """Return the layer of the plain SVD method."""
+    if t.sizes.gated:
+        return t.layer(gate_up=(t.low_rank("gate_up"),), down=(t.low_rank("down"),))
+    return t.layer(up=(t.low_rank("up"),), down=(t.low_rank("down"),))
+
+
+def basis_layer(t: Terms) -> CompressedLayer:
+    """Return the layer of MoBE: bases of gate and up apart, down along its hidden axis."""
+    sides = {"gate": (t.shared_basis("gate"),)} if t.sizes.gated else {}
+    up = (t.shared_basis("up", "tanh", mean=True),)
+    return t.layer(**sides, up=up, down=(t.shared_basis("down", "silu", transposed=True),))
+
+
+def mixed_layer(t: Terms) -> CompressedLayer:
+    """Return a layer with every kind of term and sums of them, on a gated architecture."""
+    return t.layer(
+        gate=(t.low_rank("gate", 3), t.shared_basis("gate", "gelu")),
+        gate_up=(t.low_rank("gate_up"), t.dense("gate_up")),
+        down=(t.dense("down"), t.low_rank("down", 2)),
+    )
+
+
+def set_dense(native, layer: CompressedLayer) -> None:
+    """Write the matrices that a layer stands for into a stock module."""
+    dense = {p: torch.tensor(np.asarray(layer.materialize(p))) for p in layer.sizes.projections}
+    if layer.sizes.gated:
+        both = torch.cat([dense["gate"], dense["up"]], 1)
+        if not native.is_concatenated:
+            both[:, 0::2], both[:, 1::2] = dense["gate"], dense["up"]
+        first = {"gate_up_proj": both}
+    else:
+        first = {"up_proj": dense["up"]}
+    for name, weight in {**first, "down_proj": dense["down"]}.items():
+        getattr(native, name).data.copy_(weight.transpose(1, 2) if native.is_transposed else weight)
+
+
+def factored_tensors(layers) -> dict[str, torch.Tensor]:
+    """Return the tensors of compressed layers by their names on disk."""
+    return {
+        f"{module}.{name}": torch.tensor(np.asarray(array, np.float32))
+        for module, layer in layers.items()
+        for name, array in layer.tensors().items()
+    }
+
+
+def write_factored(source: Path, folder: Path, layers, *, dtype=torch.float32) -> dict:
+    """Write a factored checkpoint with the layers in place of a dense one's experts; return its configuration."""
+    folder.mkdir(parents=True)
+    kept = {name: x for name, x in load_file(source / "model.safetensors").items() if not EXPERT_WEIGHT.search(name)}
+    factors = {name: tensor.to(dtype) for name, tensor in factored_tensors(layers).items()}
+    save_file({**kept, **factors}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = factored_config(json.loads((source / "config.json").read_text()), layers)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    for name, text in remote_code(config).items():
+        (folder / name).write_text(text)
+    return config
