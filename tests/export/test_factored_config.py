@@ -1,0 +1,161 @@
+"""What stands in a factored checkpoint's configuration and code, without PyTorch."""
+
+import ast
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import jaxmoe
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.architectures import ARCHITECTURES
+from jaxmoe.export.factored import factored_config, is_factored, read_spec, remote_code
+from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank, SharedBasis
+
+SIZES = LayerShape(experts=4, hidden=6, intermediate=5)
+MODULE = "model.layers.3.mlp.experts"
+ORIGINAL = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "hidden_size": 6,
+    "rope_scaling": {"type": "yarn", "factor": 4.0},
+    "num_experts": 4,
+    "eos_token_id": [1, 2],
+}
+
+
+def draw(*shape):
+    return np.random.default_rng(len(shape)).normal(size=shape).astype(np.float32)
+
+
+def layer(*, abstract=False) -> CompressedLayer:
+    kinds = {"bases": 2, "rank": 3, "activation": "tanh", "transposed": True, "mean": True}
+    down = SharedBasis.abstract(SIZES.of("down"), "float32", **kinds)
+    terms = {
+        "gate": (LowRank.abstract(SIZES.of("gate"), "float32", rank=2), Dense.abstract(SIZES.of("gate"), "float32")),
+        "up": (Dense.abstract(SIZES.of("up"), "float32"),),
+        "down": (down,),
+    }
+    made = CompressedLayer(terms=terms, sizes=SIZES)
+    if abstract:
+        return made
+    tensors = {name: draw(*x.shape) for name, x in made.tensors().items()}
+    return CompressedLayer.from_tensors(tensors, made.spec(), SIZES)
+
+
+def test_original_configuration_is_edited_in_place():
+    config = factored_config(ORIGINAL, {MODULE: layer()})
+    assert json.loads(json.dumps(config)) == config
+    untouched = {
+        key: value for key, value in config.items() if key in ORIGINAL and key not in ("architectures", "model_type")
+    }
+    assert untouched == {key: ORIGINAL[key] for key in ("hidden_size", "rope_scaling", "num_experts", "eos_token_id")}
+    assert list(config)[: len(ORIGINAL)] == list(ORIGINAL)
+    assert config["model_type"] == "jaxmoe_qwen3_moe"
+    assert config["architectures"] == ["FactoredQwen3MoeForCausalLM"]
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_jaxmoe.FactoredQwen3MoeConfig",
+        "AutoModel": "modeling_jaxmoe.FactoredQwen3MoeModel",
+        "AutoModelForCausalLM": "modeling_jaxmoe.FactoredQwen3MoeForCausalLM",
+    }
+    record = config["jaxmoe"]
+    assert {key: record[key] for key in ("format_version", "version", "minimum_transformers", "model_type")} == {
+        "format_version": 1,
+        "version": jaxmoe.__version__,
+        "minimum_transformers": "5.16",
+        "model_type": "qwen3_moe",
+    }
+    shared = {"kind": "shared_basis", "bases": 2, "rank": 3, "activation": "tanh", "transposed": True, "mean": True}
+    assert record["experts"] == {
+        MODULE: {
+            "shape": {"experts": 4, "hidden": 6, "intermediate": 5, "gated": True},
+            "terms": {
+                "gate": [{"kind": "low_rank", "rank": 2}, {"kind": "dense"}],
+                "up": [{"kind": "dense"}],
+                "down": [shared],
+            },
+        }
+    }
+
+
+def test_abstract_layers_are_described_alike():
+    assert factored_config(ORIGINAL, {MODULE: layer(abstract=True)}) == factored_config(ORIGINAL, {MODULE: layer()})
+
+
+@pytest.mark.parametrize(
+    "original",
+    [
+        ORIGINAL,
+        {"model_type": "mixtral", "hidden_size": 6},
+        {**ORIGINAL, "model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}},
+    ],
+)
+def test_reading_gives_back_the_original_and_the_layers(original):
+    made = layer()
+    config = json.loads(json.dumps(factored_config(original, {MODULE: made})))
+    assert is_factored(config)
+    assert not is_factored(original)
+    back, layers = read_spec(config)
+    assert back == original
+    sizes, spec = layers[MODULE]
+    assert sizes == SIZES
+    rebuilt = CompressedLayer.from_tensors(made.tensors(), spec, sizes)
+    for projection in SIZES.projections:
+        np.testing.assert_array_equal(rebuilt.materialize(projection), made.materialize(projection))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["jaxmoe"].update(format_version=2, version="9.1"), "format 2, written by jaxmoe 9.1.*upgrade"),
+        (lambda c: c["jaxmoe"].pop("format_version"), "format None"),
+        (lambda c: c.pop("jaxmoe"), "no jaxmoe record"),
+        (lambda c: c.update(model_type="qwen3_moe"), "'qwen3_moe' is not a factored checkpoint"),
+        (lambda c: c["jaxmoe"].pop("experts"), "damaged.*experts"),
+        (lambda c: c["jaxmoe"]["experts"][MODULE].pop("shape"), "damaged.*shape"),
+        (lambda c: c["jaxmoe"]["experts"][MODULE]["shape"].update(depth=3), "damaged.*depth"),
+        (lambda c: c["jaxmoe"].update(experts=[]), "damaged"),
+    ],
+)
+def test_reading_refuses(change, message):
+    config = json.loads(json.dumps(factored_config(ORIGINAL, {MODULE: layer()})))
+    change(config)
+    with pytest.raises(JaxmoeError, match=message):
+        read_spec(config)
+
+
+def test_an_architecture_without_factored_form_is_refused():
+    with pytest.raises(JaxmoeError, match=r"'llama4'.*router scales.*export it dense"):
+        factored_config({"model_type": "llama4"}, {MODULE: layer()})
+
+
+def test_a_layer_that_lacks_a_projection_is_refused():
+    half = CompressedLayer(terms={"down": layer().terms["down"]}, sizes=SIZES)
+    with pytest.raises(JaxmoeError, match="no term for gate, up"):
+        factored_config(ORIGINAL, {MODULE: half})
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_code_defines_the_classes_that_the_configuration_names(model_type):
+    config = factored_config({"model_type": model_type}, {MODULE: layer()})
+    code = remote_code(config)
+    assert code == remote_code({"model_type": model_type})
+    defined = {
+        name.removesuffix(".py"): {node.name for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
+        for name, text in code.items()
+    }
+    for reference in config["auto_map"].values():
+        module, name = reference.split(".")
+        assert name in defined[module]
+    assert f'model_type = "jaxmoe_{model_type}"' in code["configuration_jaxmoe.py"]
+
+
+def test_writing_needs_no_torch():
+    program = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from jaxmoe.export.factored import remote_code\n"
+        "assert 'class FactoredExperts' in remote_code({'model_type': 'gpt_oss'})['modeling_jaxmoe.py']"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
