@@ -330,7 +330,7 @@ def decoder_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def find_family(config: Mapping[str, Any]) -> Family | None:
     """Return the record of a checkpoint's architecture, or None if there is none."""
     decoder = decoder_config(config)
-    return FAMILIES.get(config.get("model_type", "")) or FAMILIES.get(decoder.get("model_type", ""))
+    return FAMILIES.get(str(config.get("model_type"))) or FAMILIES.get(str(decoder.get("model_type")))
 
 
 def lookup(config: Mapping[str, Any], keys: str) -> Any:

@@ -232,7 +232,7 @@ def _problem(record: Any, data_size: int) -> str | None:
     if not isinstance(record, dict) or not record.keys() >= {"dtype", "shape", "data_offsets"}:
         return "its record lacks dtype, shape or data_offsets"
     code, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
-    if code not in DTYPES and code not in PACKED_BITS:
+    if not isinstance(code, str) or (code not in DTYPES and code not in PACKED_BITS):
         return f"unknown dtype {code!r}"
     if not isinstance(shape, list) or any(type(n) is not int or n < 0 for n in shape):
         return f"shape {shape!r} is not a list of sizes"

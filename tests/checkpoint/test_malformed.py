@@ -1,0 +1,329 @@
+"""Damaged and unsuitable checkpoints: one message each, with the offender, the reason and the mend."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import plain_checkpoint
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.errors import JaxmoeError
+
+INDEX = "model.safetensors.index.json"
+MOE = "model.layers.1.mlp."
+EXPERT = f"{MOE}experts.2.up_proj.weight"
+
+
+def tensors(change):
+    def apply(folder):
+        made = load_file(folder / "model.safetensors")
+        change(made)
+        save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def config(**changes):
+    def apply(folder):
+        record = {**json.loads((folder / "config.json").read_text()), **changes}
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in record.items() if v is not None}))
+
+    return apply
+
+
+def content(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def sharded(change):
+    """Split the checkpoint in two files with an index, and change the index."""
+
+    def apply(folder):
+        made = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        weight_map = {}
+        for number in range(2):
+            own = sorted(made)[number::2]
+            save_file({name: made[name] for name in own}, folder / f"part{number}.safetensors")
+            weight_map.update(dict.fromkeys(own, f"part{number}.safetensors"))
+        record = {"metadata": {}, "weight_map": weight_map}
+        change(record, folder)
+        (folder / INDEX).write_text(json.dumps(record))
+
+    return apply
+
+
+def renamed(new):
+    return lambda folder: (folder / "model.safetensors").rename(folder / new)
+
+
+def rename_all(old, new):
+    def change(made):
+        for name in [name for name in made if old in name]:
+            made[name.replace(old, new)] = made.pop(name)
+
+    return tensors(change)
+
+
+def fuse(drop):
+    """Add the fused form of one layer's gate and up, and drop some of the others."""
+
+    def change(made):
+        both = [
+            np.concatenate([made[f"{MOE}experts.{e}.{name}_proj.weight"] for name in ("gate", "up")]) for e in range(4)
+        ]
+        made[f"{MOE}experts.gate_up_proj"] = np.stack(both)
+        for name in [name for name in made if ".layers.1." in name and name.endswith(drop)]:
+            del made[name]
+
+    return tensors(change)
+
+
+def linked_outside(folder):
+    target = folder.parent / "elsewhere.safetensors"
+    (folder / "model.safetensors").rename(target)
+    (folder / "model.safetensors").symlink_to(target)
+
+
+def cast(name, dtype):
+    return tensors(lambda made: made.update({name: made[name].astype(dtype)}))
+
+
+def add(name, shape=(2, 2)):
+    return tensors(lambda made: made.update({name: np.ones(shape, "float32")}))
+
+
+def drop(*names):
+    return tensors(lambda made: [made.pop(name) for name in names])
+
+
+CASES = {
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
+    "config no JSON": (content("config.json", "{"), "config.json is not JSON"),
+    "config a list": (content("config.json", "[]"), "config.json is not a JSON object"),
+    "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json is not JSON"),
+    "no model_type": (config(model_type=None), "names no model_type"),
+    "model_type a number": (config(model_type=7), "names no model_type"),
+    "compressed already": (config(jaxmoe={"format_version": 1}), "was compressed by jaxmoe already"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "the weights are missing"),
+    "pickled weights": (renamed("pytorch_model.bin"), "only safetensors are read"),
+    "gguf weights": (renamed("model-q4.gguf"), "only safetensors are read"),
+    "another name": (renamed("weights.safetensors"), "neither model.safetensors nor"),
+    "shards without index": (renamed("model-00001-of-00001.safetensors"), "fetch the index too"),
+    "an adapter": (
+        lambda f: (renamed("adapter_model.safetensors")(f), content("adapter_config.json", "{}")(f)),
+        "holds an adapter",
+    ),
+    "link out of the folder": (linked_outside, "is a link out of the checkpoint's folder"),
+    "index no JSON": (lambda f: (renamed("a.safetensors")(f), content(INDEX, "nope")(f)), f"{INDEX} is not JSON"),
+    "index without map": (lambda f: (renamed("a.safetensors")(f), content(INDEX, "{}")(f)), "has no weight_map"),
+    "index of numbers": (
+        lambda f: (renamed("a.safetensors")(f), content(INDEX, '{"weight_map": {"a": 1}}')(f)),
+        "has no weight_map",
+    ),
+    "index names a missing file": (
+        sharded(lambda r, f: r["weight_map"].update({EXPERT: "part7.safetensors"})),
+        "part7.safetensors is missing",
+    ),
+    "index leads up": (
+        sharded(lambda r, f: r["weight_map"].update({EXPERT: "../part0.safetensors"})),
+        "'../part0.safetensors' lies outside",
+    ),
+    "index leads up after going down": (
+        sharded(lambda r, f: r["weight_map"].update({EXPERT: "a/../../part0.safetensors"})),
+        "lies outside",
+    ),
+    "index is absolute": (
+        sharded(lambda r, f: r["weight_map"].update({EXPERT: "/etc/passwd"})),
+        "'/etc/passwd' lies outside",
+    ),
+    "index has backslashes": (
+        sharded(lambda r, f: r["weight_map"].update({EXPERT: "..\\part0.safetensors"})),
+        "lies outside",
+    ),
+    "index names a folder": (
+        sharded(lambda r, f: ((f / "sub").mkdir(), r["weight_map"].update({EXPERT: "sub"}))),
+        "sub is missing",
+    ),
+    "index names a tensor too many": (
+        sharded(lambda r, f: r["weight_map"].update({"model.extra": "part0.safetensors"})),
+        "model.extra is not in part0.safetensors",
+    ),
+    "index names a tensor too few": (
+        sharded(lambda r, f: r["weight_map"].pop(EXPERT)),
+        f"{EXPERT} in part",
+    ),
+    "index places a tensor wrongly": (
+        sharded(
+            lambda r, f: r["weight_map"].update(
+                {EXPERT: {"part0.safetensors": "part1.safetensors"}.get(r["weight_map"][EXPERT], "part0.safetensors")}
+            )
+        ),
+        f"{EXPERT} is not in part",
+    ),
+    "a truncated shard": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-10]),
+        "model.safetensors is corrupt",
+    ),
+    "an expert without up": (drop(EXPERT), f"{MOE}experts.{{expert}}.up_proj.weight: no expert 2 of 4"),
+    "an expert missing": (
+        drop(*(f"{MOE}experts.1.{name}_proj.weight" for name in ("gate", "up", "down"))),
+        "no expert 1 of 4",
+    ),
+    "the last expert missing": (
+        drop(*(f"{MOE}experts.3.{name}_proj.weight" for name in ("gate", "up", "down"))),
+        "routed experts 3, and config.json says 4",
+    ),
+    "no down projection": (
+        drop(*(f"{MOE}experts.{e}.down_proj.weight" for e in range(4))),
+        "there is no down projection",
+    ),
+    "no gate projection": (
+        drop(*(f"{MOE}experts.{e}.gate_proj.weight" for e in range(4))),
+        "there is no gate projection",
+    ),
+    "a layer without experts": (
+        drop(*(f"{MOE}experts.{e}.{name}_proj.weight" for e in range(4) for name in ("gate", "up", "down"))),
+        "layer 1: no routed experts, and config.json says it has some",
+    ),
+    "experts where config has none": (
+        config(mlp_only_layers=[0]),
+        "layer 0: routed experts, and config.json says it has none",
+    ),
+    "fused and per expert": (fuse("nothing"), "gate is described twice"),
+    "fused and one per expert": (fuse("gate_proj.weight"), "up is described twice"),
+    "another shape": (
+        tensors(lambda made: made.update({EXPERT: made[EXPERT][:-1].copy()})),
+        f"{EXPERT}: shape [7, 16], others",
+    ),
+    "all of another shape": (
+        tensors(
+            lambda made: made.update({n: x[:-1].copy() for n, x in made.items() if ".1.mlp" in n and "up_proj" in n})
+        ),
+        "the shapes do not fit 4 experts and one another",
+    ),
+    "transposed": (
+        tensors(lambda made: made.update({n: x.T.copy() for n, x in made.items() if ".experts." in n})),
+        "config.json says 16",
+    ),
+    "a vector": (
+        tensors(lambda made: made.update({n: x[0].copy() for n, x in made.items() if ".experts." in n})),
+        "the shapes do not fit",
+    ),
+    "another dtype": (cast(EXPERT, "float32"), "experts in BF16, F32"),
+    "integers": (
+        tensors(lambda made: made.update({n: x.astype("int8") for n, x in made.items() if ".experts." in n})),
+        "experts in I8; they must all be in one of F32, BF16, F16",
+    ),
+    "doubles": (
+        tensors(lambda made: made.update({n: x.astype("float64") for n, x in made.items() if ".experts." in n})),
+        "experts in F64",
+    ),
+    "expert count": (config(num_experts=5), "routed experts 4, and config.json says 5"),
+    "hidden size": (config(hidden_size=17), "hidden size 16, and config.json says 17"),
+    "intermediate size": (config(moe_intermediate_size=9), "expert intermediate size 8, and config.json says 9"),
+    "layers no number": (config(num_hidden_layers="two"), "'two' is not a number of layers"),
+    "sparse step zero": (config(decoder_sparse_step=0), "does not tell which of 2 layers are MoE"),
+    "unknown leaf": (add(f"{MOE}experts.0.up_proj.lora_A"), f"{MOE}experts.0.up_proj.lora_A"),
+    "unknown projection": (add(f"{MOE}experts.0.side_proj.weight"), "unknown names near experts"),
+    "unknown module": (add(f"{MOE}expert_adapter.weight"), f"{MOE}expert_adapter.weight"),
+    "awq": (add(f"{MOE}experts.0.up_proj.qweight"), f"{MOE}experts.0.up_proj.qweight"),
+    "unread quantisation": (
+        lambda f: (config(quantization_config={"quant_method": "awq"})(f), add("model.layers.0.mlp.gate.qweight")(f)),
+        "quantised with 'awq'",
+    ),
+    "two decoders": (rename_all("model.layers.1.", "talker.model.layers.1."), "routed experts stand under several"),
+    "names of experts shifted": (rename_all(".experts.0.", ".experts.4."), "no expert 0 of 5"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CASES.values(), ids=CASES)
+def test_malformed_checkpoint(change, message, tmp_path):
+    folder = plain_checkpoint.write(tmp_path / "checkpoint")
+    assert len(Checkpoint.open(folder).layers) == 2
+    change(folder)
+    with pytest.raises(JaxmoeError) as caught:
+        Checkpoint.open(folder)
+    assert message in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_dense_model_says_so(tmp_path):
+    folder = plain_checkpoint.write(tmp_path / "checkpoint")
+    tensors(lambda made: [made.pop(name) for name in list(made) if ".experts." in name])(folder)
+    with pytest.raises(JaxmoeError, match=r"no routed experts: .*'qwen3_moe'.*Mixture-of-Experts models only"):
+        Checkpoint.open(folder)
+
+
+def test_all_offenders_are_listed_at_once(tmp_path):
+    folder = plain_checkpoint.write(tmp_path / "checkpoint", num_experts=4)
+    first, second = f"{MOE}experts.1.up_proj.weight", "model.layers.0.mlp.experts.3.down_proj.weight"
+    drop(first)(folder)
+    tensors(lambda made: made.update({second: made[second][1:].copy()}))(folder)
+    config(moe_intermediate_size=9)(folder)
+    with pytest.raises(JaxmoeError) as caught:
+        Checkpoint.open(folder)
+    assert "model.layers.1.mlp.experts.{expert}.up_proj.weight: no expert 1" in str(caught.value)
+    assert f"{second}: shape" in str(caught.value)
+
+
+def test_sharded_checkpoints_are_read(tmp_path):
+    whole = Checkpoint.open(plain_checkpoint.write(tmp_path / "whole"))
+    parts = Checkpoint.open(plain_checkpoint.write(tmp_path / "parts", shards=3))
+    assert parts.tensors.keys() == whole.tensors.keys()
+    assert len({entry.file for entry in parts.tensors.values()}) == 3
+    for ours, theirs in zip(parts.layers, whole.layers, strict=True):
+        for name in theirs.shape.projections:
+            np.testing.assert_array_equal(parts.projection(ours, name), whole.projection(theirs, name))
+
+
+def test_links_inside_the_hub_cache_are_followed(tmp_path):
+    repository = tmp_path / "models--some--model"
+    snapshot = plain_checkpoint.write(repository / "snapshots" / "abc")
+    (repository / "blobs").mkdir()
+    for path in list(snapshot.iterdir()):
+        blob = repository / "blobs" / path.name[::-1]
+        path.rename(blob)
+        path.symlink_to(Path(os.path.relpath(blob, snapshot)))
+    assert len(Checkpoint.open(snapshot).layers) == 2
+    # Another repository of the same cache is outside.
+    other = tmp_path / "models--other--model"
+    other.mkdir()
+    (snapshot / "model.safetensors").resolve().rename(other / "blob")
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(other / "blob")
+    with pytest.raises(JaxmoeError, match="is a link out of"):
+        Checkpoint.open(snapshot)
+
+
+def test_projection_that_is_not_there(tmp_path):
+    checkpoint = Checkpoint.open(plain_checkpoint.write(tmp_path / "checkpoint"))
+    with pytest.raises(JaxmoeError, match="layer 0 has no side: its projections are gate, up, down"):
+        checkpoint.projection(checkpoint.layers[0], "side")
+
+
+def test_reading_changes_nothing_and_views_are_read_only(tmp_path):
+    folder = plain_checkpoint.write(tmp_path / "checkpoint")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    checkpoint = Checkpoint.open(folder)
+    with pytest.raises(ValueError, match="read-only"):
+        checkpoint.tensors[EXPERT].view()[0] = 1
+    checkpoint.projection(checkpoint.layers[1], "up")[:] = 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def fingerprint(folder):
+    return Checkpoint.open(folder).fingerprint()
+
+
+def test_fingerprint_is_of_the_content(tmp_path):
+    first = fingerprint(plain_checkpoint.write(tmp_path / "a"))
+    assert fingerprint(plain_checkpoint.write(tmp_path / "b")) == first
+    assert fingerprint(plain_checkpoint.write(tmp_path / "other-config", rope_theta=2)) != first
+    assert fingerprint(plain_checkpoint.write(tmp_path / "sharded", shards=2)) != first
+    assert fingerprint(plain_checkpoint.write(tmp_path / "retrained", seed=1)) != first
+    assert fingerprint(plain_checkpoint.write(tmp_path / "wider", dtype="float32")) != first
