@@ -49,11 +49,9 @@ GRAMMAR = {
     ),
     "flat": re.compile(_LAYER + _BLOCK + r"\.experts\.mlp\.(?P<projection>w1|v1|w2)(?P<leaf>)$"),
 }
-"""The layouts by name, tried in this order."""
+"""The layouts by name."""
 
 _NUMBER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
-# Every name that a layout accepts has one of these in it; the others, most of a large model's, are not parsed.
-_HINTS = ("experts.", "_linear.weight", ".moe.", "_proj.weight")
 
 
 class ExpertName(NamedTuple):
@@ -92,29 +90,29 @@ def classify(name: str, dimensions: int) -> ExpertName | None:
         (3, 'mlp', 'per_expert', 7, 'gate', False)
         >>> classify("model.layers.3.mlp.shared_experts.gate_proj.weight", 2)
     """
-    if not any(hint in name for hint in _HINTS):
+    if "experts." in name:
+        layouts = ("per_expert", "fused", "flat")
+    elif dimensions == 3:
+        layouts = ("stacked",)
+    else:
         return None
-    for layout, pattern in GRAMMAR.items():
-        if layout == "stacked" and dimensions != 3:
+    for layout in layouts:
+        if (match := GRAMMAR[layout].match(name)) is None:
             continue
-        if layout != "stacked" and "experts." not in name:
-            continue
-        if match := pattern.match(name):
-            groups = match.groupdict()
-            expert = groups.get("expert")
-            template = name
-            if expert is not None:
-                template = f"{name[: match.start('expert')]}{{expert}}{name[match.end('expert') :]}"
-            return ExpertName(
-                prefix=groups["prefix"],
-                layer=int(groups["layer"]),
-                block=groups["block"] or "",
-                layout=layout,
-                expert=None if expert is None else int(expert),
-                projection=ALIASES[groups["projection"]],
-                bias="bias" in groups["leaf"],
-                template=template,
-            )
+        groups = match.groupdict()
+        expert, template = groups.get("expert"), name
+        if expert is not None:
+            template = f"{name[: match.start('expert')]}{{expert}}{name[match.end('expert') :]}"
+        return ExpertName(
+            prefix=groups["prefix"],
+            layer=int(groups["layer"]),
+            block=groups["block"] or "",
+            layout=layout,
+            expert=None if expert is None else int(expert),
+            projection=ALIASES[groups["projection"]],
+            bias="bias" in groups["leaf"],
+            template=template,
+        )
     return None
 
 

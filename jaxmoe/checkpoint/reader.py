@@ -143,6 +143,11 @@ class Checkpoint:
             if matrix.parts[0].name not in replaced
         ]
 
+    def release(self) -> None:
+        """Let go of the pages of the source that were read, so that they do not count as this process's memory."""
+        for mapping in {entry.mapping for entry in self.tensors.values()}:
+            mapping.release()
+
     def dense_config(self) -> dict[str, Any]:
         """Return the config of what `dense_tensors` and `copied` write: the source's, without its quantisation."""
         if not self.quantized:
