@@ -39,7 +39,8 @@ def factored_config(
         config: the original `config.json`.
         layers: the compressed layers, abstract or real, by the path of the experts module in transformers. Layers that
             are not named keep their stock experts.
-        layouts: how each module's dense experts lay on disk, so that they can be written like that again; travels along.
+        layouts: how each module's dense experts lay on disk, so that they can be written like that again; it travels
+            along and nothing here reads it.
 
     Raises:
         JaxmoeError: if the architecture's factored checkpoints could not be run.
@@ -64,6 +65,7 @@ def factored_config(
         "model_type": PREFIX + config["model_type"],
         "architectures": [causal],
         "auto_map": {
+            **{key: code for key, code in (config.get("auto_map") or {}).items() if key == "AutoTokenizer"},
             "AutoConfig": f"configuration_jaxmoe.Factored{stock.config}",
             "AutoModel": f"modeling_jaxmoe.Factored{stock.base}",
             "AutoModelForCausalLM": f"modeling_jaxmoe.{causal}",
