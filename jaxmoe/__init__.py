@@ -1,3 +1,42 @@
-"""jaxmoe: compress the experts of Mixture-of-Experts language models, in JAX."""
+"""jaxmoe: compress the experts of Mixture-of-Experts language models, in JAX.
+
+The numbers are pure functions of arrays (`weighted_svd`, `learn_basis`, `variable_projection`, `allocate`); what they give is
+stored in terms (`Dense`, `LowRank`, `SharedBasis`); a method is a short recipe of both (`methods`); `compress` runs one over a
+checkpoint. The names below are loaded when they are first used, so that importing jaxmoe costs nothing.
+"""
+
+from importlib import import_module
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "jaxmoe.allocation": ("Ladder", "allocate"),
+    "jaxmoe.checkpoint": ("Checkpoint", "MoELayer"),
+    "jaxmoe.checkpoint.compressed": ("CompressedCheckpoint",),
+    "jaxmoe.checkpoint.inspection": ("inspect",),
+    "jaxmoe.errors": ("JaxmoeError",),
+    "jaxmoe.export.dense": ("densify",),
+    "jaxmoe.factors": ("CompressedLayer", "Count", "Dense", "LayerShape", "LowRank", "SharedBasis", "Term", "stack"),
+    "jaxmoe.factors.error": ("relative_errors",),
+    "jaxmoe.pipeline": ("compress",),
+    "jaxmoe.plan": ("Plan", "make_plan"),
+    "jaxmoe.solvers.basis_learning": ("learn_basis",),
+    "jaxmoe.solvers.mixture": ("solve_coefficients",),
+    "jaxmoe.solvers.variable_projection": ("variable_projection",),
+    "jaxmoe.solvers.weighted_svd": ("weighted_svd",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = sorted([*_HOME, "methods"])  # noqa: PLE0605
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name == "methods":
+        return import_module("jaxmoe.methods")
+    raise AttributeError(f"module 'jaxmoe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

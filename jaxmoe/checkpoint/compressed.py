@@ -49,7 +49,9 @@ class CompressedCheckpoint:
         folder = hub.resolve(str(source), revision)
         config = files.read_config(folder)
         if not is_factored(config):
-            raise JaxmoeError(f"{folder} holds no factored experts (model_type {config['model_type']}): it is dense already")
+            raise JaxmoeError(
+                f"{folder} holds no factored experts (model_type {config['model_type']}): it is dense already"
+            )
         original, layers = read_spec(config)
         opened = cls(
             folder=folder,

@@ -157,19 +157,20 @@ def _layer(
             stacks[member.parsed.template].append(member)
     _check_coverage(prefix, stacks, family, problems)
     experts = _check_numbers(prefix, stacks, problems)
-    dtypes = {member.matrix.dtype for own in stacks.values() for member in own}
-    if len(dtypes) > 1 or not dtypes <= set(FLOATS):
-        problems.append(
-            f"{prefix}: experts in {', '.join(sorted(dtypes))}; they must all be in one of {', '.join(FLOATS)}"
-        )
+    members = [member for own in stacks.values() for member in own]
+    dtypes = [member.matrix.dtype for member in members]
+    # The commonest is taken for the right one, so that the tensors which differ are the ones listed.
+    usual = max(sorted(set(dtypes)), key=dtypes.count)
+    problems += [f"{m.name}: {m.matrix.dtype}, other experts are {usual}" for m in members if m.matrix.dtype != usual]
+    if usual not in FLOATS:
+        problems.append(f"{prefix}: experts in {usual}; jaxmoe compresses {', '.join(FLOATS)}")
     for template, own in stacks.items():
-        # The commonest shape is taken for the right one, so that the tensors which differ are the ones listed.
         shapes = [member.matrix.shape for member in own]
-        usual = max(set(shapes), key=shapes.count)
+        common = max(sorted(set(shapes)), key=shapes.count)
         problems += [
-            f"{m.name}: shape {list(m.matrix.shape)}, others of {template} have {list(usual)}"
+            f"{m.name}: shape {list(m.matrix.shape)}, others of {template} have {list(common)}"
             for m in own
-            if m.matrix.shape != usual
+            if m.matrix.shape != common
         ]
     if len(problems) > before:
         return None
@@ -178,7 +179,7 @@ def _layer(
     if fit is None:
         return None
     layout, shape = fit
-    by_name = {member.name: member.matrix for member in found}
+    by_name = {member.name: member.matrix for member in members}
     names = tuple(part.name for stack in layout for name in stack.names(shape) for part in by_name[name].parts)
     block = found[0].parsed.block
     assumed = f"{prefix}{block}.experts" if block else f"{prefix}experts"
@@ -186,7 +187,7 @@ def _layer(
         index=found[0].parsed.layer,
         module=family.memory(prefix) if family else assumed,
         shape=shape,
-        dtype=DTYPES[dtypes.pop()],
+        dtype=DTYPES[usual],
         names=names,
         biases=tuple(part.name for m in found if m.parsed.bias for part in m.matrix.parts),
         layout=layout,

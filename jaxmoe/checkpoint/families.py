@@ -66,6 +66,10 @@ class Family:
         on_disk, in_memory = self.renamed
         return prefix.replace(on_disk, in_memory, 1) + self.module
 
+    def read(self, config: Mapping[str, Any], keys: str) -> Any:
+        """Return what a checkpoint's config says under one of the record's keys, None if it does not say."""
+        return lookup(decoder_config(config), keys)
+
 
 _SPARSE = ("mlp_layer_types", "first_k_dense_replace")
 _DEEPSEEK_BIAS = "mlp.gate.e_score_correction_bias"

@@ -221,12 +221,12 @@ def _parse(path: Path) -> tuple[dict[str, Any], int, int]:
     try:
         header = json.loads(text)
         if not isinstance(header, dict):
-            raise ValueError("a JSON object is wanted")
+            raise ValueError(f"a {type(header).__name__}")
         if text.count(b'"dtype"') != len(header) - ("__metadata__" in header):
             # Some name may stand twice, and JSON would keep the last: look closely, at three times the cost.
             json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise JaxmoeError(f"{path} is corrupt: its header cannot be read ({error}); fetch it again") from error
+        raise JaxmoeError(f"{path} is corrupt: its header is no JSON object ({error}); fetch it again") from error
     return header, 8 + length, size
 
 

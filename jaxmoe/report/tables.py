@@ -104,3 +104,30 @@ def error_table(layers: Iterable[Mapping[str, Any]]) -> Table:
         rows.append((layer["layer"], *cells))
     names = [name for name in ("gate", "up", "down") if any(name in layer["projections"] for layer in layers)]
     return table(("layer", *names), rows, title="relative error, mean over experts (worst)")
+
+
+def inspection_tables(record: Mapping[str, Any]) -> list[Any]:
+    """Return what `inspect` prints: the model on one table, its MoE layers (equal neighbours on one row) on another."""
+    facts = [
+        ("folder", record["folder"]),
+        ("architecture", record["model_type"] + ("" if record["known"] else " (unknown to jaxmoe)")),
+        ("parameters", f"{record['parameters']:,} ({size(record['parameters'])})"),
+        ("in routed experts", f"{record['expert_parameters']:,}"),
+        ("size", f"{record['bytes']:,} bytes ({size(record['bytes'], 'B')}) in {record['tensors']:,} tensors"),
+        ("dtypes", ", ".join(f"{name} {size(count, 'B')}" for name, count in record["dtypes"].items())),
+        *((name.replace("_", " "), record[name]) for name in ("experts_per_token", "routing") if record.get(name)),
+        ("can be written", ", ".join(record["exports"])),
+    ]
+    rows = []
+    shape_of = {index: layer for index, layer in zip(record["moe_layers"], record["layers"], strict=True)}
+
+    def sizes(index):
+        return tuple(shape_of[index][name] for name in ("experts", "hidden", "intermediate"))
+
+    for shape, group in groupby(record["moe_layers"], key=sizes):
+        rows.append((span(list(group)), *shape))
+    layers = table(("MoE layers", "experts", "hidden size", "expert intermediate size"), rows)
+    facts_table = Table(box=None, pad_edge=False, show_header=False)
+    for name, value in facts:
+        facts_table.add_row(name, str(value))
+    return [facts_table, layers, *(f"note: {note}" for note in record["notes"])]
