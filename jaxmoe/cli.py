@@ -5,6 +5,7 @@ Exit codes: 0, 1 with a message that one can act on, 2 for wrong usage.
 
 import functools
 import json
+import os
 import shlex
 import sys
 from dataclasses import fields
@@ -18,6 +19,10 @@ from rich.console import Console
 
 import jaxmoe
 from jaxmoe.errors import JaxmoeError
+
+# XLA's decompositions on CPU call OpenBLAS for one small matrix after another: its threads cost up to thirty times what
+# they gain, most on a busy machine. It reads this when numpy or JAX loads it, so this stands before both.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 app = typer.Typer(
     help="Compress the experts of Mixture-of-Experts language models.",

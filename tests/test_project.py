@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import inspect
+import os
 import subprocess
 import sys
 import zipfile
@@ -21,7 +22,17 @@ def test_import_is_light():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "jaxmoe" in loaded
-    assert not loaded & {"torch", "transformers", "tokenizers", "matplotlib", "safetensors", "huggingface_hub"}
+    assert not loaded & {"torch", "transformers", "tokenizers", "matplotlib", "safetensors", "huggingface_hub", "jax"}
+
+
+def test_command_line_comes_before_the_libraries():
+    """`jaxmoe.cli` tells OpenBLAS how many threads to use, which is too late once numpy or JAX has loaded it."""
+    code = "import sys, os, jaxmoe.cli; print(os.environ['OPENBLAS_NUM_THREADS'], *sys.modules)"
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    threads, *loaded = done.stdout.split()
+    assert threads == "1"
+    assert not set(loaded) & {"numpy", "scipy", "jax", "jaxlib"}
 
 
 def test_public_names_are_documented():
