@@ -30,13 +30,13 @@ checkpoint=$1 output=$2
 shift 2
 first=${SLURM_ARRAY_TASK_MIN:-0}
 
-# The decoder layers with routed experts, split into one contiguous piece for each task. A piece is given by the first
-# layer of this task and of the next one; layers without experts in between do no harm.
+# The decoder layers with routed experts, split into one contiguous piece for each task; layers without experts inside a
+# piece do no harm.
 span=$("$jaxmoe" inspect "$checkpoint" --json | python3 -c '
 import json, sys
 
 task, tasks = int(sys.argv[1]), int(sys.argv[2])
-layers = [layer["layer"] for layer in json.load(sys.stdin)["moe_layers"]]
+layers = json.load(sys.stdin)["moe_layers"]
 if not 0 <= task < tasks:
     sys.exit(f"task {task} of {tasks}: number the tasks from 0")
 begin, end = (len(layers) * k // tasks for k in (task, task + 1))
