@@ -15,6 +15,10 @@ INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
+# One thread for each of the tests' processes: more only spin, waiting for a core.
+test test-slow: export OPENBLAS_NUM_THREADS = 1
+test test-slow: export OMP_NUM_THREADS = 1
+
 .PHONY: demo test test-slow lint format bench clean
 
 demo: $(INSTALLED)
