@@ -213,10 +213,10 @@ CASES = {
         tensors(lambda made: made.update({n: x[0].copy() for n, x in made.items() if ".experts." in n})),
         "the shapes do not fit",
     ),
-    "another dtype": (cast(EXPERT, "float32"), "experts in BF16, F32"),
+    "another dtype": (cast(EXPERT, "float32"), f"{EXPERT}: F32, other experts are BF16"),
     "integers": (
         tensors(lambda made: made.update({n: x.astype("int8") for n, x in made.items() if ".experts." in n})),
-        "experts in I8; they must all be in one of F32, BF16, F16",
+        "experts in I8; jaxmoe compresses F32, BF16, F16",
     ),
     "doubles": (
         tensors(lambda made: made.update({n: x.astype("float64") for n, x in made.items() if ".experts." in n})),
