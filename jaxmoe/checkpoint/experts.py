@@ -9,6 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -158,6 +159,8 @@ def _layer(
     _check_coverage(prefix, stacks, family, problems)
     experts = _check_numbers(prefix, stacks, problems)
     members = [member for own in stacks.values() for member in own]
+    if not members:
+        return None
     dtypes = [member.matrix.dtype for member in members]
     # The commonest is taken for the right one, so that the tensors which differ are the ones listed.
     usual = max(sorted(set(dtypes)), key=dtypes.count)
@@ -213,14 +216,16 @@ def _check_coverage(
 def _check_numbers(prefix: str, stacks: Mapping[str, Sequence[_Member]], problems: list[str]) -> int:
     """Every projection must have the experts 0 to E - 1; return E."""
     numbers = {
-        template: sorted(m.parsed.expert for m in own if m.parsed.expert is not None)
+        template: {member.parsed.expert for member in own if member.parsed.expert is not None}
         for template, own in stacks.items()
     }
-    most = max((own[-1] + 1 for own in numbers.values() if own), default=0)
+    most = max((max(own) + 1 for own in numbers.values() if own), default=0)
     for template, own in numbers.items():
-        if own and own != list(range(most)):
-            missing = sorted(set(range(most)) - set(own))
-            problems.append(f"{template}: no expert {listing([str(number) for number in missing])} of {most}")
+        if own and len(own) < most:
+            # A damaged name may carry any number: count instead of listing all that it would imply.
+            missing = [str(number) for number in islice((n for n in range(most) if n not in own), 10)]
+            more = f" and {most - len(own) - len(missing)} more" if most - len(own) > len(missing) else ""
+            problems.append(f"{template}: no expert {', '.join(missing)}{more} of {most}")
     return most
 
 
@@ -236,7 +241,9 @@ def _fit(
     gated = any(member.parsed.projection in ("gate", "gate_up") for member in first)
     if not experts:
         whole = [member.matrix.shape[0] for member in first if member.parsed.layout in ("fused", "stacked")]
-        experts = whole[0] if whole else lookup(decoder, family.experts)
+        told = lookup(decoder, family.experts)
+        # A flat layout does not show how many experts its rows belong to: there the config decides.
+        experts = whole[0] if whole else told if type(told) is int else 0
     fitting = []
     for transposed in (False, True) if family.transposed is None else (family.transposed,):
         layout = tuple(_stack(member, transposed, family) for member in first)

@@ -69,7 +69,7 @@ def num_layers(config: Mapping[str, Any]) -> int | None:
     count = lookup(config, "num_hidden_layers|n_layers|num_layers")
     if count is None and (blocks := lookup(config, "layers_block_type|hybrid_override_pattern")) is not None:
         count = len(blocks)
-    if count is not None and (type(count) is not int or count < 1):
+    if count is not None and (type(count) is not int or not 1 <= count < 10_000):
         raise JaxmoeError(f"config.json: {count!r} is not a number of layers: mend num_hidden_layers")
     return count
 

@@ -33,11 +33,11 @@ ALIASES = {
 }
 """What the architectures call the projections."""
 
-_LAYER = r"^(?P<prefix>(?:.*\.)?(?:layers|blocks)\.(?P<layer>\d+)\.)"
+_LAYER = r"^(?P<prefix>(?:.*\.)?(?:layers|blocks)\.(?P<layer>\d{1,6})\.)"
 _BLOCK = r"(?P<block>mlp|block_sparse_moe|feed_forward|mixer|moe|ffn)"
 GRAMMAR = {
     "per_expert": re.compile(
-        _LAYER + _BLOCK + r"\.experts\.(?P<expert>\d+)\."
+        _LAYER + _BLOCK + r"\.experts\.(?P<expert>\d{1,6})\."
         r"(?P<projection>gate_proj|up_proj|down_proj|gate_up_proj|w1|w2|w3|fc1|fc2|fc3)\.(?P<leaf>weight|bias)$"
     ),
     "fused": re.compile(
@@ -51,7 +51,7 @@ GRAMMAR = {
 }
 """The layouts by name."""
 
-_NUMBER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
+_NUMBER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d{1,6})\.")
 
 
 class ExpertName(NamedTuple):

@@ -225,6 +225,16 @@ CASES = {
     "expert count": (config(num_experts=5), "routed experts 4, and config.json says 5"),
     "hidden size": (config(hidden_size=17), "hidden size 16, and config.json says 17"),
     "intermediate size": (config(moe_intermediate_size=9), "expert intermediate size 8, and config.json says 9"),
+    "an expert of an absurd number": (
+        rename_all(".experts.3.", ".experts.999999."),
+        "no expert 3, 4, 5, 6, 7, 8, 9, 10, 11, 12 and 999986 more of 1000000",
+    ),
+    "an expert of no number": (rename_all(".experts.3.", f".experts.{'9' * 5000}."), "unknown names near experts"),
+    "biases alone": (
+        tensors(lambda m: [m.update({n.replace("weight", "bias"): m.pop(n)}) for n in [*m] if "1.mlp.experts" in n]),
+        "there is no gate projection among its tensors",
+    ),
+    "absurdly many layers": (config(num_hidden_layers=10**15), "is not a number of layers"),
     "layers no number": (config(num_hidden_layers="two"), "'two' is not a number of layers"),
     "sparse step zero": (config(decoder_sparse_step=0), "does not tell which of 2 layers are MoE"),
     "unknown leaf": (add(f"{MOE}experts.0.up_proj.lora_A"), f"{MOE}experts.0.up_proj.lora_A"),
@@ -327,3 +337,14 @@ def test_fingerprint_is_of_the_content(tmp_path):
     assert fingerprint(plain_checkpoint.write(tmp_path / "sharded", shards=2)) != first
     assert fingerprint(plain_checkpoint.write(tmp_path / "retrained", seed=1)) != first
     assert fingerprint(plain_checkpoint.write(tmp_path / "wider", dtype="float32")) != first
+
+
+@pytest.mark.parametrize("count", [None, "eight", 0, 3])
+def test_flat_layout_needs_the_number_of_experts(count, tmp_path):
+    settings = {"ffn_hidden_size": 8} | ({} if count is None else {"moe_num_experts": count})
+    record = {"model_type": "dbrx", "n_layers": 1, "d_model": 16, "ffn_config": settings}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    names = [f"transformer.blocks.0.ffn.experts.mlp.{name}" for name in ("w1", "v1", "w2")]
+    save_file({name: np.ones((32, 16), "float32") for name in names}, tmp_path / "model.safetensors")
+    with pytest.raises(JaxmoeError, match=r"the shapes do not fit \d experts"):
+        Checkpoint.open(tmp_path)
