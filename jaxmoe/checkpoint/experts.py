@@ -157,7 +157,7 @@ def _layer(
         if not member.parsed.bias:
             stacks[member.parsed.template].append(member)
     _check_coverage(prefix, stacks, family, problems)
-    experts = _check_numbers(prefix, stacks, problems)
+    experts = _check_numbers(stacks, problems)
     members = [member for own in stacks.values() for member in own]
     if not members:
         return None
@@ -213,7 +213,7 @@ def _check_coverage(
             problems.append(f"{prefix}: there is no {projection} projection among {', '.join(stacks) or 'its tensors'}")
 
 
-def _check_numbers(prefix: str, stacks: Mapping[str, Sequence[_Member]], problems: list[str]) -> int:
+def _check_numbers(stacks: Mapping[str, Sequence[_Member]], problems: list[str]) -> int:
     """Every projection must have the experts 0 to E - 1; return E."""
     numbers = {
         template: {member.parsed.expert for member in own if member.parsed.expert is not None}
