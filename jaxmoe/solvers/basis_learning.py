@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.shared_basis import ACTIVATIONS
+from jaxmoe.solvers.descent import begin, descend
 from jaxmoe.solvers.mixture import (
     HIGHEST,
     BasisFit,
@@ -33,6 +34,7 @@ from jaxmoe.solvers.mixture import (
     location_and_scale,
     owners,
     pull_back,
+    reconstruct,
     relative_errors,
     solve_coefficients,
     squared_norms,
@@ -144,7 +146,7 @@ def learn_basis(
     coefficients = jnp.where(constant, ones, coefficients * sigma)
     basis = jnp.where(constant, 1.0, basis)
     alpha = jnp.where(constant, jax.nn.one_hot(jnp.zeros(len(alpha), int), bases), alpha)
-    approximation = jnp.matmul(coefficients, ACTIVATIONS[activation](blend(alpha, basis)), precision=HIGHEST) + mean
+    approximation = reconstruct(coefficients, basis, alpha, activation) + mean
     error = relative_errors(whiten_rows(weight, row_moment), whiten_rows(approximation, row_moment), moment)
     return BasisFit(coefficients, basis, alpha, mean, error, losses, taken, diverged)
 
@@ -173,7 +175,6 @@ def _fit(
     """Return the best (A, B, alpha) in normalised units, losses, steps taken and whether the loss broke."""
     start = _start(target, bases, rank, mixing, initial, sigma if start_scale is None else start_scale, key)
     mix = partial(jax.nn.softmax, axis=-1) if mixing == "softmax" else lambda x: x
-    optimizer = optax.adam(learning_rate)
     whole = jnp.sum(shares * squared_norms(target, moment))
     whole = jnp.where(whole > 0, whole, 1.0)
     # Adam's 1e-8 is felt relative to the gradient: keep the published mean over all entries as the loss that it sees.
@@ -192,32 +193,10 @@ def _fit(
         d_basis, d_alpha = pull_back(d_features * slope, alpha, basis)
         return loss, (d_coefficients, d_basis, d_softmax(d_alpha)[0])
 
-    def unfinished(state):
-        step, *_, since_best, broken, _ = state
-        stale = False if patience is None else since_best >= patience
-        return (step < steps) & ~broken & ~jnp.asarray(stale)
-
-    def advance(state):
-        step, parameters, moments, best, best_parameters, since_best, _, losses = state
-        loss, gradient = evaluate(parameters)
-        better = loss < best
-        best_parameters = jax.tree.map(lambda new, old: jnp.where(better, new, old), parameters, best_parameters)
-        updates, moments = optimizer.update(gradient, moments)
-        return (
-            step + 1,
-            optax.apply_updates(parameters, updates),
-            moments,
-            jnp.where(better, loss, best),
-            best_parameters,
-            jnp.where(better, 0, since_best + 1),
-            ~jnp.isfinite(loss),
-            losses.at[step].set(loss),
-        )
-
-    zero = jnp.zeros((), jnp.int32)
-    state = (zero, start, optimizer.init(start), jnp.inf, start, zero, jnp.zeros((), bool), jnp.full(steps, jnp.nan))
-    step, _, _, _, (coefficients, basis, logits), _, broken, losses = jax.lax.while_loop(unfinished, advance, state)
-    return (coefficients, basis, mix(logits)), losses, step, broken
+    optimizer = optax.adam(learning_rate)
+    end = descend(evaluate, begin(start, optimizer), optimizer, steps=steps, patience=patience)
+    coefficients, basis, logits = end.best
+    return (coefficients, basis, mix(logits)), end.losses, end.steps, end.diverged
 
 
 def _start(target, bases, rank, mixing, initial, scale, key):
@@ -244,7 +223,7 @@ def _join(parts, target, shares, blocks, moment):
     # A group that stopped early keeps its best loss while the others go on.
     filled = [jnp.where(jnp.isnan(x), jnp.nanmin(x, initial=jnp.inf), x) for x in losses]
     portion = jax.ops.segment_sum(energy, jnp.asarray(blocks), len(parts)) / jnp.sum(energy)
-    total = sum(p * x for p, x in zip(portion, filled))
+    total = jnp.sum(portion[:, None] * jnp.stack(filled), axis=0)
     steps = jnp.max(jnp.stack(taken))
     total = jnp.where(jnp.arange(total.size) < steps, total, jnp.nan)
     return joined, total, steps, jnp.any(jnp.stack(diverged))

@@ -47,7 +47,7 @@ class BasisFit(NamedTuple):
     diverged: Bool[Array, ""]
 
 
-def check_sizes(shape: tuple[int, int, int], bases: int, rank: int, activation: str) -> None:
+def check_sizes(shape: tuple[int, ...], bases: int, rank: int, activation: str) -> None:
     """Raise if a mixture of these sizes cannot be fitted to matrices of this shape."""
     experts, rows, columns = shape
     faults = []
@@ -88,6 +88,11 @@ def blend(mixing: Float[Array, "expert base"], bases: Float[Array, "base rank co
     """Return sum_j alpha_ej B_j as one matrix product."""
     flat = jnp.matmul(mixing, bases.reshape(bases.shape[0], -1), precision=HIGHEST)
     return flat.reshape(mixing.shape[0], *bases.shape[1:])
+
+
+def reconstruct(coefficients, bases, mixing, activation: str) -> Float[Array, "expert row column"]:
+    """Return A f(blend) of every expert."""
+    return jnp.matmul(coefficients, ACTIVATIONS[activation](blend(mixing, bases)), precision=HIGHEST)
 
 
 def pull_back(gradient, mixing, bases):

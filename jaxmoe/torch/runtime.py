@@ -143,6 +143,7 @@ class SharedBasisTerm(Term):
         "gelu": F.gelu,
         "relu": F.relu,
         "sigmoid": torch.sigmoid,
+        "wavelet": lambda x: x * (1 - x * x) / (1 + x * x) ** 3,
     }
 
     def __init__(self, spec, shape, options):

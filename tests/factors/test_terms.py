@@ -21,6 +21,7 @@ NUMPY = {
     "gelu": lambda x: x * (1 + erf(x / np.sqrt(2))) / 2,
     "relu": lambda x: np.maximum(x, 0),
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "wavelet": lambda x: x * (1 - x**2) / (1 + x**2) ** 3,
 }
 
 
@@ -66,8 +67,12 @@ class TestTerm:
     def test_apply(self, name):
         term = filled(terms((5, 4, 7))[name])
         rows = np.random.default_rng(1).normal(size=(5, 6, 7)).astype(np.float32)
-        np.testing.assert_allclose(term.apply(jnp.asarray(rows)), np.einsum("eti,eoi->eto", rows, oracle(term)), atol=2e-5)
-        np.testing.assert_allclose(jax.jit(lambda t, x: t.apply(x))(term, rows), term.apply(jnp.asarray(rows)), atol=1e-5)
+        np.testing.assert_allclose(
+            term.apply(jnp.asarray(rows)), np.einsum("eti,eoi->eto", rows, oracle(term)), atol=2e-5
+        )
+        np.testing.assert_allclose(
+            jax.jit(lambda t, x: t.apply(x))(term, rows), term.apply(jnp.asarray(rows)), atol=1e-5
+        )
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_count_and_layout(self, name, dtype):
@@ -125,7 +130,11 @@ def layer():
             "gate_up": (filled(LowRank.abstract(SIZES.of("gate_up"), "float32", rank=2)),),
             "gate": (filled(LowRank.abstract(SIZES.of("gate"), "float32", rank=1), 1),),
             "down": (
-                filled(SharedBasis.abstract(SIZES.of("down"), "float32", bases=2, rank=3, activation="tanh", transposed=True)),
+                filled(
+                    SharedBasis.abstract(
+                        SIZES.of("down"), "float32", bases=2, rank=3, activation="tanh", transposed=True
+                    )
+                ),
                 filled(Dense.abstract(SIZES.of("down"), "float32"), 2),
             ),
         },
