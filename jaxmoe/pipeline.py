@@ -216,6 +216,7 @@ def _compress_layer(checkpoint, plan, planned, export, seed, moments, workspace,
             for name, array in layer.tensors().items()
         ]
     checksum = write_tensors(workspace.folder / layer_file(source.index), tensors)
+    checkpoint.release()
     record = {
         "layer": source.index,
         "projections": projections,

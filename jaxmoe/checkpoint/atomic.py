@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Raises:
         JaxmoeError: the disk is full or the quota exhausted; the message names the file and the mend.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # A random part: machines that share a folder may have equal process numbers.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with partial.open("wb") as file:
             yield file
