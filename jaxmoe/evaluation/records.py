@@ -16,8 +16,8 @@ class TextEvaluation:
         nats_per_token: mean negative log-likelihood.
 
     Example:
-        >>> TextEvaluation(name="code", tokens=255, left_out=3, nats_per_token=math.log(16)).perplexity
-        16.0
+        >>> TextEvaluation(name="code", tokens=255, left_out=3, nats_per_token=0.0).perplexity
+        1.0
     """
 
     name: str
