@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_models import EXPERTS, HIDDEN, INTERMEDIATE
 
+from jaxmoe import compress, make_plan, methods
 from jaxmoe.checkpoint import Checkpoint, Planned, write_tensors
 from jaxmoe.checkpoint.quantization import decode_fp8, decode_int4, decode_mxfp4
 from jaxmoe.errors import JaxmoeError
@@ -205,6 +206,31 @@ def test_int4_checkpoint(tiny, tmp_path):
             expected = np.stack([exact[f"{layer.module}.{e}.{name}_proj.weight"] for e in range(EXPERTS)])
             np.testing.assert_array_equal(bits(checkpoint.projection(layer, name)), bits(expected))
         assert len(layer.names) == 3 * 3 * EXPERTS
+
+
+@pytest.mark.parametrize(("family", "quantise"), [("deepseek_v3", fp8_checkpoint), ("kimi_k2", int4_checkpoint)])
+def test_quantised_checkpoints_are_compressed_and_run(family, quantise, tiny, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder, _ = quantise(Checkpoint.open(tiny(family, "bfloat16")), tmp_path / "source")
+    checkpoint = Checkpoint.open(folder)
+    recipe = methods.get("svd")
+    plan = make_plan(checkpoint, recipe, recipe.settings(), ratio=0.4)
+    logits = {}
+    for export in ("factored", "dense"):
+        report = compress(checkpoint, tmp_path / export, plan, export=export)
+        assert any("quantised" in outcome["detail"] for outcome in report["outcomes"])
+        config = json.loads((tmp_path / export / "config.json").read_text())
+        assert "quantization_config" not in config
+        if config["model_type"] == "kimi_k2":
+            (tmp_path / export / "config.json").write_text(json.dumps({**config, "model_type": "deepseek_v3"}))
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / export, dtype="float32", trust_remote_code=export == "factored"
+        )
+        with torch.no_grad():
+            logits[export] = model.eval()(torch.arange(3, 35)[None]).logits
+    assert report["stored"]["parameters"] == checkpoint.parameters
+    # The dense export rounds the products of the factors to bfloat16 once more.
+    assert (logits["factored"] - logits["dense"]).norm() < 1e-2 * logits["dense"].norm()
 
 
 def test_int4_with_zero_points_is_refused(tiny, tmp_path):
