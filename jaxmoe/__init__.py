@@ -1,8 +1,8 @@
 """jaxmoe: compress the experts of Mixture-of-Experts language models, in JAX.
 
-The numbers are pure functions of arrays (`weighted_svd`, `learn_basis`, `variable_projection`, `allocate`); what they give is
-stored in terms (`Dense`, `LowRank`, `SharedBasis`); a method is a short recipe of both (`methods`); `compress` runs one over a
-checkpoint. The names below are loaded when they are first used, so that importing jaxmoe costs nothing.
+The numbers are pure functions of arrays (`weighted_svd`, `learn_basis`, `variable_projection`, `allocate`); what they
+give is stored in terms (`Dense`, `LowRank`, `SharedBasis`); a method is a short recipe of both (`methods`); `compress`
+runs one over a checkpoint. The names below are loaded when they are first used, so that importing jaxmoe costs nothing.
 """
 
 from importlib import import_module
@@ -27,7 +27,7 @@ _HOMES = {
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted([*_HOME, "methods"])  # noqa: PLE0605
+__all__ = sorted([*_HOME, "methods"])
 
 
 def __getattr__(name: str):

@@ -1,8 +1,8 @@
 """Exact integer budgets: who gets how many ranks or bases, so that what is stored never exceeds what was asked.
 
-Every slot (one target of one layer) is a ladder: at level l it stores fixed + step * l numbers, for low <= l <= high. A budget
-is spent so that every slot keeps the same fraction of its dense size as nearly as integers allow, and what is left over is
-smaller than the cheapest step that any slot below its cap could still take.
+Every slot (one target of one layer) is a ladder: at level l it stores fixed + step * l numbers, for low <= l <= high. A
+budget is spent so that every slot keeps the same fraction of its dense size as nearly as integers allow, and what is
+left over is smaller than the cheapest step that any slot below its cap could still take.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from jaxmoe.errors import JaxmoeError
 
 
 class Ladder(NamedTuple):
-    """Sizes that one slot can take, in numbers: `fixed + step * level` for `low <= level <= high`; `dense` when untouched.
+    """Sizes that one slot can take, in numbers: `fixed + step * level` for `low <= level <= high`; `dense` untouched.
 
     Example:
         >>> Ladder(dense=100, fixed=4, step=10, low=1, high=9).numbers(3)
@@ -47,8 +47,8 @@ def reachable(ladders: Sequence[Ladder]) -> tuple[int, int]:
 def allocate(ladders: Sequence[Ladder], budget: int) -> tuple[int, ...]:
     """Return the level of every slot: equal kept fractions, stored <= budget, rest below the cheapest step.
 
-    Each slot first takes the highest level within a common kept fraction, found by bisection; single steps then go to the
-    slots that fell shortest of it, in order of their position where equal.
+    Each slot first takes the highest level within a common kept fraction, found by bisection; single steps then go to
+    the slots that fell shortest of it, in order of their position where equal.
 
     Args:
         ladders: one per slot.

@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from dataclasses import fields
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -34,23 +34,23 @@ app = typer.Typer(
 out = Console(soft_wrap=True, highlight=False)
 
 
-class Scope(str, Enum):
+class Scope(StrEnum):
     touched = "touched"
     experts = "experts"
     model = "model"
 
 
-class Export(str, Enum):
+class Export(StrEnum):
     factored = "factored"
     dense = "dense"
 
 
-class Setting(str, Enum):
+class Setting(StrEnum):
     paper = "paper"
     improved = "improved"
 
 
-class Form(str, Enum):
+class Form(StrEnum):
     dense = "dense"
 
 
@@ -60,6 +60,7 @@ MethodOption = Annotated[str, typer.Option("--method", "-m", help="svd or mobe")
 RatioOption = Annotated[float, typer.Option("--ratio", "-r", help="removed fraction, such as 0.4")]
 OfOption = Annotated[Scope, typer.Option("--of", help="what the ratio is a fraction of")]
 SettingOption = Annotated[Setting, typer.Option("--setting", help="as published, or with jaxmoe's improvements")]
+ExportOption = Annotated[Export, typer.Option("--export", help="factored: smaller files; dense: stock files")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a setting of the method; may be repeated")
 ]
@@ -75,7 +76,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     """Compress the experts of Mixture-of-Experts language models."""
 
@@ -196,7 +199,7 @@ def compress(
     of: OfOption = Scope.experts,
     setting: SettingOption = Setting.improved,
     set_: SetOption = None,
-    export: Annotated[Export, typer.Option("--export", help="factored: smaller files; dense: stock files")] = Export.factored,
+    export: ExportOption = Export.factored,
     seed: Annotated[int, typer.Option("--seed", help="of everything random")] = 0,
     layers: Annotated[str | None, typer.Option("--layers", metavar="A:B", help="work on layers A to B-1 only")] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="go on with an unfinished run")] = True,

@@ -1,4 +1,4 @@
-"""The demonstration: the bundled checkpoint compressed by every method at two sizes, and what that costs, in one table."""
+"""The demonstration: the bundled checkpoint compressed by every method at two sizes, and its cost in one table."""
 
 import importlib.util
 import time
@@ -24,8 +24,8 @@ def run(output: Path, on_event) -> tuple[Any, ...]:
         on_event: called with the pipeline's events.
 
     Returns:
-        A JSON record, then what to print: a table and where things are. Perplexity needs PyTorch; without it the table shows
-        the reconstruction errors alone, and says so.
+        A JSON record, then what to print: a table and where things are. Perplexity needs PyTorch; without it the table
+        shows the reconstruction errors alone, and says so.
     """
     source = Checkpoint.open(demo_checkpoint())
     rows = [{"name": "original", "folder": str(source.folder), "removed": 0.0, "bytes": source.bytes}]

@@ -1,8 +1,8 @@
 """Compress a checkpoint: one layer at a time, each finished layer kept, the output under its name only when complete.
 
-Nothing ever holds the whole model: a layer is read target by target, fitted, measured, written and journaled before the next
-one starts. A run that is killed goes on where it stopped and ends with the same bytes; runs over disjoint layers share one
-folder and complete it together.
+Nothing ever holds the whole model: a layer is read target by target, fitted, measured, written and journaled before the
+next one starts. A run that is killed goes on where it stopped and ends with the same bytes; runs over disjoint layers
+share one folder and complete it together.
 """
 
 import json
@@ -22,8 +22,8 @@ import numpy as np
 
 import jaxmoe
 from jaxmoe.checkpoint import Checkpoint, MoELayer
-from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
 from jaxmoe.checkpoint.atomic import write_bytes
+from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, fingerprint, layer_file, sweep
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.card import model_card
@@ -269,7 +269,7 @@ def _report(checkpoint, output, plan, export, seed, command, entries, seconds) -
     missing = [index for index, entry in entries.items() if entry is None]
     outcomes = [outcome for entry in done.values() for outcome in entry["outcomes"]]
     if export == "dense":
-        detail = "the files hold the materialised matrices: nothing is saved on disk, the ratios are those of the factors"
+        detail = "the files hold the materialised matrices: nothing is saved on disk, the ratios are the factors'"
         outcomes.append({"layer": None, "kind": "dense_export", "target": None, "detail": detail})
     outcomes += [{"layer": None, "kind": "note", "target": None, "detail": note} for note in checkpoint.notes]
     return {
@@ -281,7 +281,8 @@ def _report(checkpoint, output, plan, export, seed, command, entries, seconds) -
         "export": export,
         **plan.summary(),
         "layers": [
-            {name: done[index][name] for name in ("layer", "projections", "seconds", "losses")} for index in sorted(done)
+            {name: entry[name] for name in ("layer", "projections", "seconds", "losses")}
+            for _, entry in sorted(done.items())
         ],
         "outcomes": outcomes,
         "predicted_peak_bytes": plan.peak_bytes,

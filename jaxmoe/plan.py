@@ -1,7 +1,7 @@
 """What a ratio means for this model: the size of every term of every layer, before anything runs.
 
-A ratio is the removed fraction of the touched matrices, of all routed experts or of the whole model. It becomes one budget of
-stored numbers, which is spent exactly over all layers and projections.
+A ratio is the removed fraction of the touched matrices, of all routed experts or of the whole model. It becomes one
+budget of stored numbers, which is spent exactly over all layers and projections.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ SCOPES = ("touched", "experts", "model")
 class Sizes(NamedTuple):
     """Numbers that the three honest ratios are made of.
 
-    touched: in the matrices that are replaced; experts: in all routed experts; model: in the whole model; stored: what replaces
-    the touched ones.
+    touched: in the matrices that are replaced; experts: in all routed experts; model: in the whole model; stored: what
+    replaces the touched ones.
 
     Example:
         >>> Sizes(touched=200, experts=300, model=400, stored=100).removed()
@@ -54,8 +54,8 @@ class PlannedLayer(NamedTuple):
 class Plan:
     """What will be stored, layer by layer.
 
-    requested: `{"ratio", "of"}`; sizes: numbers of the three ratios; parameters and bytes: `{"before", "after"}` of the whole
-    model as factored; peak_bytes: predicted peak of anonymous memory beyond that of the idle program.
+    requested: `{"ratio", "of"}`; sizes: numbers of the three ratios; parameters and bytes: `{"before", "after"}` of the
+    whole model as factored; peak_bytes: predicted peak of anonymous memory beyond that of the idle program.
     """
 
     method: Method
@@ -77,9 +77,7 @@ class Plan:
             "parameters": self.parameters,
             "bytes": self.bytes,
             "peak_bytes": self.peak_bytes,
-            "layers": [
-                {"layer": layer.source.index, "projections": describe(layer.template)} for layer in self.layers
-            ],
+            "layers": [{"layer": layer.source.index, "projections": describe(layer.template)} for layer in self.layers],
         }
 
 
@@ -177,7 +175,7 @@ def _planned(layer: MoELayer, slots: Sequence[Slot], levels: Sequence[int]) -> P
 
 
 def _peak(method: Method, planned: PlannedLayer) -> int:
-    """Predict the bytes that fitting one layer holds at once: its factors, one target twice, and what the solver needs."""
+    """Predict the bytes that fitting one layer holds at once: its factors, one target twice, and the solver's own."""
     worst = 0
     for target in planned.touched:
         numbers = int(np.prod(planned.source.shape.of(target)))

@@ -1,4 +1,4 @@
-"""A small Qwen3-MoE-shaped checkpoint written with numpy and safetensors alone, for tests that need files and no model."""
+"""A small Qwen3-MoE-shaped checkpoint written with numpy and safetensors alone, for tests of files alone."""
 
 import json
 from pathlib import Path

@@ -88,7 +88,6 @@ def test_factored_equals_dense(source, tmp_path, family, method):
     assert not reloaded
 
 
-
 def stock(folder, family):
     """Return the folder; Kimi-K2 is DeepSeek-V3 under a name that stock transformers does not know."""
     if family == "kimi_k2":

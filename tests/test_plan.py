@@ -93,7 +93,8 @@ def test_every_scope_means_what_it_says(of, ratio):
     try:
         plan = make_plan(source, *settings_of("svd", "improved"), ratio=ratio, of=of)
     except JaxmoeError as error:
-        assert "out of reach" in str(error)
+        if "out of reach" not in str(error):
+            raise
         return
     removed = plan.sizes.removed()
     assert removed[of] >= ratio - 1e-12

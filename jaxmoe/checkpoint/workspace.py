@@ -150,7 +150,8 @@ class Workspace:
     def publish(self) -> None:
         """Give the complete folder its final name.
 
-        The journal goes last: a process killed in between leaves a complete output with a journal that the next run removes.
+        The journal goes last: a process killed in between leaves a complete output with a journal that the next run
+        removes.
         """
         self.check_free()
         for leftover in self.folder.glob(".*.part"):

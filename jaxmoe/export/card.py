@@ -22,8 +22,8 @@ def model_card(report: Mapping[str, Any]) -> str:
         "The experts are stored as factors: the model needs transformers 5.16 or newer and the code in this folder "
         "(`trust_remote_code=True`, or `import jaxmoe.torch` before loading)."
         if factored
-        else "The experts were written back as dense matrices: any program that runs the original runs this folder, and nothing "
-        "is saved on disk. The ratios below are those of the factors."
+        else "The experts were written back as dense matrices: any program that runs the original runs this folder, "
+        "and nothing is saved on disk. The ratios below are those of the factors."
     )
     lines = [
         "---",

@@ -1,7 +1,7 @@
 """The folder that a user gets: the layers' files joined by everything else of the source, and an index written last.
 
-A folder with an index is complete: nothing in it is still to come. Layers keep one file each, the tensors that no method
-touched are copied byte for byte into shards of their own.
+A folder with an index is complete: nothing in it is still to come. Layers keep one file each, the tensors that no
+method touched are copied byte for byte into shards of their own.
 """
 
 import json

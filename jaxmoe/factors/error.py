@@ -1,4 +1,4 @@
-"""How far a compressed layer is from the original: relative error per projection and expert, of the numbers as stored."""
+"""How far a compressed layer is from the original: relative error per projection and expert, as stored."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,8 @@ def relative_errors(weight, layer: CompressedLayer, projection: str) -> np.ndarr
         >>> from jaxmoe.factors import Dense, LayerShape
         >>> sizes = LayerShape(experts=2, hidden=4, intermediate=3, gated=False)
         >>> ones, zeros = jnp.ones((2, 3, 4)), jnp.zeros((2, 4, 3))
-        >>> layer = CompressedLayer(sizes=sizes, terms={"up": (Dense(weight=0.5 * ones),), "down": (Dense(weight=zeros),)})
+        >>> terms = {"up": (Dense(weight=0.5 * ones),), "down": (Dense(weight=zeros),)}
+        >>> layer = CompressedLayer(sizes=sizes, terms=terms)
         >>> relative_errors(ones, layer, "up").tolist()
         [0.5, 0.5]
     """

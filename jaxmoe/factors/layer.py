@@ -93,14 +93,16 @@ class CompressedLayer:
                 raise JaxmoeError(f"unknown target {target!r}: the targets are {', '.join(TARGETS)}")
             for term in terms:
                 if term.shape != self.sizes.of(target):
-                    raise JaxmoeError(f"{target}: a {term.kind} term of shape {term.shape}, not {self.sizes.of(target)}")
+                    raise JaxmoeError(
+                        f"{target}: a {term.kind} term of shape {term.shape}, not {self.sizes.of(target)}"
+                    )
         covered = {p for target, terms in self.terms.items() if terms for p in TARGETS[target]}
         if missing := [p for p in self.sizes.projections if p not in covered]:
             raise JaxmoeError(f"no term for {', '.join(missing)}: every projection of the layer needs one")
         return self
 
     def materialize(self, projection: str, experts: slice = EVERY) -> Float[Array, "expert out in"]:
-        """Return one projection's dense matrices, the sum of all terms that cover it, in float32; of some experts if asked."""
+        """Return one projection's dense matrices, the sum of all terms that cover it, in float32."""
         total = None
         for target, terms in self.terms.items():
             if projection not in TARGETS[target]:

@@ -39,7 +39,8 @@ class LowRank:
 
     @property
     def shape(self):
-        return (*self.left.shape[:2], self.right.shape[2])
+        experts, out = self.left.shape[:2]
+        return experts, out, self.right.shape[2]
 
     @property
     def rank(self) -> int:

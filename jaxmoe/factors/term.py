@@ -1,8 +1,8 @@
 """What every factor type has in common: a term of the sum that stands for the experts' matrices.
 
 A term is a pytree of arrays with a leading expert axis (or of shared arrays), and knows four things: how to
-materialise, how to multiply activations, how many numbers and bytes it stores, and how it lies in a file. The arrays may
-also be `jax.ShapeDtypeStruct`: such an abstract term is what a plan holds, and counts exactly like the real one.
+materialise, how to multiply activations, how many numbers and bytes it stores, and how it lies in a file. The arrays
+may also be `jax.ShapeDtypeStruct`: such an abstract term is what a plan holds, and counts exactly like the real one.
 
 On disk every tensor of a term is two-dimensional: the experts (or bases) are stacked along the rows. Serving engines
 take a module whose parameters are all three-dimensional for a stock expert layer and replace it.
@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-Abstract = jax.ShapeDtypeStruct
+# Any to type checkers: a term's arrays may be JAX's, numpy's or abstract, and only real ones are computed with.
+Abstract: Any = jax.ShapeDtypeStruct
 """An array of which only shape and dtype are known."""
 
 

@@ -1,8 +1,8 @@
 """What a method is: a short recipe that says what may be stored and how it is fitted.
 
-A method knows one MoE layer at a time. `slots` says which targets it replaces and which sizes they can take; the plan picks a
-level for every slot of the model under one budget; `fit` then finds the numbers of one target. Everything else (reading,
-budgets, resuming, writing, reporting) is the same for all methods.
+A method knows one MoE layer at a time. `slots` says which targets it replaces and which sizes they can take; the plan
+picks a level for every slot of the model under one budget; `fit` then finds the numbers of one target. Everything else
+(reading, budgets, resuming, writing, reporting) is the same for all methods.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jaxmoe.factors import LayerShape, Term
 
 
 class Slot(NamedTuple):
-    """One target of one layer and the sizes that it can take: `at(level)` is the abstract term, `low <= level <= high`."""
+    """One target of one layer and the sizes that it can take: `at(level)` is abstract, `low <= level <= high`."""
 
     target: str
     at: Callable[[int], Term]
@@ -61,10 +61,11 @@ class Method(NamedTuple):
         name: as the command line spells it.
         summary: one line for the help text.
         settings: a frozen dataclass of keyword-only settings, validated in `__post_init__`.
-        slots: `(shape, dtype, settings, kept) -> slots`: which targets are replaced and which sizes they can take when a
-            fraction `kept` of their numbers is asked for. Targets that are not named stay dense.
-        fit: `(weight, template, settings, *, moment, key) -> Fit`: the numbers of one target, `[expert, out, in]`, shaped like the
-            abstract term `template`; `moment` is the second moment of the inputs `[1|expert, in, in]` or None.
+        slots: `(shape, dtype, settings, kept) -> slots`: which targets are replaced and which sizes they can take when
+            a fraction `kept` of their numbers is asked for. Targets that are not named stay dense.
+        fit: `(weight, template, settings, *, moment, key) -> Fit`: the numbers of one target, `[expert, out, in]`,
+            shaped like the abstract term `template`; `moment` is the second moment of the inputs `[1|expert, in, in]`
+            or None.
         working_bytes: `(template) -> bytes` that a fit needs beside the float32 copy of its target.
     """
 
@@ -73,7 +74,7 @@ class Method(NamedTuple):
     settings: type
     slots: Callable[[LayerShape, Any, Any, float], tuple[Slot, ...]]
     fit: Callable[..., Fit]
-    working_bytes: Callable[[Term], int]
+    working_bytes: Callable[[Any], int]
 
 
 Moment = Float[Array, "..."]

@@ -2,13 +2,14 @@
 
     W_e = A_e f(sum_j alpha_ej B_j)          A_e [P, r], B_j [r, Q], alpha_e one coefficient per base
 
-setting="paper": gate and up apart with r = P (down stays), softmax mixing, silu, Adam; M is the size. setting="improved": all three
-projections, down transposed so that its bases lie on the hidden axis; variable projection, tanh, mixing of any sign; the
-coefficients are solved once more for the bases as they are stored. Source: MoBE, arXiv 2508.05257; what differs from the authors' code
-is said in `solvers/basis_learning.py`.
+setting="paper": gate and up apart with r = P (down stays), softmax mixing, silu, Adam; M is the size.
+setting="improved": all three projections, down transposed so that its bases lie on the hidden axis; variable
+projection, tanh, mixing of any sign; the coefficients are solved once more for the bases as they are stored. Source:
+MoBE, arXiv 2508.05257; what differs from the authors' code is said in `solvers/basis_learning.py`.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -80,7 +81,7 @@ def _slot(shape: LayerShape, target: str, dtype, settings: MoBESettings, kept: f
 
     def at(bases, rank):
         return SharedBasis.abstract(
-            sizes, dtype, bases=bases, rank=rank, activation=settings.activation, transposed=transposed
+            sizes, dtype, bases=bases, rank=rank, activation=cast(str, settings.activation), transposed=transposed
         )
 
     dense = experts * rows * columns
@@ -95,7 +96,7 @@ def _slot(shape: LayerShape, target: str, dtype, settings: MoBESettings, kept: f
 
 def choose_bases(shape: tuple[int, int, int], kept: float) -> int:
     """Return the number of bases for a kept fraction of `[expert, out, in]`."""
-    experts, out, in_ = shape
+    experts = shape[0]
     return max(1, min(experts, round(kept * experts / 3)))
 
 
@@ -122,20 +123,21 @@ def fit(weight, template: SharedBasis, settings: MoBESettings, *, moment=None, k
     coefficients = found.coefficients
     if not paper:
         coefficients = solve_coefficients(
-            matrices, bases, mixing, activation=settings.activation, moment=moments.get("moment")
+            matrices, bases, mixing, activation=cast(str, settings.activation), moment=moments.get("moment")
         )
     term = SharedBasis(
         coefficients=coefficients.astype(dtype),
         bases=bases,
         mixing=mixing,
-        activation=settings.activation,
+        activation=cast(str, settings.activation),
         transposed=template.transposed,
     )
     losses = np.asarray(found.losses)
     taken = int(found.steps)
     outcomes = []
     if bool(found.diverged):
-        outcomes.append(Outcome("diverged", "", f"the loss was not finite after {taken} steps; the best state before is kept"))
+        detail = f"the loss was not finite after {taken} steps; the best state before is kept"
+        outcomes.append(Outcome("diverged", "", detail))
     if settings.steps == 0:
         outcomes.append(Outcome("not_fitted", "", "no optimiser step was asked for: this is the start"))
     return Fit(term, losses[:taken], tuple(outcomes))

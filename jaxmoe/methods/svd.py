@@ -2,9 +2,9 @@
 
     W_e = L_e R_e          minimising || (W_e - L_e R_e) C^(1/2) ||, C = E[x xᵀ] where second moments are given
 
-setting="paper": gate, up and down apart. setting="improved": gate and up stacked along their outputs, so that they share R_e; at
-equal size that halves neither's error but costs one row space less, and is the strongest plain form known. Source:
-Eckart and Young 1936; with moments SVD-LLM (arXiv 2403.07378) without its inverse.
+setting="paper": gate, up and down apart. setting="improved": gate and up stacked along their outputs, so that they
+share R_e; at equal size that halves neither's error but costs one row space less, and is the strongest plain form
+known. Source: Eckart and Young 1936; with moments SVD-LLM (arXiv 2403.07378) without its inverse.
 """
 
 import functools

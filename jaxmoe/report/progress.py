@@ -1,4 +1,4 @@
-"""Progress of a run: a bar with the time left on a terminal, plain lines elsewhere, JSON lines where programs listen."""
+"""Progress of a run: a bar with the time left on a terminal, plain lines elsewhere, JSON lines for programs."""
 
 import json
 import sys

@@ -59,9 +59,7 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     """Return the tables of a plan: sizes, and what every layer will hold (equal neighbours on one row)."""
 
     def stored(layer):
-        return {
-            spec["target"]: term(spec) for record in layer["projections"].values() for spec in record["terms"]
-        }
+        return {spec["target"]: term(spec) for record in layer["projections"].values() for spec in record["terms"]}
 
     rows = []
     for targets, group in groupby(plan["layers"], key=stored):
@@ -119,7 +117,7 @@ def inspection_tables(record: Mapping[str, Any]) -> list[Any]:
         ("can be written", ", ".join(record["exports"])),
     ]
     rows = []
-    shape_of = {index: layer for index, layer in zip(record["moe_layers"], record["layers"], strict=True)}
+    shape_of = dict(zip(record["moe_layers"], record["layers"], strict=True))
 
     def sizes(index):
         return tuple(shape_of[index][name] for name in ("experts", "hidden", "intermediate"))

@@ -1,4 +1,4 @@
-"""What bad input gets: one message that names the offender and the mend, exit code 1 (2 for wrong usage), and no output."""
+"""What bad input gets: one message naming the offender and the mend, exit code 1 (2 for wrong usage), and no output."""
 
 import json
 import resource
@@ -62,7 +62,9 @@ def index(change: Callable[[dict], None]) -> Callable[[Path], None]:
         weight_map = {}
         for number in range(2):
             own = names[number::2]
-            save_file({name: made[name] for name in own}, folder / f"part{number}.safetensors", metadata={"format": "pt"})
+            save_file(
+                {name: made[name] for name in own}, folder / f"part{number}.safetensors", metadata={"format": "pt"}
+            )
             weight_map.update(dict.fromkeys(own, f"part{number}.safetensors"))
         (folder / "model.safetensors").unlink()
         change(weight_map)
@@ -146,15 +148,21 @@ CHECKPOINTS = [
     Case("truncated file", ("model.safetensors",), truncate),
     Case("empty file", ("model.safetensors",), raw("model.safetensors", b"")),
     Case("absurd header length", ("model.safetensors", "header"), raw("model.safetensors", b"\xff" * 64)),
-    Case("header not JSON", ("model.safetensors", "JSON"), raw("model.safetensors", struct.pack("<Q", 8) + b"nonsense")),
+    Case("header no JSON", ("model.safetensors", "JSON"), raw("model.safetensors", struct.pack("<Q", 8) + b"nonsense")),
     Case("git-lfs pointer", ("git-lfs", "model.safetensors"), raw("model.safetensors", b"version https://git-lfs\n")),
     Case("offsets beyond the file", ("model.safetensors", EXPERT), header(shift(EXPERT, 10**7))),
     Case("overlapping offsets", ("model.safetensors", "overlap"), header(shift(EXPERT, -64))),
     Case("unknown dtype", (EXPERT, "Q7"), header(lambda record: record[EXPERT].update(dtype="Q7"))),
     Case("shape that does not fit", (EXPERT,), header(lambda record: record[EXPERT].update(shape=[8, 17]))),
     Case("index not JSON", (INDEX,), bad_index),
-    Case("index names a missing file", ("part9.safetensors",), index(lambda m: m.update({EXPERT: "part9.safetensors"}))),
-    Case("index leaves the folder", ("../part0.safetensors",), index(lambda m: m.update({EXPERT: "../part0.safetensors"}))),
+    Case(
+        "index names a missing file", ("part9.safetensors",), index(lambda m: m.update({EXPERT: "part9.safetensors"}))
+    ),
+    Case(
+        "index leaves the folder",
+        ("../part0.safetensors",),
+        index(lambda m: m.update({EXPERT: "../part0.safetensors"})),
+    ),
     Case("index with absolute path", ("/etc/passwd",), index(lambda m: m.update({EXPERT: "/etc/passwd"}))),
     Case("index and shard disagree", (EXPERT,), index(swap_shard)),
     Case("index lacks a tensor", (EXPERT,), index(lambda m: m.__delitem__(EXPERT))),
@@ -185,7 +193,9 @@ ARGUMENTS = [
     Case("layers beyond the model", ("7:9", "0 to 1"), arguments=("--layers", "7:9")),
     Case("method setting unknown", ("speed=9",), arguments=("--set", "speed=9")),
     Case("method setting without value", ("steps",), arguments=("--method", "mobe", "--set", "steps")),
-    Case("method setting of another type", ("steps=many", "int"), arguments=("--method", "mobe", "--set", "steps=many")),
+    Case(
+        "method setting of another type", ("steps=many", "int"), arguments=("--method", "mobe", "--set", "steps=many")
+    ),
     Case("option unknown", ("--fast",), arguments=("--fast",), code=2),
 ]
 

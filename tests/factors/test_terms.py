@@ -1,4 +1,4 @@
-"""Every term: materialize against numpy, apply against materialize, count against the tensors, file layout round trip."""
+"""Every term: materialize against numpy, apply against materialize, count against the tensors, file layout."""
 
 import jax
 import jax.numpy as jnp

@@ -70,7 +70,7 @@ def test_svd_weighted_by_inputs_serves_those_inputs(weights):
 def test_mobe_beats_svd_of_equal_size(weights, setting, target):
     if setting == "paper" and target == "down":
         pytest.skip("the publication leaves down as it is")
-    options = {"setting": setting, "steps": 400, "bases": 2} if setting == "improved" else {"setting": setting, "steps": 800}
+    options = {"improved": {"steps": 400, "bases": 2}, "paper": {"steps": 800}}[setting] | {"setting": setting}
     slots = methods.get("mobe").slots(SHAPE, np.dtype("float32"), MoBESettings(**options), 0.6)
     targets = {slot.target for slot in slots}
     target = target if target in targets else "gate_up"
@@ -142,7 +142,8 @@ def test_a_method_is_added_in_ten_lines(weights):
         )
 
     def fit(weight, template, settings, *, moment=None, key=None):
-        return Fit(LowRank(left=weight[:, :, : template.rank], right=jnp.eye(template.rank, weight.shape[2])[None].repeat(6, 0)), np.zeros(0))
+        right = jnp.eye(template.rank, weight.shape[2])[None].repeat(6, 0)
+        return Fit(LowRank(left=weight[:, :, : template.rank], right=right), np.zeros(0))
 
     mine = methods.register(Method("columns", "keep the first columns", Settings, slots, fit, lambda template: 0))
     try:
