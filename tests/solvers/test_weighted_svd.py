@@ -134,8 +134,9 @@ for options in ({}, {"column_moment": moment}):
         fit = jax.jit(functools.partial(weighted_svd, rank=5))
         placed = jax.device_put(matrices, sharding)
         text = fit.lower(placed, **options).compile().as_text()
-        found = [word for word in ("all-gather", "all-reduce", "all-to-all", "collective", "reduce-scatter") if word in
-        text] assert not found, found
+        words = ("all-gather", "all-reduce", "all-to-all", "collective", "reduce-scatter")
+        found = [word for word in words if word in text]
+        assert not found, found
         spread, single = fit(placed, **options), fit(matrices, **options)
         assert spread.left.sharding.is_equivalent_to(sharding, 3)
         np.testing.assert_allclose(spread.left @ spread.right, single.left @ single.right, atol=1e-5)
