@@ -23,30 +23,36 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from one_core import table
+
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # as the command line sets it, before JAX loads the library
+
+import jax
+import ml_dtypes
+import numpy as np
 
 from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
 from jaxmoe.data import demo_checkpoint
+from jaxmoe.factors import LayerShape
+from jaxmoe.solvers.weighted_svd import weighted_svd
 
 PROGRAM = str(Path(sys.executable).with_name("jaxmoe"))
 HIDDEN, INTERMEDIATE, RATIO = 1024, 128, "0.95"
 
 
 class Run(NamedTuple):
-    """A finished child process: wall and CPU seconds, peak anonymous bytes, standard output."""
+    """A finished child process: wall and CPU seconds, peak anonymous bytes."""
 
     wall: float
     cpu: float
     anonymous: int
-    output: str
 
 
 def run(*command: str) -> Run:
     """Run a command to its end while watching its memory; raise if it fails."""
     with tempfile.TemporaryFile("w+") as output:
         begin = time.perf_counter()
-        child = subprocess.Popen(command, stdout=output)
+        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         peak = 0
         while True:
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
@@ -59,7 +65,7 @@ def run(*command: str) -> Run:
         output.seek(0)
         if child.returncode:
             raise SystemExit(f"{' '.join(command)} ended with {child.returncode}:\n{output.read()}")
-        return Run(wall, usage.ru_utime + usage.ru_stime, peak, output.read())
+        return Run(wall, usage.ru_utime + usage.ru_stime, peak)
 
 
 def _anonymous(pid: int) -> int:
@@ -100,8 +106,6 @@ def generate(
     folder: Path, *, layers: int, experts: int, hidden: int, intermediate: int, shard_bytes: int = 1 << 28
 ) -> int:
     """Write a random sharded checkpoint and return the bytes of its tensors."""
-    import ml_dtypes
-
     rng = np.random.default_rng(0)
 
     def produce(shape):
@@ -138,11 +142,6 @@ def generate(
 
 def arithmetic(report: dict, layers: int, experts: int) -> float:
     """Return the CPU seconds of the decompositions alone, from one layer's time."""
-    import jax
-
-    from jaxmoe.factors import LayerShape
-    from jaxmoe.solvers.weighted_svd import weighted_svd
-
     sizes = LayerShape(experts=experts, hidden=HIDDEN, intermediate=INTERMEDIATE)
     terms = {t["target"]: t["rank"] for p in report["layers"][0]["projections"].values() for t in p["terms"]}
     seconds = 0.0
