@@ -194,7 +194,7 @@ def _fit(
         return loss, (d_coefficients, d_basis, d_softmax(d_alpha)[0])
 
     optimizer = optax.adam(learning_rate)
-    end = descend(evaluate, begin(start, optimizer), optimizer, steps=steps, patience=patience)
+    end = descend(evaluate, begin(start, optimizer, steps=steps), optimizer, patience=patience)
     coefficients, basis, logits = end.best
     return (coefficients, basis, mix(logits)), end.losses, end.steps, end.diverged
 

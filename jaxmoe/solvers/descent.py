@@ -35,14 +35,14 @@ class Descent(NamedTuple):
     diverged: Bool[Array, ""]
 
 
-def begin(parameters: Any, optimizer: optax.GradientTransformation) -> Descent:
-    """Return a descent that has taken no step."""
+def begin(parameters: Any, optimizer: optax.GradientTransformation, *, steps: int) -> Descent:
+    """Return a descent that has taken none of `steps` steps."""
     return Descent(
         best=parameters,
         best_loss=jnp.full((), jnp.inf),
         parameters=parameters,
         memory=optimizer.init(parameters),
-        losses=jnp.zeros(0),
+        losses=jnp.full(steps, jnp.nan),
         steps=jnp.zeros((), jnp.int32),
         diverged=jnp.zeros((), bool),
     )
@@ -53,30 +53,34 @@ def descend(
     before: Descent,
     optimizer: optax.GradientTransformation,
     *,
-    steps: int,
+    until: int | Int[Array, ""] | None = None,
     patience: int | None = None,
     goal: float = 0.0,
 ) -> Descent:
-    """Return the descent after at most `steps` more steps; `losses` and `steps` are those of this call.
+    """Go on with a descent.
 
     Args:
         evaluate: returns loss and gradient for parameters.
-        before: where to go on.
+        before: where it stands.
         optimizer: any optax transformation.
-        steps: upper limit; static.
+        until: steps after which to pause, counted from the beginning; None goes to the end.
         patience: stop after so many steps without a new best loss; None never does.
         goal: stop once the best loss is not above this.
 
     Example:
         >>> sgd = optax.sgd(0.25)
-        >>> after = descend(jax.value_and_grad(lambda x: x**2), begin(jnp.array(8.0), sgd), sgd, steps=3)
+        >>> after = descend(jax.value_and_grad(lambda x: x**2), begin(jnp.array(8.0), sgd, steps=3), sgd)
         >>> after.losses.tolist(), float(after.best)
         ([64.0, 16.0, 4.0], 2.0)
     """
+    steps = before.losses.size
+    if not steps:
+        return before
+    limit = steps if until is None else jnp.minimum(until, steps)
 
     def unfinished(state):
         now, stale = state
-        going = (now.steps < steps) & ~now.diverged & (now.best_loss > goal)
+        going = (now.steps < limit) & ~now.diverged & (now.best_loss > goal)
         return going if patience is None else going & (stale < patience)
 
     def advance(state):
@@ -96,7 +100,4 @@ def descend(
         )
         return after, jnp.where(better, 0, stale + 1)
 
-    if not steps:
-        return before._replace(losses=jnp.zeros(0), steps=jnp.zeros((), jnp.int32))
-    fresh = before._replace(losses=jnp.full(steps, jnp.nan), steps=jnp.zeros((), jnp.int32))
-    return jax.lax.while_loop(unfinished, advance, (fresh, jnp.zeros((), jnp.int32)))[0]
+    return jax.lax.while_loop(unfinished, advance, (before, jnp.zeros((), jnp.int32)))[0]

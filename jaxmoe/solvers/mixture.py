@@ -132,6 +132,9 @@ def block_svd(
     grams = jnp.einsum("epq,epk->eqk", weight, weight, precision=HIGHEST)
     grams = jnp.einsum("eb,eqk->bqk", spread, grams, precision=HIGHEST)
     vectors = jnp.linalg.eigh(grams)[1][..., ::-1][..., :rank]
+    # Eigenvectors have no sign of their own, but f(-V) is not -f(V): let the largest entry be positive.
+    peak = jnp.take_along_axis(vectors, jnp.argmax(jnp.abs(vectors), axis=-2, keepdims=True), axis=-2)
+    vectors = vectors * jnp.where(peak < 0, -1.0, 1.0)
     coefficients = jnp.matmul(weight, vectors[owner], precision=HIGHEST)
     return coefficients, jnp.swapaxes(vectors, -1, -2)
 

@@ -111,7 +111,7 @@ def variable_projection(
         rank=rank,
         activation=activation,
         steps=steps,
-        trial=min(trial, steps),
+        trial=trial,
         learning_rate=learning_rate,
         patience=patience,
     )
@@ -122,24 +122,27 @@ def variable_projection(
     return BasisFit(coefficients, basis, alpha, jnp.zeros(()), error, end.losses, end.steps, end.diverged)
 
 
-@partial(jax.jit, static_argnames=("bases", "rank", "activation", "steps", "trial", "patience"))
+@partial(jax.jit, static_argnames=("bases", "rank", "activation", "steps", "patience"))
 def _fit(target, moment, shares, key, *, bases, rank, activation, steps, trial, learning_rate, patience) -> Descent:
     """Return the descent of the better start over the whole schedule."""
     size = jnp.sqrt(jnp.mean(target**2))
     target = target / jnp.where(size > 0, size, 1.0)
     evaluate = reduced_objective(target, activation=activation, moment=moment, shares=shares)
     optimizer = optax.adam(schedule(learning_rate, steps), b1=0.85, b2=0.95, eps=1e-12)
-    first, second = starts(target, bases, rank, key)
-    if not trial:
-        return begin(first, optimizer)
+    begun = [begin(start, optimizer, steps=steps) for start in starts(target, bases, rank, key)]
 
-    def attempt(start):
-        return descend(evaluate, begin(start, optimizer), optimizer, steps=trial, goal=GOAL)
+    def better(both):
+        return jnp.argmin(jnp.where(both.diverged, jnp.inf, both.best_loss))
 
-    both = lax.map(attempt, jax.tree.map(lambda a, b: jnp.stack([a, b]), first, second))
-    early = jax.tree.map(lambda x: x[jnp.argmin(both.best_loss)], both)
-    late = descend(evaluate, early, optimizer, steps=steps - trial, patience=patience, goal=GOAL)
-    return late._replace(losses=jnp.concatenate([early.losses, late.losses]), steps=early.steps + late.steps)
+    def phase(number, both):
+        # Two trials, then the better to the end; one loop serves all three, so that it is compiled once.
+        chosen = jnp.where(number < 2, number, better(both))
+        now = jax.tree.map(lambda x: x[chosen], both)
+        now = descend(evaluate, now, optimizer, until=jnp.where(number < 2, trial, steps), patience=patience, goal=GOAL)
+        return jax.tree.map(lambda x, y: x.at[chosen].set(y), both, now)
+
+    both = lax.fori_loop(0, 3, phase, jax.tree.map(lambda *x: jnp.stack(x), *begun))
+    return jax.tree.map(lambda x: x[better(both)], both)
 
 
 def schedule(learning_rate: float, steps: int):
@@ -160,9 +163,10 @@ def starts(target: Float[Array, "expert row column"], bases: int, rank: int, key
     """Return two starts (bases, mixing): singular vectors of consecutive blocks of experts, and random numbers."""
     experts, _, columns = target.shape
     vectors = block_svd(target, bases, rank)[1]
-    keys = jax.random.split(key, 2)
-    basis = SIZE * jax.random.normal(keys[0], (bases, rank, columns))
-    alpha = jax.random.normal(keys[1], (experts, bases)) * bases**-0.5
+    # One draw for both: random numbers are most of what there is to compile here.
+    noise = jax.random.normal(key, (bases * (rank * columns + experts),))
+    basis = SIZE * noise[: bases * rank * columns].reshape(bases, rank, columns)
+    alpha = noise[bases * rank * columns :].reshape(experts, bases) * bases**-0.5
     return (vectors * (SIZE * columns**0.5), jax.nn.one_hot(owners(experts, bases), bases)), (basis, alpha)
 
 
