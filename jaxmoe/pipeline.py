@@ -170,7 +170,7 @@ def read_target(checkpoint: Checkpoint, layer: MoELayer, target: str) -> np.ndar
     Raises:
         JaxmoeError: a weight is NaN or infinite; the message names the tensors.
     """
-    weight = np.empty(layer.shape.of(target), np.float32)
+    weight = _aligned(layer.shape.of(target))
     start = 0
     for projection in TARGETS[target]:
         part = checkpoint.projection(layer, projection)
@@ -179,6 +179,14 @@ def read_target(checkpoint: Checkpoint, layer: MoELayer, target: str) -> np.ndar
     if not np.isfinite(weight).all():
         raise JaxmoeError(_not_finite(checkpoint, layer, target))
     return weight
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """Return an uninitialised float32 array on a 64-byte boundary: XLA on CPU copies any other, twice at its peak."""
+    size = int(np.prod(shape)) * 4
+    raw = np.empty(size + 63, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(np.float32).reshape(shape)
 
 
 def _not_finite(checkpoint: Checkpoint, layer: MoELayer, target: str) -> str:
@@ -240,7 +248,7 @@ def fit_layer(
             terms[target] = (Dense(weight=checkpoint.projection(source, target)),)
             continue
         fit = plan.method.fit(
-            jnp.asarray(read_target(checkpoint, source, target)),
+            jax.device_put(read_target(checkpoint, source, target), may_alias=True),
             abstract,
             plan.settings,
             moment=moments.get(target),
