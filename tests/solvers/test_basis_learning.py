@@ -1,4 +1,4 @@
-"""Basis learning as published: against a float64 oracle of its start, loss, gradient and Adam, and its known behaviour."""
+"""Basis learning as published: a float64 oracle of its start, loss, gradient and Adam, and its known behaviour."""
 
 from functools import partial
 
@@ -47,7 +47,7 @@ def grouped_svd_error(weight, bases, rank):
 
 
 def oracle(target, a, b, logits, *, steps, rate=0.07, moment=None):
-    """The published algorithm in float64, one loop per expert and base: losses, and the parameters before the last step."""
+    """The published algorithm in float64, loops over experts and bases: losses, and parameters before the last step."""
     parameters = [x.astype(np.float64) for x in (a, b, logits)]
     first = [np.zeros_like(x) for x in parameters]
     second = [np.zeros_like(x) for x in parameters]
