@@ -1,4 +1,4 @@
-"""Basis learning as published: a float64 oracle of its start, loss, gradient and Adam, and its known behaviour."""
+"""Basis learning as published: against a float64 oracle of its start, loss, gradient and Adam; its known behaviour."""
 
 from functools import partial
 
