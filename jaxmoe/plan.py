@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmoe.allocation import allocate, reachable
+from jaxmoe.allocation import allocate, common_fraction, reachable
 from jaxmoe.checkpoint import Checkpoint, MoELayer
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense
@@ -130,7 +130,7 @@ def make_plan(checkpoint: Checkpoint, method: Method, settings: Any, *, ratio: f
     scope = {"touched": touched, "experts": experts, "model": checkpoint.parameters}[of]
     # The decimal that the user wrote, not its binary neighbour: 0.4 of 10 numbers are 4.
     budget = touched - -(-Fraction(str(ratio)) * scope // 1)
-    chosen = slots(max(0.0, budget / touched))
+    chosen = slots(common_fraction(ladders(slots(0.5)), float(budget)))
     least, most = reachable(ladders(chosen))
     if not least <= budget <= most + max((x.step for x in ladders(chosen)), default=0):
         extremes = reachable(ladders(slots(0.0)))[0], reachable(ladders(slots(1.0)))[1]

@@ -3,25 +3,26 @@
     W_e = A_e f(sum_j alpha_ej B_j)          A_e [P, r], B_j [r, Q], alpha_e one coefficient per base
 
 setting="paper": gate and up apart with r = P (down stays), softmax mixing, silu, Adam; M is the size.
-setting="improved": all three projections, gate and up stacked along their outputs over one set of bases; bases lie along
-the longer axis of the matrices, so that what is shared is the longer factor (for down of fine-grained experts: the
-hidden axis, transposed); variable projection, mixing of any sign through a wavelet; the coefficients are solved once
+setting="improved": all three projections, gate and up stacked along their outputs over one set of bases; bases lie
+along the longer axis of the matrices, so that what is shared is the longer factor (for down of fine-grained experts:
+the hidden axis, transposed); variable projection, mixing of any sign through a wavelet; the coefficients are solved once
 more for the bases as they are stored. Source: MoBE, arXiv 2508.05257; what differs from the authors' code is said in
 `solvers/basis_learning.py`.
 """
 
-import math
 from dataclasses import dataclass
 from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe.allocation import share
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape, SharedBasis
 from jaxmoe.factors.shared_basis import ACTIVATIONS
-from jaxmoe.methods.method import Fit, Method, Outcome, Slot
+from jaxmoe.methods.method import DOWN_WEIGHT, Fit, Method, Outcome, Slot
 from jaxmoe.solvers.basis_learning import learn_basis
+from jaxmoe.solvers.basis_size import choose_bases, lies_transposed
 from jaxmoe.solvers.mixture import solve_coefficients
 from jaxmoe.solvers.variable_projection import variable_projection
 
@@ -83,11 +84,17 @@ def slots(shape: LayerShape, dtype, settings: MoBESettings, kept: float) -> tupl
 
 def _slot(sizes: tuple[int, int, int], target: str, dtype, settings: MoBESettings, kept: float) -> Slot:
     experts, out, in_ = sizes
+    weight = DOWN_WEIGHT if target == "down" else 1.0
     rows, columns = min(out, in_), max(out, in_)
 
     def at(bases, rank):
         return SharedBasis.abstract(
-            sizes, dtype, bases=bases, rank=rank, activation=cast(str, settings.activation), transposed=out > in_
+            sizes,
+            dtype,
+            bases=bases,
+            rank=rank,
+            activation=cast(str, settings.activation),
+            transposed=lies_transposed(out, in_),
         )
 
     most = experts * rows * columns - 1
@@ -96,30 +103,12 @@ def _slot(sizes: tuple[int, int, int], target: str, dtype, settings: MoBESetting
         if rank > rows:
             raise JaxmoeError(f"rank {rank}: the matrices of {target} are {out} x {in_}; give 1 to {rows}")
         high = min(experts, (most - experts * rows * rank) // (rank * columns + experts))
-        return Slot(target, lambda bases: at(bases, rank), 1, max(1, high))
-    bases = settings.bases or choose_bases((experts, rows, columns), kept)
+        return Slot(target, lambda bases: at(bases, rank), 1, max(1, high), weight)
+    bases = settings.bases or choose_bases(sizes, share(kept, weight))
     if bases > experts:
         raise JaxmoeError(f"{bases} bases for {experts} experts: give 1 to {experts}")
     high = min(rows, (most - experts * bases) // (experts * rows + bases * columns))
-    return Slot(target, lambda rank: at(bases, rank), 1, max(1, high))
-
-
-def choose_bases(shape: tuple[int, int, int], kept: float) -> int:
-    """Return the number of bases for matrices `[expert, row, column]`, of which a fraction `kept` is to be stored.
-
-    Few bases of high rank and many of low rank both lose. The best number lay near 0.3 bases per expert where most is
-    kept, and near half of experts * rows / columns (where bases and coefficients cost alike but for a factor of two) where
-    little is; between them it moves evenly, and the error is flat around it. At least as many bases as it takes to spend
-    the budget at full rank. Measured on one layer of a small checkpoint with 16 experts.
-
-    Example:
-        >>> choose_bases((16, 64, 128), 0.75), choose_bases((128, 1536, 2048), 0.25)
-        (5, 46)
-    """
-    experts, rows, columns = shape
-    balanced = kept * 0.3 * experts + (1 - kept) * 0.5 * experts * rows / columns
-    spent = experts * rows * (kept * columns - rows) / (rows * columns + experts)
-    return max(1, min(experts, max(round(balanced), math.ceil(spent))))
+    return Slot(target, lambda rank: at(bases, rank), 1, max(1, high), weight)
 
 
 def fit(weight, template: SharedBasis, settings: MoBESettings, *, moment=None, key=None) -> Fit:

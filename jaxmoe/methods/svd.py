@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape, LowRank
-from jaxmoe.methods.method import Fit, Method, Slot
+from jaxmoe.methods.method import DOWN_WEIGHT, Fit, Method, Slot
 from jaxmoe.solvers.weighted_svd import weighted_svd
 
 
@@ -56,7 +56,8 @@ def slots(shape: LayerShape, dtype, settings: SVDSettings, kept: float) -> tuple
 
     def slot(target):
         sizes = shape.of(target)
-        return Slot(target, lambda rank: LowRank.abstract(sizes, dtype, rank=rank), 1, break_even(sizes))
+        weight = DOWN_WEIGHT if target == "down" and settings.setting == "improved" else 1.0
+        return Slot(target, lambda rank: LowRank.abstract(sizes, dtype, rank=rank), 1, break_even(sizes), weight)
 
     return tuple(slot(target) for target in targets)
 
