@@ -6,8 +6,8 @@ setting="paper": gate and up apart with r = P (down stays), softmax mixing, silu
 setting="improved": all three projections, gate and up stacked along their outputs over one set of bases; bases lie
 along the longer axis of the matrices, so that what is shared is the longer factor (for down of fine-grained experts:
 the hidden axis, transposed); variable projection, mixing of any sign through a wavelet; the coefficients are solved
-once more for the bases as they are stored. Source: MoBE, arXiv 2508.05257; what differs from the authors' code is said in
-`solvers/basis_learning.py`.
+once more for the bases as they are stored. Source: MoBE, arXiv 2508.05257; what differs from the authors' code is said
+in `solvers/basis_learning.py`.
 """
 
 from dataclasses import dataclass

@@ -106,37 +106,85 @@ def learn_basis(
     ):
         if value not in known:
             raise JaxmoeError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
-    weight = jnp.asarray(weight, jnp.float32)
-    options = {
-        "rank": rank,
-        "activation": activation,
-        "mixing": mixing,
-        "initial": initial,
-        "start_scale": start_scale,
-        "learning_rate": learning_rate,
-        "steps": steps,
-        "patience": patience,
-    }
     if groups > 1 and (bases % groups or groups > weight.shape[0]):
         raise JaxmoeError(f"{groups} groups of {weight.shape[0]} experts with {bases} bases: bases must divide evenly")
+    as_float = partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
+    return _learn(
+        *as_float((weight, moment, row_moment, expert_weight, learning_rate)),
+        jax.random.key(0) if key is None else key,
+        bases=bases,
+        rank=rank,
+        activation=activation,
+        mixing=mixing,
+        initial=initial,
+        normalize=normalize,
+        start_scale=start_scale,
+        groups=groups,
+        steps=steps,
+        patience=patience,
+        resolve=resolve,
+    )
+
+
+@partial(
+    jax.jit,
+    static_argnames=(
+        "bases",
+        "rank",
+        "activation",
+        "mixing",
+        "initial",
+        "normalize",
+        "start_scale",
+        "groups",
+        "steps",
+        "patience",
+        "resolve",
+    ),
+)
+def _learn(
+    weight,
+    moment,
+    row_moment,
+    shares,
+    rate,
+    key,
+    *,
+    bases,
+    activation,
+    normalize,
+    start_scale,
+    groups,
+    resolve,
+    **options,
+) -> BasisFit:
+    """Normalise, fit every group of experts, and bring the result back to the weights' own scale."""
+    experts = weight.shape[0]
+    shares = jnp.ones(experts) if shares is None else shares
     mean, sigma = location_and_scale(weight)
     mean = mean if normalize == "zscore" else jnp.zeros_like(mean)
     constant = sigma == 0
     sigma = jnp.where(constant | (normalize == "none"), 1.0, sigma)
     target = (weight - mean) / sigma
     fitted = whiten_rows(target, row_moment)
-    moment = None if moment is None else jnp.asarray(moment, jnp.float32)
-    shares = jnp.ones(weight.shape[0]) if expert_weight is None else jnp.asarray(expert_weight, jnp.float32)
-    key = jax.random.key(0) if key is None else key
-    blocks = owners(weight.shape[0], groups)
+    scale = sigma if start_scale is None else start_scale
+    blocks = owners(experts, groups)
     parts = []
     for group in range(groups):
-        members = np.flatnonzero(blocks == group)
-        own = moment[members] if moment is not None and moment.ndim == 3 else moment
-        part = fitted if groups == 1 else fitted[members]
-        parts.append(
-            _fit(part, own, shares[members], sigma, jax.random.fold_in(key, group), bases=bases // groups, **options)
+        members = np.flatnonzero(blocks == group) if groups > 1 else slice(None)
+        own = moment[members] if moment is not None and moment.shape[0] == experts and moment.ndim == 3 else moment
+        part = _fit(
+            fitted[members],
+            own,
+            shares[members],
+            scale,
+            rate,
+            jax.random.fold_in(key, group),
+            bases=bases // groups,
+            activation=activation,
+            **options,
         )
+        parts.append(part)
     (coefficients, basis, alpha), losses, taken, diverged = _join(parts, fitted, shares, blocks, moment)
     if resolve or row_moment is not None:
         coefficients = solve_coefficients(target, basis, alpha, activation=activation, moment=moment)
@@ -145,40 +193,21 @@ def learn_basis(
     ones = jnp.zeros_like(coefficients).at[..., 0].set(level / ACTIVATIONS[activation](jnp.ones(())))
     coefficients = jnp.where(constant, ones, coefficients * sigma)
     basis = jnp.where(constant, 1.0, basis)
-    alpha = jnp.where(constant, jax.nn.one_hot(jnp.zeros(len(alpha), int), bases), alpha)
+    alpha = jnp.where(constant, jax.nn.one_hot(jnp.zeros(experts, int), bases), alpha)
     approximation = reconstruct(coefficients, basis, alpha, activation) + mean
     error = relative_errors(whiten_rows(weight, row_moment), whiten_rows(approximation, row_moment), moment)
     return BasisFit(coefficients, basis, alpha, mean, error, losses, taken, diverged)
 
 
-@partial(
-    jax.jit,
-    static_argnames=("bases", "rank", "activation", "mixing", "initial", "start_scale", "steps", "patience"),
-)
-def _fit(
-    target,
-    moment,
-    shares,
-    sigma,
-    key,
-    *,
-    bases,
-    rank,
-    activation,
-    mixing,
-    initial,
-    start_scale,
-    learning_rate,
-    steps,
-    patience,
-):
+def _fit(target, moment, shares, scale, rate, key, *, bases, rank, activation, mixing, initial, steps, patience):
     """Return the best (A, B, alpha) in normalised units, losses, steps taken and whether the loss broke."""
-    start = _start(target, bases, rank, mixing, initial, sigma if start_scale is None else start_scale, key)
+    start = _start(target, bases, rank, mixing, initial, scale, key)
     mix = partial(jax.nn.softmax, axis=-1) if mixing == "softmax" else lambda x: x
-    whole = jnp.sum(shares * squared_norms(target, moment))
-    whole = jnp.where(whole > 0, whole, 1.0)
-    # Adam's 1e-8 is felt relative to the gradient: keep the published mean over all entries as the loss that it sees.
-    per_entry = shares[:, None, None] * (2.0 / (jnp.mean(shares) * target.size))
+    energy = jnp.sum(shares * squared_norms(target, moment))
+    whole = jnp.where(energy > 0, energy, 1.0)
+    # Adam's 1e-8 is felt relative to the gradient: it sees the published mean over all entries.
+    spread = 1.0 if moment is None else jnp.trace(moment, axis1=-2, axis2=-1).mean() / moment.shape[-1]
+    per_entry = shares[:, None, None] * (2.0 / (jnp.mean(shares) * spread * target.size))
 
     def evaluate(parameters):
         coefficients, basis, logits = parameters
@@ -193,7 +222,7 @@ def _fit(
         d_basis, d_alpha = pull_back(d_features * slope, alpha, basis)
         return loss, (d_coefficients, d_basis, d_softmax(d_alpha)[0])
 
-    optimizer = optax.adam(learning_rate)
+    optimizer = optax.adam(rate)
     end = descend(evaluate, begin(start, optimizer, steps=steps), optimizer, patience=patience)
     coefficients, basis, logits = end.best
     return (coefficients, basis, mix(logits)), end.losses, end.steps, end.diverged

@@ -34,7 +34,7 @@ class BasisFit(NamedTuple):
         error: relative error of every expert under the objective, sqrt(tr(R C R^T) / tr(W C W^T)).
         losses: squared relative error before each step; NaN from the first step not taken.
         steps: steps taken.
-        diverged: whether the loop ended at a loss that is not finite.
+        diverged: whether the loop ended at a loss that is not finite; what is returned is the best before.
     """
 
     coefficients: Float[Array, "expert row rank"]

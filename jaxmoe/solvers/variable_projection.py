@@ -98,23 +98,30 @@ def variable_projection(
         ((4, 3, 3), True)
     """
     check_sizes(weight.shape, bases, rank, activation)
-    weight = jnp.asarray(weight, jnp.float32)
-    moment = None if moment is None else jnp.asarray(moment, jnp.float32)
-    shares = jnp.ones(weight.shape[0]) if expert_weight is None else jnp.asarray(expert_weight, jnp.float32)
-    key = jax.random.key(0) if key is None else key
-    end = _fit(
-        whiten_rows(weight, row_moment),
-        moment,
-        shares,
-        key,
+    as_float = partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
+    return _project(
+        *as_float((weight, moment, row_moment, expert_weight, learning_rate)),
+        jax.random.key(0) if key is None else key,
+        trial,
         bases=bases,
         rank=rank,
         activation=activation,
         steps=steps,
-        trial=trial,
-        learning_rate=learning_rate,
         patience=patience,
     )
+
+
+@partial(jax.jit, static_argnames=("bases", "rank", "activation", "steps", "patience"))
+def _project(
+    weight, moment, row_moment, shares, rate, key, trial, *, bases, rank, activation, steps, patience
+) -> BasisFit:
+    """Fit at unit scale, then solve for the coefficients at the weights' own."""
+    target = whiten_rows(weight, row_moment)
+    size = jnp.sqrt(jnp.mean(target**2))
+    target = target / jnp.where(size > 0, size, 1.0)
+    evaluate = reduced_objective(target, activation=activation, moment=moment, shares=shares)
+    optimizer = optax.adam(schedule(rate, steps), b1=0.85, b2=0.95, eps=1e-12)
+    end = _compete(evaluate, starts(target, bases, rank, key), optimizer, trial, steps, patience)
     basis, alpha = end.best
     coefficients = solve_coefficients(weight, basis, alpha, activation=activation, moment=moment)
     approximation = reconstruct(coefficients, basis, alpha, activation)
@@ -122,23 +129,19 @@ def variable_projection(
     return BasisFit(coefficients, basis, alpha, jnp.zeros(()), error, end.losses, end.steps, end.diverged)
 
 
-@partial(jax.jit, static_argnames=("bases", "rank", "activation", "steps", "patience"))
-def _fit(target, moment, shares, key, *, bases, rank, activation, steps, trial, learning_rate, patience) -> Descent:
-    """Return the descent of the better start over the whole schedule."""
-    size = jnp.sqrt(jnp.mean(target**2))
-    target = target / jnp.where(size > 0, size, 1.0)
-    evaluate = reduced_objective(target, activation=activation, moment=moment, shares=shares)
-    optimizer = optax.adam(schedule(learning_rate, steps), b1=0.85, b2=0.95, eps=1e-12)
-    begun = [begin(start, optimizer, steps=steps) for start in starts(target, bases, rank, key)]
+def _compete(evaluate, candidates, optimizer, trial, steps, patience) -> Descent:
+    """Return the descent of the start that is better after `trial` steps, over the whole schedule."""
+    begun = [begin(start, optimizer, steps=steps) for start in candidates]
 
     def better(both):
         return jnp.argmin(jnp.where(both.diverged, jnp.inf, both.best_loss))
 
     def phase(number, both):
-        # Two trials, then the better to the end; one loop serves all three, so that it is compiled once.
+        # Two trials, then the better to the end: one loop serves all three, so that it is compiled once.
         chosen = jnp.where(number < 2, number, better(both))
         now = jax.tree.map(lambda x: x[chosen], both)
-        now = descend(evaluate, now, optimizer, until=jnp.where(number < 2, trial, steps), patience=patience, goal=GOAL)
+        until = jnp.where(number < 2, trial, steps)
+        now = descend(evaluate, now, optimizer, until=until, patience=patience, goal=GOAL)
         return jax.tree.map(lambda x, y: x.at[chosen].set(y), both, now)
 
     both = lax.fori_loop(0, 3, phase, jax.tree.map(lambda *x: jnp.stack(x), *begun))
