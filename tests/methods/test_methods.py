@@ -65,6 +65,24 @@ def test_svd_weighted_by_inputs_serves_those_inputs(weights):
     assert relative(aware, weight) > relative(plain, weight)
 
 
+@pytest.mark.parametrize("target", ["gate_up", "down"])
+@pytest.mark.parametrize("shared", [True, False])
+def test_mobe_weighted_by_inputs_serves_those_inputs(weights, target, shared):
+    rng = np.random.default_rng(2)
+    size = SHAPE.of(target)[2]
+    inputs = rng.normal(size=(1 if shared else 6, 2000, size)) * np.geomspace(2, 0.05, size)
+    moment = jnp.asarray(np.einsum("eti,etj->eij", inputs, inputs) / 2000, jnp.float32)
+    plain, weight = fitted("mobe", target, weights, level=8, steps=200, bases=2)
+    aware, _ = fitted("mobe", target, weights, level=8, steps=200, bases=2, moment=moment)
+
+    def output_error(result):
+        difference = np.asarray(result.term.materialize()) - weight
+        return np.linalg.norm(np.einsum("eti,eoi->eto", np.broadcast_to(inputs, (6, 2000, size)), difference))
+
+    # Along the rows of a transposed fit the coefficients serve every input by themselves: the weight moves the bases alone.
+    assert output_error(aware) < 0.95 * output_error(plain)
+
+
 @pytest.mark.parametrize("setting", ["paper", "improved"])
 @pytest.mark.parametrize("target", ["gate", "up", "down"])
 def test_mobe_beats_svd_of_equal_size(weights, setting, target):
