@@ -79,7 +79,7 @@ def test_mobe_weighted_by_inputs_serves_those_inputs(weights, target, shared):
         difference = np.asarray(result.term.materialize()) - weight
         return np.linalg.norm(np.einsum("eti,eoi->eto", np.broadcast_to(inputs, (6, 2000, size)), difference))
 
-    # Along the rows of a transposed fit the coefficients serve every input by themselves: the weight moves the bases alone.
+    # A transposed fit has the inputs along its rows, each served by coefficients of its own: only the bases move.
     assert output_error(aware) < 0.95 * output_error(plain)
 
 
