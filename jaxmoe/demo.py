@@ -49,8 +49,11 @@ def run(output: Path, on_event) -> tuple[Any, ...]:
             )
     measured = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("transformers") is not None
     if measured:
+        from transformers.utils import logging
+
         from jaxmoe.torch.perplexity import perplexity
 
+        logging.disable_progress_bar()
         for row in rows:
             evaluation = perplexity(row["folder"], demo_texts())
             row["perplexity"] = evaluation.geometric_mean_perplexity
@@ -71,11 +74,14 @@ def _table(rows):
         yield f"{row['bytes'] / 1e6:.2f} MB"
         yield f"{row['error']:.3f}" if "error" in row else ""
         yield f"{row['perplexity']:.2f}" if "perplexity" in row else ""
-        yield f"{worst['perplexity']:.2f} ({worst['name']})" if worst else ""
+        yield f"{worst['perplexity']:.2f} {worst['name']}" if worst else ""
         yield f"{row['seconds']:.1f}" if "seconds" in row else ""
 
-    columns = ("model", "experts removed", "size", "relative error", "perplexity", "worst text", "seconds")
-    title = "A 2.8M-parameter Qwen3-MoE checkpoint, geometric mean perplexity over five held-out texts"
+    columns = ("model", "removed", "size", "error", "perplexity", "worst text", "seconds")
+    title = (
+        "A Qwen3-MoE model of 2.8 M parameters: removed fraction of its experts, mean relative error,\n"
+        "geometric mean perplexity over five held-out texts"
+    )
     return table(columns, map(cells, rows), title=title)
 
 
