@@ -50,6 +50,9 @@ RIDGE = 1e-5
 SIZE = 0.2
 """Root mean square of the bases' entries at the start: every f is gently curved there."""
 
+BOUNDED = ("tanh", "sigmoid", "wavelet")
+"""The functions through which long steps do no harm."""
+
 GOAL = 1e-7
 """Squared relative error at which nothing is left to gain: float32 and bfloat16 storage see no difference."""
 
@@ -62,7 +65,7 @@ def variable_projection(
     activation: str = "wavelet",
     steps: int = 1_000,
     trial: int = 40,
-    learning_rate: float = 0.3,
+    learning_rate: float | None = None,
     patience: int | None = None,
     moment: Array | None = None,
     row_moment: Array | None = None,
@@ -78,7 +81,7 @@ def variable_projection(
         activation: f, a name in `ACTIVATIONS`.
         steps: length of the schedule; 0 returns the first start.
         trial: steps of it that both starts are given before the better goes on.
-        learning_rate: of the long steps; 0.3 suits bounded functions, 0.1 the others.
+        learning_rate: of the long steps; None is 0.3 for bounded functions and 0.1 for the others.
         patience: stop after so many steps without a new best loss; None runs the whole schedule, whose end gains most.
         moment: second moment of the inputs along the columns, pooled or per expert; None weighs all directions alike.
         row_moment: the same along the rows (for matrices fitted transposed).
@@ -98,9 +101,10 @@ def variable_projection(
         ((4, 3, 3), True)
     """
     check_sizes(weight.shape, bases, rank, activation)
+    rate = learning_rate or (0.3 if activation in BOUNDED else 0.1)
     as_float = partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
     return _project(
-        *as_float((weight, moment, row_moment, expert_weight, learning_rate)),
+        *as_float((weight, moment, row_moment, expert_weight, rate)),
         jax.random.key(0) if key is None else key,
         trial,
         bases=bases,
