@@ -49,11 +49,8 @@ def run(output: Path, on_event) -> tuple[Any, ...]:
             )
     measured = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("transformers") is not None
     if measured:
-        from transformers.utils import logging
-
         from jaxmoe.torch.perplexity import perplexity
 
-        logging.disable_progress_bar()
         for row in rows:
             evaluation = perplexity(row["folder"], demo_texts())
             row["perplexity"] = evaluation.geometric_mean_perplexity

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 import jaxmoe.torch  # noqa: F401  registers the factored architectures
 from jaxmoe.errors import JaxmoeError
@@ -53,7 +54,7 @@ def perplexity(
     if short := [f"{path} ({len(ids)})" for path, ids in tokens.items() if len(ids) < length]:
         raise JaxmoeError(f"fewer than {length} tokens in {', '.join(short)}: give longer texts or a smaller length")
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+    model = _load(checkpoint, dtype)
     results, processed, seconds = [], 0, 0.0
     for path, ids in tokens.items():
         complete = len(ids) // length
@@ -75,6 +76,16 @@ def perplexity(
             TextEvaluation(name=Path(path).stem, tokens=predicted, left_out=left_out, nats_per_token=loss / predicted)
         )
     return Evaluation(texts=tuple(results), tokens_per_second=processed / seconds)
+
+
+def _load(checkpoint: str | Path, dtype: str):
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _tokenize(tokenizer, path: Path) -> torch.Tensor:
