@@ -11,7 +11,7 @@ take a module whose parameters are all three-dimensional for a stock expert laye
 from collections.abc import Mapping
 from dataclasses import fields
 from math import prod
-from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar, cast
 
 import jax
 import numpy as np
@@ -88,7 +88,7 @@ def pytree(*, static: tuple[str, ...] = ()):
     """
 
     def register(cls: type[T]) -> type[T]:
-        data = tuple(f.name for f in fields(cls) if f.name not in static)  # type: ignore[arg-type]
+        data = tuple(f.name for f in fields(cast(Any, cls)) if f.name not in static)
 
         def flatten(record):
             children = tuple((jax.tree_util.GetAttrKey(name), getattr(record, name)) for name in data)

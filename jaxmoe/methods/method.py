@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float
 
 from jaxmoe.allocation import Ladder
 from jaxmoe.factors import LayerShape, Term
@@ -91,6 +90,3 @@ class Method(NamedTuple):
     slots: Callable[[LayerShape, Any, Any, float], tuple[Slot, ...]]
     fit: Callable[..., Fit]
     working_bytes: Callable[[Any], int]
-
-
-Moment = Float[Array, "..."]
