@@ -1,0 +1,88 @@
+"""Records of a layer: zeros, sums and what is derived from them."""
+
+import numpy as np
+import pytest
+
+from jaxmoe.calibration.statistics import FIELDS, LayerStatistics, kept
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors import LayerShape
+
+SHAPE = LayerShape(experts=5, hidden=4, intermediate=3)
+
+
+def random_record(seed, shape=SHAPE, moments="expert", gradients=True):
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for name in kept(shape, moments=moments, gradients=gradients):
+        field = FIELDS[name]
+        arrays[name] = (10 * rng.random(field.shape(shape))).astype(field.dtype)
+    return LayerStatistics(shape=shape, tokens=7 + seed, sequences=2 + seed, **arrays)
+
+
+def test_sums_and_maxima():
+    first, second = random_record(0), random_record(1)
+    both = first + second
+    assert (both.tokens, both.sequences) == (15, 5)
+    for name in FIELDS:
+        combine = np.maximum if name == "channel_peaks" else np.add
+        assert np.array_equal(getattr(both, name), combine(getattr(first, name), getattr(second, name))), name
+
+
+def test_zeros_is_neutral():
+    record = random_record(3)
+    same = LayerStatistics.zeros(SHAPE, gradients=True) + record
+    assert same.tokens == record.tokens
+    assert all(np.array_equal(same.arrays()[name], array) for name, array in record.arrays().items())
+
+
+@pytest.mark.parametrize(
+    ("moments", "gradients", "absent"),
+    [
+        ("none", False, {"input_moment", "input_moments", "intermediate_moments"}),
+        ("pooled", True, {"input_moments", "intermediate_moments"}),
+        ("expert", True, set()),
+    ],
+)
+def test_what_was_not_asked_for_is_none(moments, gradients, absent):
+    record = LayerStatistics.zeros(SHAPE, moments=moments, gradients=gradients)
+    fisher = set() if gradients else {"fisher_gate", "fisher_up", "fisher_down"}
+    assert {name for name in FIELDS if getattr(record, name) is None} == absent | fisher
+
+
+def test_no_gate_has_no_fisher_of_it():
+    record = LayerStatistics.zeros(SHAPE._replace(gated=False), gradients=True)
+    assert record.fisher_gate is None
+    assert record.fisher_up is not None
+
+
+def test_different_contents_do_not_add_up():
+    with pytest.raises(JaxmoeError, match="fisher_down, fisher_gate, fisher_up"):
+        random_record(0) + random_record(0, gradients=False)
+    with pytest.raises(JaxmoeError, match="do not add up"):
+        random_record(0) + random_record(0, SHAPE._replace(hidden=8))
+
+
+def test_wrong_arrays_are_all_named():
+    arrays = random_record(0).arrays()
+    arrays["counts"] = arrays["counts"].astype(np.int32)
+    arrays["input_sums"] = arrays["input_sums"][:, :2]
+    with pytest.raises(JaxmoeError, match=r"counts is int32 .* input_sums is float64 \(5, 2\), not float64 \(5, 4\)"):
+        LayerStatistics(shape=SHAPE, tokens=1, sequences=1, **arrays)
+
+
+def test_unknown_moments_are_refused():
+    with pytest.raises(JaxmoeError, match=r"'all'.*none, pooled, expert"):
+        LayerStatistics.zeros(SHAPE, moments="all")
+
+
+def test_derived_values():
+    record = LayerStatistics.zeros(SHAPE)
+    record.counts[:] = [4, 0, 1, 2, 3]
+    record.input_sums[:] = np.arange(5)[:, None]
+    record.output_sums[0] = 2.0
+    record = LayerStatistics(shape=SHAPE, tokens=10, sequences=1, **record.arrays())
+    assert record.frequency.tolist() == [0.4, 0.0, 0.1, 0.2, 0.3]
+    assert record.mean_inputs[:, 0].tolist() == [0.0, 1.0, 2.0, 1.5, 4 / 3]
+    assert record.mean_outputs[0].tolist() == [0.5] * 4
+    assert record.never_routed == (1,)
+    assert record.starved(3) == (1, 2, 3)
