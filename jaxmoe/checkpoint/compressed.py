@@ -80,6 +80,10 @@ class CompressedCheckpoint:
         """Bytes of all tensors in the files."""
         return sum(entry.bytes for entry in self.tensors.values())
 
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of the files, see `files.fingerprint`."""
+        return files.fingerprint(self.folder, self.tensors)
+
     def _names(self, module: str) -> list[str]:
         targets = tuple(f"{module}.{target}." for target in self.specs[module])
         return [name for name in self.tensors if name.startswith(targets)]

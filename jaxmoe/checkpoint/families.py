@@ -148,6 +148,7 @@ _RECORDS = (
         shared="mlp.shared_experts",
         moe_layers=_SPARSE,
     ),
+    Family(model_types=("bailing_moe",), shared="mlp.shared_experts", moe_layers=_SPARSE),
     Family(
         model_types=("bailing_hybrid",),
         top_k="num_experts_per_token|num_experts_per_tok",

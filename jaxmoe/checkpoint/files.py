@@ -3,17 +3,19 @@
 Names in an index come from whoever made the checkpoint: they must stay inside its folder, also through links.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from jaxmoe.checkpoint.tensor_file import TensorEntry, listing, read_header
+from jaxmoe.checkpoint.tensor_file import TensorEntry, header_bytes, listing, read_header
 from jaxmoe.errors import JaxmoeError
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -62,6 +64,25 @@ def _check_index(weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str
                 problems.append(f"{name} is in {file}, and the index places it in {weight_map[name]}")
     if problems:
         raise JaxmoeError(f"{path} and the files do not agree: fetch the checkpoint again. {listing(problems)}")
+
+
+def fingerprint(folder: Path, tensors: Mapping[str, TensorEntry]) -> str:
+    """Return a SHA-256 that changes with the config, any header and, almost surely, any retrained weights.
+
+    Of each shard, its name, size, header and evenly spaced blocks of its content count, so that a checkpoint of a
+    terabyte costs a second.
+    """
+    digest = hashlib.sha256((folder / CONFIG).read_bytes())
+    for path in sorted({entry.file for entry in tensors.values()}):
+        size = path.stat().st_size
+        header = header_bytes(path)
+        digest.update(f"{path.name} {size} ".encode() + header)
+        with open(path, "rb") as file:
+            span = max(0, size - len(header) - _SAMPLE_BYTES)
+            for step in range(_SAMPLES):
+                file.seek(len(header) + span * step // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
 
 
 def _inside(folder: Path, file: str, problems: list[str]) -> Path:

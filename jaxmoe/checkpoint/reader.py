@@ -4,7 +4,6 @@ Opening reads headers only; matrices are views of mapped files where the layout 
 at a time where it does not. Nothing is written to the source.
 """
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,11 +16,9 @@ from jaxmoe.checkpoint.experts import MoELayer, find_experts
 from jaxmoe.checkpoint.families import Family, find_family
 from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.quantization import Matrix, assemble, without_quantization
-from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry, header_bytes
+from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS
-
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -169,22 +166,8 @@ class Checkpoint:
         }
 
     def fingerprint(self) -> str:
-        """Return a SHA-256 that changes with the config, any header and, almost surely, any retrained weights.
-
-        Of each shard, its name, size, header and evenly spaced blocks of its content count, so that a checkpoint of a
-        terabyte costs a second.
-        """
-        digest = hashlib.sha256((self.folder / files.CONFIG).read_bytes())
-        for path in sorted({entry.file for entry in self.tensors.values()}):
-            size = path.stat().st_size
-            header = header_bytes(path)
-            digest.update(f"{path.name} {size} ".encode() + header)
-            with open(path, "rb") as file:
-                span = max(0, size - len(header) - _SAMPLE_BYTES)
-                for step in range(_SAMPLES):
-                    file.seek(len(header) + span * step // (_SAMPLES - 1))
-                    digest.update(file.read(_SAMPLE_BYTES))
-        return digest.hexdigest()
+        """Return a SHA-256 of the files, see `files.fingerprint`."""
+        return files.fingerprint(self.folder, self.tensors)
 
 
 def _notes(

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
-from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, pytree, stack_rows
+from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, per_expert, pytree, stack_rows
 
 
 @pytree()
@@ -40,8 +39,8 @@ class Dense:
     def materialize(self, experts=EVERY):
         return jnp.asarray(self.weight[experts], jnp.float32)
 
-    def apply(self, rows):
-        return jnp.einsum("eti,eoi->eto", rows, self.weight, precision=lax.Precision.HIGHEST)
+    def apply(self, rows, product=per_expert):
+        return product(rows, self.weight)
 
     def count(self) -> Count:
         return count_arrays([self.weight])

@@ -15,7 +15,7 @@ from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.dense import Dense
 from jaxmoe.factors.low_rank import LowRank
 from jaxmoe.factors.shared_basis import SharedBasis
-from jaxmoe.factors.term import EVERY, Count, Term, pytree
+from jaxmoe.factors.term import EVERY, Count, Term, per_expert, pytree
 
 PROJECTIONS = ("gate", "up", "down")
 TARGETS = {"gate": ("gate",), "up": ("up",), "gate_up": ("gate", "up"), "down": ("down",)}
@@ -117,19 +117,23 @@ class CompressedLayer:
             raise JaxmoeError(f"no term for {projection}: the layer holds {', '.join(self.terms)}")
         return total
 
-    def apply(self, rows: Float[Array, "expert row in"], projection: str) -> Float[Array, "expert row out"]:
-        """Multiply each expert's activations by one projection, term by term, without densifying."""
-        total = jnp.zeros((), rows.dtype)
+    def apply(
+        self, rows: Float[Array, "expert row in"], projections: tuple[str, ...], product=per_expert
+    ) -> tuple[Float[Array, "expert row out"], ...]:
+        """Multiply each expert's activations by some projections, term by term, without densifying.
+
+        Every term is applied once, also where it covers several of the projections; `product` is that of `Term.apply`.
+        """
+        totals: dict[str, Any] = {}
         for target, terms in self.terms.items():
-            if projection not in TARGETS[target]:
-                continue
-            for term in terms:
-                out = term.apply(rows)
-                if target != projection:
-                    part = TARGETS[target].index(projection)
-                    out = out[..., part * self.sizes.intermediate : (part + 1) * self.sizes.intermediate]
-                total = total + out
-        return total
+            wanted = [name for name in TARGETS[target] if name in projections]
+            for term in terms if wanted else ():
+                out = term.apply(rows, product)
+                for name in wanted:
+                    part = TARGETS[target].index(name) * self.sizes.intermediate
+                    own = out if target == name else out[..., part : part + self.sizes.intermediate]
+                    totals[name] = totals[name] + own if name in totals else own
+        return tuple(totals[name] for name in projections)
 
     def count(self) -> Count:
         """Count stored numbers and bytes, exactly as on disk."""

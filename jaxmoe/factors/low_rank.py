@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, pytree, stack_rows
+from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, per_expert, pytree, stack_rows
 
 
 @pytree()
@@ -50,9 +50,8 @@ class LowRank:
         left, right = (jnp.asarray(x[experts], jnp.float32) for x in (self.left, self.right))
         return jnp.einsum("eor,eri->eoi", left, right, precision=lax.Precision.HIGHEST)
 
-    def apply(self, rows):
-        inner = jnp.einsum("eti,eri->etr", rows, self.right, precision=lax.Precision.HIGHEST)
-        return jnp.einsum("etr,eor->eto", inner, self.left, precision=lax.Precision.HIGHEST)
+    def apply(self, rows, product=per_expert):
+        return product(product(rows, self.right), self.left)
 
     def count(self) -> Count:
         return count_arrays([self.left, self.right])

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, pytree, stack_rows
+from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, per_expert, pytree, stack_rows
 
 
 def wavelet(x):
@@ -108,15 +108,12 @@ class SharedBasis:
         dense = jnp.einsum(equation, coefficients, self.features(experts), precision=lax.Precision.HIGHEST)
         return dense if self.mean is None else dense + jnp.asarray(self.mean, jnp.float32)
 
-    def apply(self, rows):
-        features = self.features().astype(rows.dtype)
-        coefficients = jnp.asarray(self.coefficients, rows.dtype)
+    def apply(self, rows, product=per_expert):
+        features, coefficients = self.features(), self.coefficients
         if self.transposed:
-            inner = jnp.einsum("etp,epr->etr", rows, coefficients, precision=lax.Precision.HIGHEST)
-            out = jnp.einsum("etr,erq->etq", inner, features, precision=lax.Precision.HIGHEST)
-        else:
-            inner = jnp.einsum("etq,erq->etr", rows, features, precision=lax.Precision.HIGHEST)
-            out = jnp.einsum("etr,epr->etp", inner, coefficients, precision=lax.Precision.HIGHEST)
+            # The matrices are (A f(blend))ᵀ: both factors change sides.
+            features, coefficients = jnp.swapaxes(coefficients, 1, 2), jnp.swapaxes(features, 1, 2)
+        out = product(product(rows, features), coefficients)
         if self.mean is None:
             return out
         # A constant matrix maps a row to its sum times the constant, for every output.

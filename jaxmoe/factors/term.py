@@ -14,7 +14,9 @@ from math import prod
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 # Any to type checkers: a term's arrays may be JAX's, numpy's or abstract, and only real ones are computed with.
@@ -41,6 +43,16 @@ class Count(NamedTuple):
         return Count(self.numbers + other[0], self.bytes + other[1])
 
 
+def per_expert(rows: Float[Array, "expert row in"], matrices: Float[Array, "expert out in"]):
+    """Multiply every expert's own rows by its matrix.
+
+    Example:
+        >>> per_expert(jnp.ones((2, 1, 3)), jnp.ones((2, 4, 3))).shape
+        (2, 1, 4)
+    """
+    return jnp.einsum("eti,eoi->eto", rows, matrices.astype(rows.dtype), precision=lax.Precision.HIGHEST)
+
+
 class Term(Protocol):
     """One structured summand of the experts' matrices."""
 
@@ -55,8 +67,12 @@ class Term(Protocol):
         """Return the dense matrices of all experts, or of some, in float32."""
         ...
 
-    def apply(self, rows: Float[Array, "expert row in"]) -> Float[Array, "expert row out"]:
-        """Multiply each expert's block of activations without forming the dense matrices."""
+    def apply(self, rows: Float[Array, "expert row in"], product=per_expert) -> Float[Array, "expert row out"]:
+        """Multiply each expert's rows of activations without forming the dense matrices.
+
+        `product(rows, matrices)` multiplies rows by the matrices `[expert, out, in]` of their experts; another one than
+        `per_expert` has the rows in another order.
+        """
         ...
 
     def count(self) -> Count:

@@ -153,7 +153,7 @@ def test_layer_sums_its_terms():
     for projection, dense in expected.items():
         np.testing.assert_allclose(own.materialize(projection), dense, atol=1e-5)
         rows = rng.normal(size=(5, 3, dense.shape[2])).astype(np.float32)
-        outputs = own.apply(jnp.asarray(rows), projection)
+        (outputs,) = own.apply(jnp.asarray(rows), (projection,))
         np.testing.assert_allclose(outputs, np.einsum("eti,eoi->eto", rows, dense), atol=3e-5)
 
 

@@ -1,0 +1,244 @@
+"""The decoder's arrays in a checkpoint: what each is called on disk, and reading them.
+
+A table translates the names of `jaxmoe.model` to those on disk, by architecture where they differ; a name may stand for
+some rows of a tensor, where several matrices lie in one. Shapes must be those of the spec, and a tensor of the decoder
+that the table does not name is an error: all offenders are listed.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxmoe.checkpoint.families import Family
+from jaxmoe.checkpoint.quantization import Matrix
+from jaxmoe.checkpoint.tensor_file import listing
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.model.spec import Attention, DecoderSpec, DenseBlock, LatentAttention, LayerSpec, Norm
+
+_LAYER = {
+    "input_norm": "input_layernorm",
+    "post_norm": "post_attention_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.output": "self_attn.o_proj",
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
+    "attention.sinks": "self_attn.sinks",
+    "attention.query_down": "self_attn.q_a_proj",
+    "attention.query_down_norm": "self_attn.q_a_layernorm",
+    "attention.query_up": "self_attn.q_b_proj",
+    "attention.kv_down": "self_attn.kv_a_proj_with_mqa",
+    "attention.kv_down_norm": "self_attn.kv_a_layernorm",
+    "attention.kv_up": "self_attn.kv_b_proj",
+    "feed_forward.gate": "mlp.gate_proj",
+    "feed_forward.up": "mlp.up_proj",
+    "feed_forward.down": "mlp.down_proj",
+    "shared.gate": "{shared}.gate_proj",
+    "shared.up": "{shared}.up_proj",
+    "shared.down": "{shared}.down_proj",
+    "shared_gate": "{shared}_gate",
+    "router.weight": "{router}",
+    "router.bias": "{router_bias}",
+    "router.selection_bias": "{bias}",
+}
+_ENDS = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+
+_OTHERWISE: dict[str, dict[str, str]] = {
+    "flex_olmo": {"input_norm": "post_attention_layernorm", "post_norm": "post_feedforward_layernorm"},
+    "hunyuan_v1_moe": {
+        "attention.query_norm": "self_attn.query_layernorm",
+        "attention.key_norm": "self_attn.key_layernorm",
+    },
+    "granitemoeshared": {
+        "shared.gate": "{shared}.input_linear[gate]",
+        "shared.up": "{shared}.input_linear[up]",
+        "shared.down": "{shared}.output_linear",
+    },
+    "bailing_moe": {
+        "attention.query": "attention.query_key_value[query]",
+        "attention.key": "attention.query_key_value[key]",
+        "attention.value": "attention.query_key_value[value]",
+        "attention.output": "attention.dense",
+        "embedding": "model.word_embeddings",
+    },
+}
+"""Where an architecture's names differ; brackets name a part of the rows."""
+
+
+class Piece(NamedTuple):
+    """A tensor on disk, or some of its rows, that an array is read from; `shape` is the array's."""
+
+    tensor: str
+    rows: slice
+    shape: tuple[int, ...]
+
+
+def layer_pieces(spec: LayerSpec, prefix: str, model_type: str, family: Family) -> dict[str, Piece]:
+    """Return what a layer's arrays are read from, the routed experts' matrices excepted.
+
+    Args:
+        spec: the layer's.
+        prefix: of its tensors on disk, such as `model.layers.3.`.
+        model_type: the architecture.
+        family: its record.
+    """
+    names = {**_LAYER, **_OTHERWISE.get(model_type, {})}
+    known = {
+        "shared": family.shared,
+        "router": family.router,
+        "router_bias": re.sub("weight$", "bias", family.router),
+        "bias": family.bias,
+    }
+    pieces = {}
+    for name, shape in _shapes(spec):
+        stem, _, leaf = name.rpartition(".")
+        template = names[name] if name in names else f"{names[stem]}.{leaf}"
+        bracket = re.search(r"\[(.+?)\]", template)
+        rows = _rows(bracket[1], spec, shape[0]) if bracket else slice(None)
+        plain = template.replace(bracket[0], "") if bracket else template
+        pieces[name] = Piece(prefix + plain.format(**known), rows, shape)
+    return pieces
+
+
+def _rows(part: str, spec: LayerSpec, size: int) -> slice:
+    """Return the rows of a part: halves of gate and up, or queries, keys and values one after the other."""
+    if part in ("gate", "up"):
+        return slice(0, size) if part == "gate" else slice(size, 2 * size)
+    attention = spec.attention
+    assert isinstance(attention, Attention)
+    queries, keys = attention.heads * attention.head, attention.kv_heads * attention.head
+    start = {"query": 0, "key": queries, "value": queries + keys}[part]
+    return slice(start, start + size)
+
+
+def end_pieces(spec: DecoderSpec, model_type: str) -> dict[str, Piece]:
+    """Return what embedding, last normalisation and head are read from."""
+    names = {**_ENDS, **{k: v for k, v in _OTHERWISE.get(model_type, {}).items() if k in _ENDS}}
+    shapes = dict(_norm("norm", spec.hidden, spec.norm))
+    shapes["embedding.weight"] = (spec.vocabulary, spec.hidden)
+    if not spec.tied:
+        shapes["head.weight"] = (spec.vocabulary, spec.hidden)
+    if spec.head_bias:
+        shapes["head.bias"] = (spec.vocabulary,)
+    return {
+        name: Piece(f"{names[name.split('.')[0]]}.{name.split('.')[1]}", slice(None), shape)
+        for name, shape in shapes.items()
+    }
+
+
+def _shapes(spec: LayerSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name in ("input_norm", "post_norm"):
+        yield from _norm(name, spec.hidden, spec.norm)
+        if spec.before and spec.after:
+            yield from _norm(f"{name}_after", spec.hidden, spec.norm)
+    if isinstance(spec.attention, LatentAttention):
+        yield from _latent(spec.attention, spec.hidden)
+    else:
+        yield from _grouped(spec.attention, spec.hidden)
+    block = spec.feed_forward
+    if isinstance(block, DenseBlock):
+        yield from _dense("feed_forward", spec.hidden, block)
+        return
+    yield "router.weight", (block.router.experts, spec.hidden)
+    if block.router.bias:
+        yield "router.bias", (block.router.experts,)
+    if block.router.selection_bias:
+        yield "router.selection_bias", (block.router.experts,)
+    if block.shared is not None:
+        yield from _dense("shared", spec.hidden, block.shared)
+    if block.shared_gate:
+        yield "shared_gate.weight", (1, spec.hidden)
+
+
+def _norm(name: str, size: int, spec: Norm) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (size,)
+    if spec.bias:
+        yield f"{name}.bias", (size,)
+
+
+def _linear(name: str, out: int, in_: int, bias: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield f"{name}.weight", (out, in_)
+    if bias:
+        yield f"{name}.bias", (out,)
+
+
+def _dense(name: str, hidden: int, spec: DenseBlock) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for part in ("gate", "up"):
+        yield from _linear(f"{name}.{part}", spec.intermediate, hidden, spec.bias)
+    yield from _linear(f"{name}.down", hidden, spec.intermediate, spec.bias)
+
+
+def _grouped(spec: Attention, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    queries, keys = spec.heads * spec.head, spec.kv_heads * spec.head
+    yield from _linear("attention.query", queries, hidden, spec.bias)
+    yield from _linear("attention.key", keys, hidden, spec.bias)
+    yield from _linear("attention.value", spec.kv_heads * spec.value, hidden, spec.bias)
+    yield from _linear("attention.output", hidden, spec.heads * spec.value, spec.output_bias)
+    if spec.norm is not None:
+        whole = spec.norm_over == "all"
+        yield from _norm("attention.query_norm", queries if whole else spec.head, spec.norm)
+        yield from _norm("attention.key_norm", keys if whole else spec.head, spec.norm)
+    if spec.sinks:
+        yield "attention.sinks", (spec.heads,)
+
+
+def _latent(spec: LatentAttention, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    queries = spec.heads * (spec.plain + spec.rotated)
+    if spec.query_rank is None:
+        yield from _linear("attention.query", queries, hidden, False)
+    else:
+        yield from _linear("attention.query_down", spec.query_rank, hidden, spec.bias)
+        yield from _norm("attention.query_down_norm", spec.query_rank, spec.norm)
+        yield from _linear("attention.query_up", queries, spec.query_rank, False)
+    yield from _linear("attention.kv_down", spec.kv_rank + spec.rotated, hidden, spec.bias)
+    yield from _norm("attention.kv_down_norm", spec.kv_rank, spec.norm)
+    yield from _linear("attention.kv_up", spec.heads * (spec.plain + spec.value), spec.kv_rank, False)
+    yield from _linear("attention.output", hidden, spec.heads * spec.value, spec.bias)
+
+
+def read(pieces: Mapping[str, Piece], matrices: Mapping[str, Matrix]) -> dict[str, np.ndarray]:
+    """Return the arrays, views of the files where they are stored plainly.
+
+    Raises:
+        JaxmoeError: tensors are missing or have other shapes than the config says; all are listed.
+    """
+    problems, arrays = [], {}
+    for piece in pieces.values():
+        if piece.tensor not in matrices:
+            problems.append(f"{piece.tensor} is missing")
+    for name, piece in pieces.items() if not problems else ():
+        array = matrices[piece.tensor].read()[piece.rows]
+        if array.size != np.prod(piece.shape):
+            problems.append(f"{piece.tensor}: shape {list(array.shape)}, config.json says {list(piece.shape)}")
+            continue
+        # A selection bias may be stored as a row; any other shape of equal size is the same numbers in order.
+        arrays[name] = array.reshape(piece.shape)
+    if problems:
+        raise JaxmoeError(f"the decoder's tensors do not fit its config: {listing(problems)}")
+    return arrays
+
+
+def check_all_known(names: set[str], used: set[str]) -> None:
+    """Raise if there are tensors of the decoder that the model does not use; all are listed.
+
+    Args:
+        names: tensors on disk that should be the decoder's.
+        used: those that are read, the experts' matrices included.
+    """
+    harmless = re.compile(r"(\.rotary_emb\.inv_freq|\.masked_bias|\.attn\.bias)$")
+    if unknown := sorted(name for name in names - used if not harmless.search(name)):
+        raise JaxmoeError(
+            "tensors that jaxmoe does not know how to use, so that it could not compute what the model computes: "
+            f"{listing(unknown)}"
+        )
+
+
+def expert_biases(names: tuple[str, ...], matrices: Mapping[str, Matrix], family: Family) -> dict[str, np.ndarray]:
+    """Return the biases of gate, up and down, `[expert, out]`, from the tensors of a fused layout."""
+    (both,) = (matrices[name].read() for name in names if "gate_up" in name)
+    (down,) = (matrices[name].read() for name in names if "down" in name)
+    gate, up = (both[:, 0::2], both[:, 1::2]) if family.interleaved else np.split(both, 2, axis=1)
+    return {"experts.gate.bias": gate, "experts.up.bias": up, "experts.down.bias": down}

@@ -1,0 +1,154 @@
+"""A model on disk that jaxmoe can run: its spec, and the arrays of one layer at a time.
+
+Originals and factored checkpoints are the same here: the routed experts are always a `CompressedLayer`, of dense terms
+or of those that the checkpoint stores. Opening reads headers only and finds everything that is wrong with them.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmoe.checkpoint import files, hub
+from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.decoder import Piece, check_all_known, end_pieces, expert_biases, layer_pieces, read
+from jaxmoe.checkpoint.families import Family, decoder_config, find_family
+from jaxmoe.checkpoint.names import layer_number
+from jaxmoe.checkpoint.quantization import Matrix
+from jaxmoe.checkpoint.reader import Checkpoint
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.factored import is_factored
+from jaxmoe.factors import CompressedLayer, Dense, LayerShape, Term
+from jaxmoe.model.configuration import decoder
+from jaxmoe.model.spec import DecoderSpec, ExpertBlock
+
+
+class StoredModel:
+    """A checkpoint, original or factored, as something that can be run.
+
+    Args:
+        source: a folder or a hub id.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        JaxmoeError: it cannot be read, or jaxmoe does not know exactly what its decoder computes.
+
+    Example:
+        >>> from jaxmoe.data import demo_checkpoint
+        >>> model = StoredModel(demo_checkpoint())
+        >>> len(model.spec.layers), model.layer(0)["attention.query.weight"].shape
+        (4, (128, 128))
+    """
+
+    def __init__(self, source: str | Path, revision: str | None = None):
+        self.folder = hub.resolve(source, revision)
+        config = files.read_config(self.folder)
+        self.checkpoint: Checkpoint | CompressedCheckpoint
+        if is_factored(config):
+            self.checkpoint = CompressedCheckpoint.open(self.folder)
+            original = self.checkpoint.original
+            self.matrices: Mapping[str, Matrix] = self.checkpoint.tensors
+            shapes = {_index(module): shape for module, shape in self.checkpoint.shapes.items()}
+        else:
+            self.checkpoint = Checkpoint.open(self.folder)
+            original = self.checkpoint.config
+            self.matrices = self.checkpoint.matrices
+            shapes = {layer.index: layer.shape for layer in self.checkpoint.layers}
+        family = find_family(original)
+        if family is None:
+            raise JaxmoeError(f"{self.folder}: model_type {original.get('model_type')!r} is unknown to jaxmoe")
+        self.config = decoder_config(original)
+        self.family: Family = family
+        self.shapes: Mapping[int, LayerShape] = shapes
+        try:
+            self.spec: DecoderSpec = decoder(self.config, shapes)
+            self._check()
+        except JaxmoeError as error:
+            raise JaxmoeError(str(error) if str(self.folder) in str(error) else f"{self.folder}: {error}") from error
+
+    @property
+    def model_type(self) -> str:
+        """The architecture's name in the config."""
+        return str(self.config["model_type"])
+
+    def prefix(self, index: int) -> str:
+        """Return what the names of a layer's tensors on disk begin with."""
+        return f"model.layers.{index}."
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 of the files, see `files.fingerprint`."""
+        return self.checkpoint.fingerprint()
+
+    def ends(self) -> dict[str, np.ndarray]:
+        """Return embedding, last normalisation and head."""
+        return read(end_pieces(self.spec, self.model_type), self.matrices)
+
+    def layer(self, index: int) -> dict[str, Any]:
+        """Return a layer's arrays by the names of `jaxmoe.model`, the routed experts as a `CompressedLayer`."""
+        arrays: dict[str, Any] = read(self._pieces(index), self.matrices)
+        block = self.spec.layers[index].feed_forward
+        if isinstance(block, ExpertBlock):
+            arrays["experts"] = self.experts(index)
+            if block.bias:
+                arrays |= expert_biases(self._biases(index), self.matrices, self.family)
+        return arrays
+
+    def experts(self, index: int) -> CompressedLayer:
+        """Return the routed experts of a layer as they are stored."""
+        if isinstance(self.checkpoint, CompressedCheckpoint):
+            return self.checkpoint.layer(self._modules[index])
+        own = next(layer for layer in self.checkpoint.layers if layer.index == index)
+        terms: dict[str, tuple[Term, ...]] = {
+            name: (Dense(weight=self.checkpoint.projection(own, name)),) for name in own.shape.projections
+        }
+        return CompressedLayer(terms=terms, sizes=own.shape)
+
+    @cached_property
+    def _modules(self) -> dict[int, str]:
+        assert isinstance(self.checkpoint, CompressedCheckpoint)
+        return {_index(module): module for module in self.checkpoint.modules}
+
+    def _pieces(self, index: int) -> dict[str, Piece]:
+        return layer_pieces(self.spec.layers[index], self.prefix(index), self.model_type, self.family)
+
+    def _biases(self, index: int) -> tuple[str, ...]:
+        begin = self.prefix(index)
+        return tuple(n for n in self.matrices if n.startswith(begin) and ".experts." in n and n.endswith("_bias"))
+
+    def _check(self) -> None:
+        """Raise if tensors are missing, misshapen, or there for something that jaxmoe does not compute."""
+        wanted = {piece.tensor for piece in end_pieces(self.spec, self.model_type).values()}
+        expected: dict[str, Piece] = {}
+        for index, layer in enumerate(self.spec.layers):
+            pieces = self._pieces(index)
+            expected |= {f"{index}.{name}": piece for name, piece in pieces.items()}
+            if isinstance(layer.feed_forward, ExpertBlock) and layer.feed_forward.bias:
+                wanted |= set(self._biases(index))
+        wanted |= {piece.tensor for piece in expected.values()}
+        missing = sorted(wanted - self.matrices.keys())
+        if missing:
+            raise JaxmoeError(
+                f"the decoder's tensors are not all there: {', '.join(missing[:8])} ({len(missing)} missing)"
+            )
+        check_all_known(self._decoder_tensors(), wanted)
+
+    def _decoder_tensors(self) -> set[str]:
+        """Return the names that should be the decoder's: all but routed experts and multi-token prediction."""
+        if isinstance(self.checkpoint, CompressedCheckpoint):
+            names = {planned.name for planned in self.checkpoint.copied()}
+            depth = len(self.spec.layers)
+            return {name for name in names if (at := layer_number(name)) is None or at[1] < depth}
+        predicting = set(self.checkpoint.mtp)
+        routed = {name for layer in self.checkpoint.layers for name in layer.names}
+        return {
+            name
+            for name, matrix in self.matrices.items()
+            if not {part.name for part in matrix.parts} & (predicting | routed)
+            and not (self.spec.tied and name == "lm_head.weight")
+        }
+
+
+def _index(module: str) -> int:
+    return int(module.split(".layers.")[1].split(".")[0])

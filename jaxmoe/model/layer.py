@@ -1,0 +1,122 @@
+"""One decoder layer as a pure function, and its two halves.
+
+    x + attention(norm(x)), then x + feed_forward(norm(x))
+
+The halves meet where the routing is known: a program that streams a model counts the assignments there, on the host,
+and chooses blocks of the right size for the second half. In between everything is a pytree of arrays.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxmoe.model.attention import attend
+from jaxmoe.model.experts import gated, run_experts
+from jaxmoe.model.grouped import BlockShape
+from jaxmoe.model.linear import linear
+from jaxmoe.model.norm import normalize
+from jaxmoe.model.routing import Routes, route
+from jaxmoe.model.spec import DenseBlock, ExpertBlock, LayerSpec
+
+Parameters = Mapping[str, Any]
+
+
+class Attended(NamedTuple):
+    """A layer after its attention.
+
+    residual: the residual stream; inputs: what the feed-forward block reads, one row per token; routes: of these
+    tokens, None in a layer without experts.
+    """
+
+    residual: Float[Array, "sequence position hidden"]
+    inputs: Float[Array, "token hidden"]
+    routes: Routes | None
+
+
+class Intermediates(NamedTuple):
+    """What happened inside a layer: the experts' inputs, routes, intermediate activations and unweighted outputs.
+
+    All but `inputs` are None in a layer without experts.
+    """
+
+    inputs: Float[Array, "token hidden"]
+    routes: Routes | None
+    intermediate: Float[Array, "token choice intermediate"] | None
+    outputs: Float[Array, "token choice hidden"] | None
+
+
+def layer(
+    x: Float[Array, "sequence position hidden"],
+    parameters: Parameters,
+    spec: LayerSpec,
+    *,
+    shape: BlockShape | None = None,
+) -> tuple[Float[Array, "sequence position hidden"], Intermediates]:
+    """Run one decoder layer.
+
+    Args:
+        x: hidden states; every sequence starts at position 0 and has no padding before its tokens.
+        parameters: the layer's arrays by name, the routed experts as a `CompressedLayer` under `experts`.
+        spec: what the layer computes; static.
+        shape: of the experts' blocks, see `run_experts`.
+
+    Returns:
+        The hidden states after the layer, and what happened inside; what is not used costs nothing under `jax.jit`.
+    """
+    return finish(attended(x, parameters, spec), parameters, spec, shape=shape)
+
+
+def attended(x: Float[Array, "sequence position hidden"], parameters: Parameters, spec: LayerSpec) -> Attended:
+    """Run the first half of a layer: attention, the normalisation behind it, and the routing."""
+    added = attend(_before(x, parameters, "input_norm", spec), parameters, spec.attention)
+    x = x + _after(added, parameters, "input_norm", spec) * spec.multiplier
+    inputs = _before(x, parameters, "post_norm", spec).reshape(-1, spec.hidden)
+    routes = route(inputs, parameters, spec.feed_forward.router) if isinstance(spec.feed_forward, ExpertBlock) else None
+    return Attended(x, inputs, routes)
+
+
+def finish(
+    state: Attended, parameters: Parameters, spec: LayerSpec, *, shape: BlockShape | None = None
+) -> tuple[Float[Array, "sequence position hidden"], Intermediates]:
+    """Run the second half of a layer: the feed-forward block."""
+    x, inputs, routes = state
+    block = spec.feed_forward
+    if isinstance(block, DenseBlock):
+        added, seen = dense(inputs, parameters, "feed_forward", block), Intermediates(inputs, None, None, None)
+    else:
+        assert routes is not None
+        biases = {name: parameters[f"experts.{name}.bias"] for name in ("gate", "up", "down") if block.bias}
+        rows = run_experts(inputs, routes.experts, parameters["experts"], block.gate, biases, shape)
+        added = jnp.einsum("tk,tkh->th", routes.weights.astype(inputs.dtype), rows.output)
+        seen = Intermediates(inputs, routes, rows.intermediate, rows.output)
+        if block.shared is not None:
+            added = added + _shared(inputs, parameters, block)
+    added = _after(added.reshape(x.shape), parameters, "post_norm", spec)
+    return x + added * spec.multiplier, seen
+
+
+def dense(
+    x: Float[Array, "token hidden"], parameters: Parameters, name: str, spec: DenseBlock
+) -> Float[Array, "token hidden"]:
+    """Run a gated network that all tokens use; its matrices stand under `{name}.gate`, `.up` and `.down`."""
+    gate, up = linear(x, parameters, f"{name}.gate"), linear(x, parameters, f"{name}.up")
+    return linear(gated(gate, up, spec.gate), parameters, f"{name}.down")
+
+
+def _shared(x, parameters: Parameters, block: ExpertBlock):
+    assert block.shared is not None
+    out = dense(x, parameters, "shared", block.shared)
+    return jax.nn.sigmoid(linear(x, parameters, "shared_gate")) * out if block.shared_gate else out
+
+
+def _before(x, parameters: Parameters, name: str, spec: LayerSpec):
+    return normalize(x, parameters, name, spec.norm) if spec.before else x
+
+
+def _after(x, parameters: Parameters, name: str, spec: LayerSpec):
+    if not spec.after:
+        return x
+    return normalize(x, parameters, f"{name}_after" if spec.before else name, spec.norm)

@@ -1,0 +1,34 @@
+"""Normalisation of the last axis, computed in float32."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxmoe.model.spec import Norm
+
+
+def normalize(
+    x: Float[Array, "*batch size"], parameters: Mapping[str, Array], name: str, spec: Norm
+) -> Float[Array, "*batch size"]:
+    """Normalise by the root mean square ("rms") or by mean and deviation ("layer"), then scale by the weight.
+
+    Args:
+        x: what to normalise.
+        parameters: holds `{name}.weight` and, where the spec has one, `{name}.bias`.
+        name: of the normalisation.
+        spec: its kind and epsilon.
+
+    Example:
+        >>> normalize(jnp.array([3.0, 4.0]), {"norm.weight": jnp.ones(2)}, "norm", Norm(epsilon=0.0)).round(3)
+        Array([0.849, 1.131], dtype=float32)
+    """
+    wide = x.astype(jnp.float32)
+    if spec.kind == "layer":
+        wide = wide - jnp.mean(wide, -1, keepdims=True)
+    wide = wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + spec.epsilon)
+    out = wide * parameters[f"{name}.weight"].astype(jnp.float32)
+    if spec.bias:
+        out = out + parameters[f"{name}.bias"].astype(jnp.float32)
+    return out.astype(x.dtype)

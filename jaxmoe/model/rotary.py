@@ -1,0 +1,133 @@
+"""Rotary position embedding: its frequencies, and the rotation.
+
+A pair (a, b) of a head at position p becomes (a cos - b sin, b cos + a sin) with the angle p * frequency. Frequencies
+are computed once, on the host: default, linear, dynamic with a fixed alpha, YaRN (arXiv 2309.00071), LongRoPE (arXiv
+2402.13753) and Llama 3's, as transformers computes them.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.model.spec import Rotary
+
+
+def rotary(parameters: Mapping[str, Any], size: int, *, interleaved: bool = False, positions: int = 0) -> Rotary:
+    """Return the embedding that a config's `rope_parameters` describe.
+
+    Args:
+        parameters: with `rope_type`, `rope_theta` and what the type needs.
+        size: numbers of a head that are rotated.
+        interleaved: whether neighbours form a pair.
+        positions: `max_position_embeddings`, for types that compare with it.
+
+    Raises:
+        JaxmoeError: the type is unknown.
+
+    Example:
+        >>> rotary({"rope_theta": 100.0}, 4).frequencies
+        (1.0, 0.1)
+    """
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    theta = float(parameters["rope_theta"])
+    if kind == "dynamic" and parameters.get("alpha"):
+        theta *= float(parameters["alpha"]) ** (size / (size - 2))
+        kind = "default"
+    plain = theta ** -(np.arange(0, size, 2) / size)
+    scale, longest, far, far_scale = 1.0, None, (), 1.0
+    if kind == "linear":
+        plain = plain / float(parameters["factor"])
+    elif kind == "dynamic":
+        longest = positions
+    elif kind == "yarn":
+        plain, scale = _yarn(parameters, plain, theta, size, positions)
+    elif kind == "llama3":
+        plain = _llama3(parameters, plain)
+    elif kind == "longrope":
+        longest = int(parameters["original_max_position_embeddings"])
+        factor = parameters.get("factor") or positions / longest
+        scale = parameters.get("attention_factor") or (
+            math.sqrt(1 + math.log(factor) / math.log(longest)) if factor > 1 else 1.0
+        )
+        far = _numbers(plain / np.asarray(parameters["long_factor"], float))
+        plain = plain / np.asarray(parameters["short_factor"], float)
+        far_scale = float(parameters.get("long_mscale") or scale)
+        scale = float(parameters.get("short_mscale") or scale)
+    elif kind != "default":
+        raise JaxmoeError(f"rope_type {kind!r}: jaxmoe computes default, linear, dynamic, yarn, longrope and llama3")
+    return Rotary(
+        frequencies=_numbers(plain),
+        scale=float(scale),
+        interleaved=interleaved,
+        longest=longest,
+        long_frequencies=far,
+        long_scale=far_scale,
+    )
+
+
+def _numbers(frequencies: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(x) for x in frequencies)
+
+
+def mscale(factor: float, weight: float = 1.0) -> float:
+    """Return YaRN's factor of the attention for a context that is `factor` times as long."""
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn(parameters: Mapping[str, Any], plain: np.ndarray, theta: float, size: int, positions: int):
+    original = parameters["original_max_position_embeddings"]
+    factor = parameters.get("factor") or positions / original
+    scale = parameters.get("attention_factor")
+    if scale is None:
+        weight, weight_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+        scale = mscale(factor, weight) / mscale(factor, weight_all) if weight and weight_all else mscale(factor)
+
+    def dimension(rotations: float) -> float:
+        return size * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(parameters.get("beta_fast") or 32), dimension(parameters.get("beta_slow") or 1)
+    if parameters.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    ramp = np.clip((np.arange(size // 2) - low) / max(high - low, 0.001), 0, 1)
+    return plain / factor * ramp + plain * (1 - ramp), scale
+
+
+def _llama3(parameters: Mapping[str, Any], plain: np.ndarray) -> np.ndarray:
+    factor, low, high = (float(parameters[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    turns = parameters["original_max_position_embeddings"] * plain / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 - smooth) * plain / factor + smooth * plain
+
+
+def angles(spec: Rotary, length: int) -> tuple[Float[Array, "position pair"], Float[Array, "position pair"]]:
+    """Return cosines and sines of the positions 0 to length - 1.
+
+    Raises:
+        JaxmoeError: the embedding says nothing about so many positions.
+    """
+    beyond = spec.longest is not None and length > spec.longest
+    if beyond and not spec.long_frequencies:
+        raise JaxmoeError(f"{length} tokens: this position embedding is known up to {spec.longest}; give fewer")
+    frequencies = np.asarray(spec.long_frequencies if beyond else spec.frequencies, np.float32)
+    angle = np.arange(length, dtype=np.float32)[:, None] * frequencies
+    scale = spec.long_scale if beyond else spec.scale
+    return jnp.asarray(np.cos(angle) * np.float32(scale)), jnp.asarray(np.sin(angle) * np.float32(scale))
+
+
+def rotate(x: Float[Array, "*batch position head size"], spec: Rotary) -> Float[Array, "*batch position head size"]:
+    """Rotate the first numbers of every head by its position."""
+    size = 2 * len(spec.frequencies)
+    cos, sin = (part[:, None, :].astype(x.dtype) for part in angles(spec, x.shape[-3]))
+    turned, rest = x[..., :size], x[..., size:]
+    if spec.interleaved:
+        first, second = turned[..., 0::2], turned[..., 1::2]
+    else:
+        first, second = jnp.split(turned, 2, axis=-1)
+    # Queries and keys are rotated alike and only their products count, so pairs may end up as halves.
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
