@@ -6,18 +6,19 @@
       .jaxmoe/layer00003.json       the journal entry of a finished layer: its key and checksum
       .jaxmoe/layer00003.lock       held by the process that works on the layer
 
-A layer counts as finished when its entry carries the key of this run and its file the checksum of the entry. Runs over
-disjoint layers may share the folder; whoever finishes last publishes.
+A unit of work, here a layer, counts as finished when its entry carries the key of this run and its file the checksum of
+the entry. Runs over disjoint units may share the folder; whoever finishes last publishes. What the units are and where
+their files lie is up to the caller: `Workspace` takes a function from a unit to its name and file.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -47,28 +48,42 @@ def layer_file(index: int) -> str:
     return f"model-layer{index:05d}.safetensors"
 
 
+class Unit(NamedTuple):
+    """A unit of work: its name in the journal, and its file relative to the folder."""
+
+    name: str
+    file: str
+
+
+def layer_unit(index: int) -> Unit:
+    """Return the unit that a layer of a checkpoint is."""
+    return Unit(f"layer{index:05d}", layer_file(index))
+
+
 class Workspace:
     """The folder of a run in progress, `OUTPUT.partial`, for one process.
 
     Args:
         output: the final folder.
         run: JSON record of everything that decides the result: a folder begun with another record is refused.
+        unit: maps what the caller calls a unit to its name and file; layers of a checkpoint by default.
     """
 
-    def __init__(self, output: Path, run: Mapping[str, Any]):
+    def __init__(self, output: Path, run: Mapping[str, Any], unit: Callable[[Any], Unit] = layer_unit):
         self.output = output
         self.folder = output.with_name(output.name + ".partial")
         self.journal = self.folder / JOURNAL
         self.run = dict(run)
+        self.unit = unit
         self.locks = ExitStack()
 
-    def open(self, layers: Iterable[int], *, resume: bool = True) -> None:
-        """Create or reopen the folder and take the locks of the layers that this process will work on.
+    def open(self, units: Iterable[Any], *, resume: bool = True) -> None:
+        """Create or reopen the folder and take the locks of the units that this process will work on.
 
         Raises:
-            JaxmoeError: the folder belongs to a run with other settings, or another process holds one of the layers.
+            JaxmoeError: the folder belongs to a run with other settings, or another process holds one of the units.
         """
-        layers = list(layers)
+        units = list(units)
         begun = self.journal / "run.json"
         if not resume and self.folder.exists():
             with ExitStack() as stack:
@@ -85,23 +100,20 @@ class Workspace:
             self._check_same(begun)
         else:
             write_bytes(begun, json.dumps(self.run, indent=2, sort_keys=True).encode())
-        for index in layers:
-            self.locks.enter_context(self._lock(self.journal / f"layer{index:05d}.lock"))
+        for unit in units:
+            self.locks.enter_context(self._lock(self.journal / f"{self.unit(unit).name}.lock"))
 
-    def _lock(self, path: Path) -> FileLock:
+    def _lock(self, path: Path, mend: str = "wait for it to end, or give the runs disjoint --layers") -> FileLock:
         lock = FileLock(path, timeout=0)
         try:
             lock.acquire()
         except Timeout:
-            raise JaxmoeError(
-                f"another run is working on {path.stem} in {self.folder}: "
-                "wait for it to end, or give the runs disjoint --layers"
-            ) from None
+            raise JaxmoeError(f"another run is working on {path.stem} in {self.folder}: {mend}") from None
         return lock
 
     def exclusive(self, name: str) -> FileLock:
         """Return a lock that one process of the run can hold at a time."""
-        return self._lock(self.journal / f"{name}.lock")
+        return self._lock(self.journal / f"{name}.lock", "wait for it to end")
 
     def _check_same(self, begun: Path) -> None:
         try:
@@ -118,10 +130,10 @@ class Workspace:
         )
 
     @contextmanager
-    def opened(self, layers: Iterable[int], *, resume: bool = True) -> Iterator[None]:
+    def opened(self, units: Iterable[Any], *, resume: bool = True) -> Iterator[None]:
         """Open the folder for the length of a `with` block, then release the locks."""
         try:
-            self.open(layers, resume=resume)
+            self.open(units, resume=resume)
             yield
         finally:
             self.locks.close()
@@ -131,20 +143,21 @@ class Workspace:
         if self.output.exists():
             raise JaxmoeError(f"{self.output} exists: remove it, or choose another output folder")
 
-    def entry(self, index: int, key: str) -> dict[str, Any] | None:
-        """Return the journal entry of a layer that is finished and whole, else None."""
+    def entry(self, unit: Any, key: str) -> dict[str, Any] | None:
+        """Return the journal entry of a unit that is finished and whole, else None."""
+        name, path = self.unit(unit)
         try:
-            entry = json.loads((self.journal / f"layer{index:05d}.json").read_bytes())
-            with (self.folder / layer_file(index)).open("rb") as file:
+            entry = json.loads((self.journal / f"{name}.json").read_bytes())
+            with (self.folder / path).open("rb") as file:
                 whole = entry["key"] == key and entry["sha256"] == file_digest(file, "sha256").hexdigest()
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
         return entry if whole else None
 
-    def finish(self, index: int, key: str, checksum: str, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Journal a layer whose file is written."""
+    def finish(self, unit: Any, key: str, checksum: str, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Journal a unit whose file is written."""
         entry = {"key": key, "sha256": checksum, **record}
-        write_bytes(self.journal / f"layer{index:05d}.json", json.dumps(entry).encode())
+        write_bytes(self.journal / f"{self.unit(unit).name}.json", json.dumps(entry).encode())
         return entry
 
     def publish(self) -> None:
@@ -154,7 +167,7 @@ class Workspace:
         removes.
         """
         self.check_free()
-        for leftover in self.folder.glob(".*.part"):
+        for leftover in self.folder.rglob(".*.part"):
             leftover.unlink()
         os.rename(self.folder, self.output)
         sync_folder(self.output.parent)
