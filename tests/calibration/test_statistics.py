@@ -2,21 +2,10 @@
 
 import numpy as np
 import pytest
+from random_statistics import SHAPE, random_record
 
-from jaxmoe.calibration.statistics import FIELDS, LayerStatistics, kept
+from jaxmoe.calibration.statistics import FIELDS, LayerStatistics
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors import LayerShape
-
-SHAPE = LayerShape(experts=5, hidden=4, intermediate=3)
-
-
-def random_record(seed, shape=SHAPE, moments="expert", gradients=True):
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for name in kept(shape, moments=moments, gradients=gradients):
-        field = FIELDS[name]
-        arrays[name] = (10 * rng.random(field.shape(shape))).astype(field.dtype)
-    return LayerStatistics(shape=shape, tokens=7 + seed, sequences=2 + seed, **arrays)
 
 
 def test_sums_and_maxima():

@@ -1,0 +1,187 @@
+"""A statistics folder, opened: the layers' records, merged over the domains that one asks for.
+
+    STATISTICS/statistics.json                  what it was gathered from; written last
+    STATISTICS/code/layer00003.safetensors      sums over the tokens of one domain and layer
+
+Opening reads the small JSON alone. Sums are read when asked for, from mapped files; matrices lie there in float32 and
+are merged in float64.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+
+from jaxmoe.calibration.record import Record
+from jaxmoe.calibration.statistics import FIELDS, LayerStatistics, kept, merge_arrays
+from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.checkpoint.tensor_file import CODES, TensorEntry, listing, read_header
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.texts import tokenizer_fingerprint
+
+RECORD = "statistics.json"
+
+
+def layer_path(domain: str, index: int) -> str:
+    """Return where the record of one domain and layer lies in the folder.
+
+    Example:
+        >>> layer_path("code", 3)
+        'code/layer00003.safetensors'
+    """
+    return f"{domain}/layer{index:05d}.safetensors"
+
+
+def layer_arrays(record: Record, index: int) -> tuple[str, ...]:
+    """Return the names of the arrays that a layer's files hold."""
+    return kept(record.layers[index], moments=record.moments, gradients=record.gradients is not None)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Statistics:
+    """A finished statistics folder.
+
+    Args:
+        folder: where it lies.
+        record: what it was gathered from.
+
+    Example:
+        >>> statistics = Statistics.open("statistics")  # doctest: +SKIP
+        >>> statistics.layer(3, domains=["code"]).counts  # doctest: +SKIP
+    """
+
+    folder: Path
+    record: Record
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Statistics":
+        """Open a statistics folder.
+
+        Raises:
+            JaxmoeError: it is not there, not finished, damaged, or of a newer schema.
+        """
+        folder = Path(folder).expanduser()
+        if not (folder / RECORD).is_file():
+            if folder.with_name(folder.name + ".partial").is_dir():
+                raise JaxmoeError(f"{folder} is not finished: run the same calibration again, it goes on where it was")
+            raise JaxmoeError(f"{folder} has no {RECORD}: give a folder that `jaxmoe calibrate` wrote")
+        return cls(folder=folder, record=Record.read(folder / RECORD))
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The names of the domains."""
+        return tuple(self.record.domains)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The indices of the layers."""
+        return tuple(sorted(self.record.layers))
+
+    def layer(self, index: int, domains: Iterable[str] | None = None) -> LayerStatistics:
+        """Return the record of one layer.
+
+        Args:
+            index: of the decoder layer.
+            domains: whose tokens, all if None.
+
+        Raises:
+            JaxmoeError: there is no such layer or domain, or a file is damaged.
+        """
+        chosen = self._chosen([index], domains)
+        return LayerStatistics(
+            shape=self.record.layers[index],
+            tokens=sum(map(self.record.tokens, chosen)),
+            sequences=sum(map(self.record.sequences, chosen)),
+            **{name: self.read(index, name, chosen) for name in layer_arrays(self.record, index)},
+        )
+
+    def read(
+        self, index: int, name: str, domains: Iterable[str] | None = None, experts: slice = slice(None)
+    ) -> np.ndarray:
+        """Return one array of a layer's record, or its rows of some experts: what memory can hold of a large layer.
+
+        Args:
+            index: of the decoder layer.
+            name: one of `FIELDS`.
+            domains: whose tokens, all if None.
+            experts: which rows of the array.
+        """
+        chosen = self._chosen([index], domains)
+        if name not in layer_arrays(self.record, index):
+            known = ", ".join(layer_arrays(self.record, index))
+            raise JaxmoeError(f"{self.folder} did not keep {name} of layer {index}: calibrate again, it has {known}")
+        parts = (self._entries(domain, index)[name].view()[experts] for domain in chosen)
+        return reduce(lambda a, b: merge_arrays(name, a, b), (part.astype(FIELDS[name].dtype) for part in parts))
+
+    def check(
+        self,
+        checkpoint: Checkpoint | None = None,
+        *,
+        layers: Iterable[int] | None = None,
+        domains: Iterable[str] | None = None,
+    ) -> "Statistics":
+        """Return self, or raise unless these statistics are whole and serve a checkpoint.
+
+        Args:
+            checkpoint: of which they are to be; None if that does not matter.
+            layers: that are needed; those of the checkpoint if None.
+            domains: that are needed, all that there are if None.
+
+        Raises:
+            JaxmoeError: they are of another model or tokenizer, lack a layer or domain, or a file is missing or
+                damaged; all such files are listed.
+        """
+        if checkpoint is not None:
+            if self.record.model != checkpoint.fingerprint():
+                raise JaxmoeError(
+                    f"{self.folder} is of another model than {checkpoint.folder}: calibrate with this very checkpoint"
+                )
+            found = tokenizer_fingerprint(checkpoint.folder)
+            if None not in (self.record.tokenizer, found) and self.record.tokenizer != found:
+                raise JaxmoeError(
+                    f"{self.folder} was gathered with another tokenizer than that of {checkpoint.folder}:"
+                    " calibrate again"
+                )
+            if layers is None:
+                layers = [layer.index for layer in checkpoint.layers]
+        needed = list(self.layers if layers is None else layers)
+        chosen = self._chosen(needed, domains)
+        if checkpoint is not None:
+            shapes = {layer.index: layer.shape for layer in checkpoint.layers}
+            if wrong := [str(i) for i in needed if i in shapes and shapes[i] != self.record.layers[i]]:
+                raise JaxmoeError(f"{self.folder} has other shapes than the model in layers {', '.join(wrong)}")
+        problems = []
+        for domain in chosen:
+            for index in needed:
+                try:
+                    self._entries(domain, index)
+                except JaxmoeError as error:
+                    problems.append(str(error))
+        if problems:
+            raise JaxmoeError(listing(problems, 8))
+        return self
+
+    def _chosen(self, layers: Sequence[int], domains: Iterable[str] | None) -> list[str]:
+        if missing := [str(index) for index in layers if index not in self.record.layers]:
+            known = ", ".join(map(str, self.layers))
+            raise JaxmoeError(f"{self.folder} has no layer {', '.join(missing)}: calibrate them too, it has {known}")
+        chosen = list(self.domains if domains is None else dict.fromkeys(domains))
+        if unknown := [name for name in chosen if name not in self.record.domains]:
+            raise JaxmoeError(
+                f"{self.folder} has no domain {', '.join(unknown)}: the domains there are {', '.join(self.domains)}"
+            )
+        if not chosen:
+            raise JaxmoeError(f"no domain chosen: those of {self.folder} are {', '.join(self.domains)}")
+        return chosen
+
+    def _entries(self, domain: str, index: int) -> dict[str, TensorEntry]:
+        path = self.folder / layer_path(domain, index)
+        entries = read_header(path)
+        shape = self.record.layers[index]
+        for name in layer_arrays(self.record, index):
+            code = CODES[np.dtype(FIELDS[name].stored)]
+            if name not in entries or (entries[name].dtype, entries[name].shape) != (code, FIELDS[name].shape(shape)):
+                raise JaxmoeError(f"{path} does not hold {name} as {RECORD} says: calibrate again")
+        return entries

@@ -1,0 +1,150 @@
+"""Write a statistics folder, one domain and layer at a time; a killed run goes on where it stopped.
+
+Work lies in `STATISTICS.partial` with a journal (`checkpoint.workspace`), and gets its name when every record is there.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from jaxmoe.calibration.folder import RECORD, Statistics, layer_arrays, layer_path
+from jaxmoe.calibration.record import Record
+from jaxmoe.calibration.statistics import FIELDS, LayerStatistics
+from jaxmoe.checkpoint.atomic import write_bytes
+from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
+from jaxmoe.checkpoint.workspace import Unit, Workspace, fingerprint, sweep
+from jaxmoe.errors import JaxmoeError
+
+
+def _unit(key: tuple[str, int]) -> Unit:
+    domain, index = key
+    return Unit(f"{domain}-layer{index:05d}", layer_path(domain, index))
+
+
+class StatisticsWriter:
+    """A statistics folder in the making.
+
+    Args:
+        folder: that is to be; it appears when it is complete.
+        record: what is gathered, known beforehand: an unfinished folder with another record is refused.
+
+    Example:
+        >>> writer = StatisticsWriter("statistics", record)  # doctest: +SKIP
+        >>> with writer.opened():  # doctest: +SKIP
+        ...     for domain, index in writer.missing():
+        ...         writer.write(domain, index, gather(domain, index))
+        ...     statistics = writer.publish()
+    """
+
+    def __init__(self, folder: str | Path, record: Record):
+        self.folder = Path(folder).expanduser().absolute()
+        self.record = record
+        self.workspace = Workspace(self.folder, record.as_json(), _unit)
+        self._key = fingerprint(record.as_json())
+
+    def finished(self) -> Statistics | None:
+        """Return the statistics if this very run was completed before, None where there is no such folder.
+
+        Raises:
+            JaxmoeError: something else stands there.
+        """
+        if not self.folder.exists():
+            return None
+        if not (self.folder / RECORD).is_file() or Record.read(self.folder / RECORD) != self.record:
+            self.workspace.check_free()
+        sweep(self.folder)
+        return Statistics.open(self.folder).check()
+
+    @contextmanager
+    def opened(self, *, resume: bool = True) -> Iterator[None]:
+        """Open the unfinished folder for the length of a `with` block; nobody else may work on it meanwhile.
+
+        Args:
+            resume: whether to go on with an unfinished run; False starts over.
+
+        Raises:
+            JaxmoeError: the output exists, the folder was begun with another record, or another process works on it.
+        """
+        self.workspace.check_free()
+        with self.workspace.opened([], resume=resume), self.workspace.exclusive("calibration"):
+            yield
+
+    def missing(self) -> list[tuple[str, int]]:
+        """Return the domains and layers that are not written yet, or not whole, layer by layer."""
+        pairs = [(domain, index) for index in sorted(self.record.layers) for domain in self.record.domains]
+        return [pair for pair in pairs if self.workspace.entry(pair, self._key) is None]
+
+    def write(self, domain: str, index: int, statistics: LayerStatistics) -> None:
+        """Write the record of one domain and layer.
+
+        Raises:
+            JaxmoeError: it is not what the folder's record announces, or holds NaN or infinite sums.
+        """
+        self._check(domain, index, statistics)
+        arrays = statistics.arrays()
+        tensors = [
+            Planned(name, FIELDS[name].stored, array.shape, partial(array.astype, FIELDS[name].stored))
+            for name, array in arrays.items()
+        ]
+        path = self.workspace.folder / layer_path(domain, index)
+        path.parent.mkdir(exist_ok=True)
+        checksum = write_tensors(path, tensors)
+        self.workspace.finish((domain, index), self._key, checksum, {"domain": domain, "layer": index})
+
+    def publish(self) -> Statistics:
+        """Give the complete folder its name, and return it opened.
+
+        Raises:
+            JaxmoeError: a record is missing.
+        """
+        if missing := self.missing():
+            domain, index = missing[0]
+            raise JaxmoeError(
+                f"{len(missing)} records are missing in {self.workspace.folder}, first layer {index} of {domain}:"
+                " write them all before publishing"
+            )
+        content = json.dumps(self.record.as_json(), indent=2)
+        write_bytes(self.workspace.folder / RECORD, content.encode())
+        self.workspace.publish()
+        return Statistics.open(self.folder)
+
+    def _check(self, domain: str, index: int, statistics: LayerStatistics) -> None:
+        shape, record = self.record.layers[index], self.record
+        announced = shape, record.tokens(domain), record.sequences(domain), layer_arrays(record, index)
+        given = statistics.shape, statistics.tokens, statistics.sequences, tuple(statistics.arrays())
+        names = ("shape", "tokens", "sequences", "arrays")
+        if wrong := [f"{n} {g}, not {a}" for n, a, g in zip(names, announced, given) if a != g]:
+            raise JaxmoeError(f"layer {index} of {domain} does not fit the record of {self.folder}: {'; '.join(wrong)}")
+        for name, array in statistics.arrays().items():
+            # Row by row: the large ones are as large as memory allows.
+            bad = [row for row, part in enumerate(array) if not _finite(part, FIELDS[name].stored)]
+            if bad:
+                where = f", expert {', '.join(map(str, bad[:8]))}" if FIELDS[name].axes[0] == "experts" else ""
+                raise JaxmoeError(
+                    f"NaN or infinite {name} in layer {index}{where} on {domain}: the model's activations overflow;"
+                    " check its weights, or compute in a wider dtype"
+                )
+
+
+def save(folder: str | Path, record: Record, statistics: Mapping[str, Mapping[int, LayerStatistics]]) -> Statistics:
+    """Write statistics that lie in memory, such as those of `jaxmoe.torch.statistics`.
+
+    Args:
+        folder: to create.
+        record: what they were gathered from.
+        statistics: for each domain the record of each layer.
+    """
+    writer = StatisticsWriter(folder, record)
+    with writer.opened(resume=False):
+        for domain, index in writer.missing():
+            writer.write(domain, index, statistics[domain][index])
+        return writer.publish()
+
+
+def _finite(array: np.ndarray, stored: str) -> bool:
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(array.astype(stored)).all())
