@@ -7,8 +7,10 @@ or of those that the checkpoint stores. Opening reads headers only and finds eve
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.checkpoint import files, hub
@@ -23,6 +25,9 @@ from jaxmoe.export.factored import is_factored
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, Term
 from jaxmoe.model.configuration import decoder
 from jaxmoe.model.spec import DecoderSpec, ExpertBlock
+
+if TYPE_CHECKING:
+    from jaxmoe.model.nnx_decoder import Decoder
 
 
 class StoredModel:
@@ -94,6 +99,17 @@ class StoredModel:
             if block.bias:
                 arrays |= expert_biases(self._biases(index), self.matrices, self.family)
         return arrays
+
+    def parameters(self) -> dict[str, Any]:
+        """Return all arrays as `jaxmoe.model.forward` takes them, for models that fit into memory."""
+        layers = [self.layer(index) for index in range(len(self.spec.layers))]
+        return jax.tree.map(jnp.asarray, {**self.ends(), "layers": layers})
+
+    def decoder(self) -> "Decoder":
+        """Return the model as a Flax NNX module, for models that fit into memory."""
+        from jaxmoe.model.nnx_decoder import Decoder
+
+        return Decoder(self.spec, self.parameters())
 
     def experts(self, index: int) -> CompressedLayer:
         """Return the routed experts of a layer as they are stored."""
