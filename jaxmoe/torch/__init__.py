@@ -1,4 +1,7 @@
-"""Factored checkpoints in PyTorch: after `import jaxmoe.torch` transformers loads them without a trust flag."""
+"""Factored checkpoints in PyTorch: after `import jaxmoe.torch` transformers loads them without a trust flag.
+
+`statistics` gathers calibration statistics from any stock transformers model.
+"""
 
 try:
     import torch as _torch  # noqa: F401
@@ -8,7 +11,8 @@ except ImportError as error:
 
 from jaxmoe.torch.registration import factored_classes, register
 from jaxmoe.torch.runtime import FactoredExperts, cache_blends, swap_experts
+from jaxmoe.torch.statistics import statistics
 
 register()
 
-__all__ = ["FactoredExperts", "cache_blends", "factored_classes", "register", "swap_experts"]
+__all__ = ["FactoredExperts", "cache_blends", "factored_classes", "register", "statistics", "swap_experts"]
