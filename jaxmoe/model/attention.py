@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 
 from jaxmoe.model.linear import linear
@@ -80,24 +81,48 @@ def _latent(x, parameters: Parameters, spec: LatentAttention):
 
 
 def _mix(query, key, value, scale: float, window: int | None, sinks):
-    """Return the values mixed by the attention probabilities, the heads side by side."""
+    """Return the values mixed by the attention probabilities, the heads side by side.
+
+    Queries are worked on in chunks, each with the keys that any of them sees: half of the scores never exist, the rest
+    stay small enough for caches, and no more than one chunk's are in memory.
+    """
     sequences, length, heads, _ = query.shape
-    groups = heads // key.shape[2]
-    query = query.reshape(sequences, length, key.shape[2], groups, -1)
-    scores = jnp.einsum("btkgd,bskd->bkgts", query, key, preferred_element_type=jnp.float32) * scale
-    scores = jnp.where(_visible(length, window), scores, -jnp.inf)
-    if sinks is None:
-        probabilities = jax.nn.softmax(scores, axis=-1)
-    else:
-        sink = sinks.astype(jnp.float32).reshape(1, key.shape[2], groups, 1, 1)
-        top = jnp.maximum(jnp.max(scores, -1, keepdims=True), sink)
-        weights = jnp.exp(scores - top)
-        probabilities = weights / (jnp.sum(weights, -1, keepdims=True) + jnp.exp(sink - top))
-    mixed = jnp.einsum("bkgts,bskd->btkgd", probabilities.astype(value.dtype), value)
-    return mixed.reshape(sequences, length, -1)
+    groups = key.shape[2]
+    query = jnp.moveaxis(query.reshape(sequences, length, groups, heads // groups, -1), 1, 3) * scale
+    key, value = jnp.moveaxis(key, 1, 2), jnp.moveaxis(value, 1, 2)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(1, groups, heads // groups, 1, 1)
+    size = min(256, max(64, -(-length // 8)))
+    chunks = []
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        distance = np.arange(start, end)[:, None] - np.arange(first, end)
+        seen = (distance >= 0) & (distance < (window or length))
+        seen_keys, seen_values = key[:, :, first:end], value[:, :, first:end]
+        chunks.append(_mix_chunk(query[:, :, :, start:end], seen_keys, seen_values, seen, sinks))
+    mixed = jnp.concatenate(chunks, axis=3)
+    return jnp.moveaxis(mixed, 3, 1).reshape(sequences, length, -1)
 
 
-def _visible(length: int, window: int | None) -> np.ndarray:
-    """Return which positions (columns) each position (row) sees."""
-    distance = np.arange(length)[:, None] - np.arange(length)
-    return (distance >= 0) & (distance < (window or length))
+# The backward pass computes the probabilities again instead of keeping them.
+@jax.checkpoint
+def _mix_chunk(query, key, value, seen, sinks):
+    sequences, groups, share, length, _ = query.shape
+
+    def product(left, equation, right):
+        """Multiply with the heads of a group as further rows, so that one batched product does them all."""
+        rows = left.reshape(sequences, groups, share * length, -1)
+        out = jnp.einsum(equation, rows, right, preferred_element_type=jnp.float32)
+        return out.reshape(sequences, groups, share, length, -1)
+
+    scores = jnp.where(seen, product(query, "bgtd,bgsd->bgts", key), -jnp.inf)
+    top = jnp.max(scores, -1, keepdims=True)
+    if sinks is not None:
+        top = jnp.maximum(top, sinks)
+    top = lax.stop_gradient(top)
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, -1, keepdims=True)
+    if sinks is not None:
+        total = total + jnp.exp(sinks - top)
+    return (product(weights.astype(value.dtype), "bgts,bgsd->bgtd", value) / total).astype(value.dtype)

@@ -1,0 +1,211 @@
+"""Run a model that may be larger than memory: layer after layer, and batch after batch within each layer.
+
+Hidden states of all windows lie in a memory-mapped file, one file per layer boundary; while a layer works, the arrays
+of the next one are read in the background. Layers of equal spec share one compiled program. What is in memory at any
+time is one layer (and the next), one batch, and whatever the caller gathers.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.checkpoint.stored_model import StoredModel
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.model.decoder import embed
+from jaxmoe.model.grouped import BlockShape, block_rows, blocks_needed
+from jaxmoe.model.layer import Attended, Intermediates, attended, finish
+from jaxmoe.model.spec import ExpertBlock, LayerSpec
+
+TOKENS = 4096
+"""Tokens that go through a layer together."""
+
+Observe = Callable[[Intermediates, Any], Any]
+
+
+class Step(NamedTuple):
+    """What became of one batch in one layer: the windows that it holds, and what was observed of them."""
+
+    windows: slice
+    observed: Any
+
+
+class HiddenStates:
+    """The hidden states of some windows of tokens between two layers, in files.
+
+    Args:
+        ids: the windows, `[window, position]`.
+        folder: for the files `hidden00000.f32`, which the caller removes in the end.
+        hidden: hidden size.
+        tokens: that go through a layer together, at least one window's.
+    """
+
+    def __init__(self, ids: np.ndarray, folder: Path, hidden: int, *, tokens: int = TOKENS):
+        self.ids = ids
+        self.folder = folder
+        self.shape = (*ids.shape, hidden)
+        self.batch = min(len(ids), max(1, tokens // ids.shape[1]))
+
+    def path(self, index: int) -> Path:
+        """Return the file of the states that enter a layer."""
+        return self.folder / f"hidden{index:05d}.f32"
+
+    def open(self, index: int) -> np.ndarray:
+        """Return the states that enter a layer, `[window, position, hidden]`, mapped."""
+        return np.memmap(self.path(index), np.float32, "r", shape=self.shape)
+
+    def create(self, index: int) -> np.ndarray:
+        """Return an empty file for the states that enter a layer, mapped; `finish` gives it its name."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return np.memmap(self.path(index).with_suffix(".part"), np.float32, "w+", shape=self.shape)
+
+    def finish(self, index: int) -> None:
+        """Name the file that `create` began."""
+        self.path(index).with_suffix(".part").replace(self.path(index))
+
+    def remove(self, index: int) -> None:
+        """Remove the states that enter a layer."""
+        self.path(index).unlink(missing_ok=True)
+
+    def batches(self) -> Iterator[slice]:
+        """Yield the windows of each batch; the last one may be smaller."""
+        for start in range(0, len(self.ids), self.batch):
+            yield slice(start, min(start + self.batch, len(self.ids)))
+
+
+def on_device(arrays: Any) -> Any:
+    """Return a tree of arrays on the device, in the dtype in which they are stored."""
+    return jax.tree.map(jnp.asarray, arrays)
+
+
+class Prefetched:
+    """The layers of a model in the order in which they are asked for, each read while the one before is at work.
+
+    Args:
+        model: that they are read from.
+        order: indices of the layers.
+    """
+
+    def __init__(self, model: StoredModel, order: range):
+        self.model, self.order = model, order
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        with ThreadPoolExecutor(1) as reader:
+            ahead = None
+            for position, index in enumerate(self.order):
+                parameters = ahead.result() if ahead else self._read(index)
+                follows = self.order[position + 1 : position + 2]
+                ahead = reader.submit(self._read, follows[0]) if follows else None
+                yield index, parameters
+                del parameters
+
+    def _read(self, index: int) -> dict[str, Any]:
+        return on_device(self.model.layer(index))
+
+
+def start(model: StoredModel, states: HiddenStates) -> None:
+    """Embed the tokens: write the states that enter layer 0."""
+    parameters = on_device({"embedding.weight": model.ends()["embedding.weight"]})
+    out = states.create(0)
+    for windows in states.batches():
+        out[windows] = _embed(states.ids[windows], parameters, spec=model.spec)
+    states.finish(0)
+
+
+def run_layer(
+    index: int,
+    parameters: dict[str, Any],
+    spec: LayerSpec,
+    states: HiddenStates,
+    *,
+    observe: Observe | None = None,
+    extra: np.ndarray | None = None,
+    write: bool = True,
+) -> Iterator[Step]:
+    """Move all states through one layer, and yield after each batch what was observed in it.
+
+    Args:
+        index: of the layer; the states that enter it must exist.
+        parameters: its arrays, on the device.
+        spec: what it computes.
+        states: read at `index`, written at `index + 1`.
+        observe: pure function of the layer's intermediates and of a batch of `extra`; jitted with the layer.
+        extra: an array with a row for every window, of which each batch goes to `observe`.
+        write: whether the states that leave the layer are written.
+
+    Raises:
+        JaxmoeError: hidden states are not finite; the message names the layer and the experts.
+    """
+    source = states.open(index)
+    out = states.create(index + 1) if write else None
+    for windows in states.batches():
+        state = _attended(jnp.asarray(source[windows]), parameters, spec=spec)
+        given = None if extra is None else extra[windows]
+        x, observed = _finish(state, parameters, given, spec=spec, shape=block_shape(state, spec), observe=observe)
+        x = np.asarray(x)
+        if not np.isfinite(x).all():
+            raise JaxmoeError(_not_finite(index, x, state))
+        if out is not None:
+            out[windows] = x
+        yield Step(windows, observed)
+    if out is not None:
+        out.flush()
+        states.finish(index + 1)
+
+
+def block_shape(state: Attended, spec: LayerSpec) -> BlockShape | None:
+    """Choose the experts' blocks from the routing of a batch; None in a layer without experts."""
+    if state.routes is None or not isinstance(spec.feed_forward, ExpertBlock):
+        return None
+    chosen = np.asarray(state.routes.experts)
+    experts = spec.feed_forward.shape.experts
+    rows = block_rows(chosen.size, experts)
+    return BlockShape(rows, blocks_needed(np.bincount(chosen.reshape(-1), minlength=experts), rows))
+
+
+def stream(model: StoredModel, states: HiddenStates, *, observe: Observe | None = None) -> Iterator[tuple[int, Step]]:
+    """Move all states through all layers, and yield the layer's index with every step.
+
+    The states that leave the last layer remain, as those that would enter one more; those in between are removed.
+    """
+    start(model, states)
+    for index, parameters in Prefetched(model, range(len(model.spec.layers))):
+        for step in run_layer(index, parameters, model.spec.layers[index], states, observe=observe):
+            yield index, step
+        states.remove(index)
+
+
+@partial(jax.jit, static_argnames="spec")
+def _embed(ids, parameters, spec):
+    return embed(ids, parameters, spec)
+
+
+@partial(jax.jit, static_argnames="spec")
+def _attended(x, parameters, spec):
+    with jax.default_matmul_precision("float32"):
+        return attended(x, parameters, spec)
+
+
+@partial(jax.jit, static_argnames=("spec", "shape", "observe"))
+def _finish(state, parameters, extra, spec, shape, observe):
+    with jax.default_matmul_precision("float32"):
+        x, seen = finish(state, parameters, spec, shape=shape)
+        return x, None if observe is None else observe(seen, extra)
+
+
+def _not_finite(index: int, x: np.ndarray, state: Attended) -> str:
+    bad = ~np.isfinite(x).all(-1).reshape(-1)
+    before = np.isfinite(np.asarray(state.residual)).all(-1).reshape(-1)
+    where = "its attention" if not before[bad].all() else "its feed-forward block"
+    if state.routes is not None and before[bad].all():
+        chosen = np.asarray(state.routes.experts)[bad]
+        where = f"experts among {', '.join(str(e) for e in sorted(set(chosen.reshape(-1).tolist()))[:8])}"
+    return (
+        f"layer {index}: NaN or infinite activations at {bad.sum()} tokens, in {where}: the weights are damaged or too"
+        " large for float32; fetch the checkpoint again"
+    )
