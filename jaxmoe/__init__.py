@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "jaxmoe.allocation": ("Ladder", "allocate"),
+    "jaxmoe.calibration.folder": ("Statistics",),
+    "jaxmoe.calibration.statistics": ("LayerStatistics",),
     "jaxmoe.checkpoint": ("Checkpoint", "MoELayer"),
     "jaxmoe.checkpoint.compressed": ("CompressedCheckpoint",),
     "jaxmoe.checkpoint.inspection": ("inspect",),

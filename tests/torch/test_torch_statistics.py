@@ -236,6 +236,17 @@ def test_other_contracts_are_refused(family):
         jaxmoe.torch.statistics(model, [batch()])
 
 
+def test_factored_experts_are_refused():
+    model = tiny_models.build("mixtral")
+    shape = {"experts": 8, "hidden": 64, "intermediate": 24, "gated": True}
+    terms = {"gate_up": [{"kind": "dense"}], "down": [{"kind": "dense"}]}
+    jaxmoe.torch.swap_experts(model, {"model.layers.1.mlp.experts": {"shape": shape, "terms": terms}})
+    with pytest.raises(
+        JaxmoeError, match=r"layers\.1\.mlp\.experts \(FactoredExperts\): it has no stacked gate_up_proj"
+    ):
+        jaxmoe.torch.statistics(model, [batch()])
+
+
 def test_another_sum_of_the_experts_is_refused(monkeypatch):
     model = tiny_models.build("mixtral")
     module = model.model.layers[1].mlp.experts
