@@ -40,7 +40,7 @@ def test_files_folders_and_json_lines(tmp_path):
         ("empty.txt", "", "is empty"),
         ("blank.txt", " \n\t\n", "is empty"),
         ("nul.txt", b"some\0thing", "binary"),
-        ("latin.txt", "caf\u00e9".encode("latin-1"), "not UTF-8 at byte 3"),
+        ("latin.txt", "abc\u00e9".encode("latin-1"), "not UTF-8 at byte 3"),
         ("no_json.jsonl", '{"text": "a"}\nplain\n', "line 2 is no JSON"),
         ("no_text.jsonl", '{"text": "a"}\n\n{"body": "b"}\n{"text": 3}', "line 3 has no string `text`; line 4"),
         ("no_object.jsonl", '["text"]\n', "line 1 has no string `text`"),

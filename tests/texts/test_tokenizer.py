@@ -13,7 +13,7 @@ SAMPLES = [
     "",
     " leading and trailing  ",
     "tabs\tand\n\nlines\r\n",
-    "caf\u00e9 na\u00efve \u4f60\u597d \U0001f600 \u200d",
+    "abc\u00e9 na\u00efve \u4f60\u597d \U0001f600 \u200d",
     "an <|endoftext|> inside<|endoftext|>",
     "x" * 3000,
 ]
