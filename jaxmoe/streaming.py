@@ -72,10 +72,11 @@ class HiddenStates:
         """Remove the states that enter a layer."""
         self.path(index).unlink(missing_ok=True)
 
-    def batches(self) -> Iterator[slice]:
-        """Yield the windows of each batch; the last one may be smaller."""
-        for start in range(0, len(self.ids), self.batch):
-            yield slice(start, min(start + self.batch, len(self.ids)))
+    def batches(self, part: slice = slice(None)) -> Iterator[slice]:
+        """Yield the windows of each batch, of all windows or of some; the last one may be smaller."""
+        first, end, _ = part.indices(len(self.ids))
+        for begin in range(first, end, self.batch):
+            yield slice(begin, min(begin + self.batch, end))
 
 
 def on_device(arrays: Any) -> Any:
@@ -122,28 +123,30 @@ def run_layer(
     parameters: dict[str, Any],
     spec: LayerSpec,
     states: HiddenStates,
+    out: np.ndarray | None,
     *,
+    part: slice = slice(None),
     observe: Observe | None = None,
     extra: np.ndarray | None = None,
-    write: bool = True,
 ) -> Iterator[Step]:
-    """Move all states through one layer, and yield after each batch what was observed in it.
+    """Move states through one layer, and yield after each batch what was observed in it.
 
     Args:
         index: of the layer; the states that enter it must exist.
         parameters: its arrays, on the device.
         spec: what it computes.
-        states: read at `index`, written at `index + 1`.
+        states: of which those at `index` are read.
+        out: where the states that leave the layer are written, as `states.create(index + 1)` returns it; None for
+            nowhere.
+        part: the windows to move.
         observe: pure function of the layer's intermediates and of a batch of `extra`; jitted with the layer.
         extra: an array with a row for every window, of which each batch goes to `observe`.
-        write: whether the states that leave the layer are written.
 
     Raises:
         JaxmoeError: hidden states are not finite; the message names the layer and the experts.
     """
     source = states.open(index)
-    out = states.create(index + 1) if write else None
-    for windows in states.batches():
+    for windows in states.batches(part):
         state = _attended(jnp.asarray(source[windows]), parameters, spec=spec)
         given = None if extra is None else extra[windows]
         x, observed = _finish(state, parameters, given, spec=spec, shape=block_shape(state, spec), observe=observe)
@@ -153,9 +156,6 @@ def run_layer(
         if out is not None:
             out[windows] = x
         yield Step(windows, observed)
-    if out is not None:
-        out.flush()
-        states.finish(index + 1)
 
 
 def block_shape(state: Attended, spec: LayerSpec) -> BlockShape | None:
@@ -171,12 +171,14 @@ def block_shape(state: Attended, spec: LayerSpec) -> BlockShape | None:
 def stream(model: StoredModel, states: HiddenStates, *, observe: Observe | None = None) -> Iterator[tuple[int, Step]]:
     """Move all states through all layers, and yield the layer's index with every step.
 
-    The states that leave the last layer remain, as those that would enter one more; those in between are removed.
+    The states that leave the last layer remain, as those that would enter one more; those before are removed.
     """
     start(model, states)
     for index, parameters in Prefetched(model, range(len(model.spec.layers))):
-        for step in run_layer(index, parameters, model.spec.layers[index], states, observe=observe):
+        out = states.create(index + 1)
+        for step in run_layer(index, parameters, model.spec.layers[index], states, out, observe=observe):
             yield index, step
+        states.finish(index + 1)
         states.remove(index)
 
 

@@ -21,6 +21,7 @@ from jaxmoe.model.grouped import (
     arrange,
     block_product,
     block_rows,
+    gather,
     gather_tokens,
     most_blocks,
     ragged_product,
@@ -69,6 +70,7 @@ def run_experts(
     gate: Gate,
     biases: Mapping[str, Float[Array, "expert out"]],
     shape: BlockShape | None = None,
+    probes: Mapping[str, Float[Array, "token choice out"]] | None = None,
 ) -> ExpertRows:
     """Run every token through its chosen experts.
 
@@ -79,6 +81,8 @@ def run_experts(
         gate: how gate and up are joined.
         biases: `gate`, `up` and `down` where the family has them, else empty.
         shape: of the blocks, chosen on the host from real counts; None takes what is enough for any routing.
+        probes: added to the outputs of `gate`, `up` and `down`: a gradient with respect to zeros here is the gradient
+            with respect to these outputs.
 
     Returns:
         Intermediate activations and outputs of every assignment; differentiable in `x` and `experts`.
@@ -91,34 +95,37 @@ def run_experts(
         chosen,
         experts,
         biases,
+        probes or {},
         tpu=partial(_ragged, gate=gate),
         default=partial(_blocked, gate=gate, shape=shape),
     )
 
 
-def _blocked(x, chosen, experts: CompressedLayer, biases, *, gate: Gate, shape: BlockShape) -> ExpertRows:
+def _blocked(x, chosen, experts: CompressedLayer, biases, probes, *, gate: Gate, shape: BlockShape) -> ExpertRows:
     blocks = arrange(chosen, experts.sizes.experts, shape)
-    rows = gather_tokens(x, blocks)
-    added = {name: bias[blocks.expert][:, None].astype(x.dtype) for name, bias in biases.items()}
-    intermediate, output = _network(rows, experts, gate, added, block_product(blocks))
-    return ExpertRows(scatter(intermediate, blocks), scatter(output, blocks))
+    added = [{name: bias[blocks.expert][:, None].astype(x.dtype) for name, bias in biases.items()}]
+    added.append({name: gather(probe, blocks) for name, probe in probes.items()})
+    results = _network(gather_tokens(x, blocks), experts, gate, added, block_product(blocks))
+    return ExpertRows(*(scatter(result, blocks) for result in results))
 
 
-def _ragged(x, chosen, experts: CompressedLayer, biases, *, gate: Gate) -> ExpertRows:
+def _ragged(x, chosen, experts: CompressedLayer, biases, probes, *, gate: Gate) -> ExpertRows:
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     counts = jnp.bincount(flat, length=experts.sizes.experts)
-    added = {name: bias[flat[order]].astype(x.dtype) for name, bias in biases.items()}
-    rows = x[order // chosen.shape[1]]
-    results = _network(rows, experts, gate, added, ragged_product(counts))
+    added = [{name: bias[flat[order]].astype(x.dtype) for name, bias in biases.items()}]
+    added.append({name: probe.reshape(len(flat), -1)[order] for name, probe in probes.items()})
+    results = _network(x[order // chosen.shape[1]], experts, gate, added, ragged_product(counts))
     back = jnp.argsort(order).reshape(chosen.shape)
     return ExpertRows(*(result[back] for result in results))
 
 
-def _network(rows, experts: CompressedLayer, gate: Gate, biases, product) -> tuple[Array, Array]:
-    first, second = experts.apply(rows, ("gate", "up"), product)
-    if biases:
-        first, second = first + biases["gate"], second + biases["up"]
+def _network(rows, experts: CompressedLayer, gate: Gate, added, product) -> tuple[Array, Array]:
+    def run(rows, projections: tuple[str, ...]) -> list[Array]:
+        outputs = experts.apply(rows, projections, product)
+        return [sum((own[name] for own in added if name in own), out) for name, out in zip(projections, outputs)]
+
+    first, second = run(rows, ("gate", "up"))
     intermediate = gated(first, second, gate)
-    (output,) = experts.apply(intermediate, ("down",), product)
-    return intermediate, output + biases["down"] if biases else output
+    (output,) = run(intermediate, ("down",))
+    return intermediate, output

@@ -54,6 +54,7 @@ def layer(
     spec: LayerSpec,
     *,
     shape: BlockShape | None = None,
+    probes: Mapping[str, Array] | None = None,
 ) -> tuple[Float[Array, "sequence position hidden"], Intermediates]:
     """Run one decoder layer.
 
@@ -62,11 +63,12 @@ def layer(
         parameters: the layer's arrays by name, the routed experts as a `CompressedLayer` under `experts`.
         spec: what the layer computes; static.
         shape: of the experts' blocks, see `run_experts`.
+        probes: see `run_experts`.
 
     Returns:
         The hidden states after the layer, and what happened inside; what is not used costs nothing under `jax.jit`.
     """
-    return finish(attended(x, parameters, spec), parameters, spec, shape=shape)
+    return finish(attended(x, parameters, spec), parameters, spec, shape=shape, probes=probes)
 
 
 def attended(x: Float[Array, "sequence position hidden"], parameters: Parameters, spec: LayerSpec) -> Attended:
@@ -79,7 +81,12 @@ def attended(x: Float[Array, "sequence position hidden"], parameters: Parameters
 
 
 def finish(
-    state: Attended, parameters: Parameters, spec: LayerSpec, *, shape: BlockShape | None = None
+    state: Attended,
+    parameters: Parameters,
+    spec: LayerSpec,
+    *,
+    shape: BlockShape | None = None,
+    probes: Mapping[str, Array] | None = None,
 ) -> tuple[Float[Array, "sequence position hidden"], Intermediates]:
     """Run the second half of a layer: the feed-forward block."""
     x, inputs, routes = state
@@ -89,7 +96,7 @@ def finish(
     else:
         assert routes is not None
         biases = {name: parameters[f"experts.{name}.bias"] for name in ("gate", "up", "down") if block.bias}
-        rows = run_experts(inputs, routes.experts, parameters["experts"], block.gate, biases, shape)
+        rows = run_experts(inputs, routes.experts, parameters["experts"], block.gate, biases, shape, probes)
         added = jnp.einsum("tk,tkh->th", routes.weights.astype(inputs.dtype), rows.output)
         seen = Intermediates(inputs, routes, rows.intermediate, rows.output)
         if block.shared is not None:

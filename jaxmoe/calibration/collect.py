@@ -1,0 +1,298 @@
+"""Calibrate a stored model: stream texts through it and gather every layer's statistics, layer by layer.
+
+A run that is killed goes on at the layer where it stopped: the hidden states that enter it lie in the unfinished
+folder. Memory holds one layer's weights and the sums of one text; where the second moments of a layer's experts would
+take more than a bound, the layer runs several times, for some of its experts each. With gradients, the states that
+enter every layer are kept, and the layers are visited a second time from the last to the first.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.calibration.fisher import layer_backward, sequence_losses
+from jaxmoe.calibration.folder import Statistics, layer_arrays
+from jaxmoe.calibration.record import Record, Source
+from jaxmoe.calibration.statistics import FIELDS, LayerStatistics, merge_arrays
+from jaxmoe.calibration.sums import PER_EXPERT_MOMENTS, Summing
+from jaxmoe.calibration.writer import StatisticsWriter
+from jaxmoe.checkpoint.stored_model import StoredModel
+from jaxmoe.checkpoint.workspace import JOURNAL
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.model.spec import LayerSpec
+from jaxmoe.streaming import TOKENS, HiddenStates, Prefetched, on_device, run_layer, start
+from jaxmoe.texts import Windows
+
+BYTES = 4 << 30
+"""Bytes that the second moments of a layer's experts may take in memory, in float64."""
+
+Event = Callable[[dict[str, Any]], None]
+Sums = dict[str, np.ndarray]
+
+
+def calibrate(
+    model: StoredModel,
+    texts: Sequence[Windows],
+    folder: str | Path,
+    *,
+    tokenizer: str | None = None,
+    moments: str = "expert",
+    gradients: str | None = None,
+    layers: tuple[int, int] | None = None,
+    resume: bool = True,
+    tokens: int = TOKENS,
+    limit: int = BYTES,
+    on_event: Event = lambda event: None,
+) -> Statistics:
+    """Gather the statistics of a model's routed experts on some texts.
+
+    Args:
+        model: to calibrate.
+        texts: its windows, a domain each, of one length.
+        folder: the statistics folder to create.
+        tokenizer: fingerprint of what made the windows, None if unknown.
+        moments: which second moments to keep: "none", "pooled" or "expert".
+        gradients: whether to keep the Fisher information, of each "sequence" or "token"; None for none.
+        layers: `(first, end)`: keep the decoder layers first <= index < end only; None for all.
+        resume: whether to go on with an unfinished run.
+        tokens: that go through a layer together.
+        limit: bytes that the second moments of a layer's experts may take in memory.
+        on_event: called with a small record after every layer.
+
+    Raises:
+        JaxmoeError: the folder holds something else, activations are not finite, or no layer with experts is chosen.
+    """
+    record = _record(model, texts, tokenizer, moments, gradients, layers)
+    writer = StatisticsWriter(folder, record)
+    if (done := writer.finished()) is not None:
+        return done
+    with writer.opened(resume=resume):
+        ids, counted = (np.concatenate([getattr(text, name) for text in texts]) for name in ("ids", "counted"))
+        states = HiddenStates(ids, writer.workspace.folder / JOURNAL / "states", model.spec.hidden, tokens=tokens)
+        run = _Run(model, texts, states, counted, writer, limit, on_event)
+        run.forward() if gradients is None else run.backward(gradients)
+        return writer.publish()
+
+
+def _record(model: StoredModel, texts, tokenizer, moments, gradients, layers) -> Record:
+    first, end = layers or (0, len(model.spec.layers))
+    chosen = [index for index in sorted(model.shapes) if first <= index < end]
+    if not chosen:
+        known = sorted(model.shapes)
+        raise JaxmoeError(f"layers {first}:{end} hold no routed experts: they lie in layers {known[0]} to {known[-1]}")
+    if gradients is not None and any(len(text.ids[0]) < 2 for text in texts):
+        raise JaxmoeError("windows of one token predict nothing: give a length of at least 2")
+    sources = {
+        text.name: (
+            Source(
+                fingerprint=text.fingerprint,
+                sequences=int(text.counted.any(1).sum()),
+                length=text.ids.shape[1],
+                tokens=int(text.counted.sum()),
+            ),
+        )
+        for text in texts
+    }
+    return Record(
+        model=model.fingerprint(),
+        tokenizer=tokenizer,
+        domains=sources,
+        layers={index: model.shapes[index] for index in chosen},
+        moments=moments,
+        gradients=gradients,
+    )
+
+
+class _Run:
+    """One calibration: what its steps share."""
+
+    def __init__(self, model: StoredModel, texts, states: HiddenStates, counted, writer, limit: int, on_event: Event):
+        self.model, self.states, self.counted = model, states, counted
+        self.writer, self.limit, self.on_event = writer, limit, on_event
+        self.names = [text.name for text in texts]
+        ends = np.cumsum([0, *(len(text.ids) for text in texts)])
+        self.parts = {name: slice(int(a), int(b)) for name, a, b in zip(self.names, ends, ends[1:])}
+        self.missing: dict[int, list[str]] = {}
+        for domain, index in writer.missing():
+            self.missing.setdefault(index, []).append(domain)
+
+    def forward(self) -> None:
+        """Visit the layers from the first whose records are missing to the last."""
+        if not self.missing:
+            return
+        for index, parameters in Prefetched(self.model, range(self._begin(), max(self.missing) + 1)):
+            self._visit(index, parameters)
+            self.states.remove(index)
+
+    def _begin(self) -> int:
+        """Return the last layer, at most the first missing one, whose input states are there; embed if none are."""
+        for index in range(min(self.missing), -1, -1):
+            if self.states.path(index).exists():
+                return index
+        start(self.model, self.states)
+        return 0
+
+    def _visit(self, index: int, parameters: dict[str, Any]) -> None:
+        """Move all states through a layer; write the records of those texts for which they are missing."""
+        spec, states = self.model.spec.layers[index], self.states
+        last = index == len(self.model.spec.layers) - 1
+        out = None if last else states.create(index + 1)
+        for domain, part in self.parts.items():
+            if domain not in self.missing.get(index, ()):
+                for _ in run_layer(index, parameters, spec, states, out, part=part):
+                    pass
+                continue
+            sums: Sums = {}
+            for position, summing in enumerate(_passes(self.writer.record, index, self.limit)):
+                written = out if position == 0 else None
+                arrays = _zeros(summing)
+                for step in run_layer(
+                    index, parameters, spec, states, written, part=part, observe=summing, extra=self.counted
+                ):
+                    _add(arrays, step.observed)
+                _place(sums, arrays, summing)
+            self._write(domain, index, sums)
+        if out is not None:
+            states.finish(index + 1)
+        self._report(index)
+
+    def _write(self, domain: str, index: int, sums: Sums) -> None:
+        record = self.writer.record
+        statistics = LayerStatistics(
+            shape=record.layers[index],
+            tokens=record.tokens(domain),
+            sequences=record.sequences(domain),
+            **sums,  # type: ignore[arg-type]
+        )
+        self.writer.write(domain, index, statistics)
+
+    def _report(self, index: int) -> None:
+        total = len(self.writer.record.layers)
+        left = len([layer for layer in self.missing if layer > index])
+        self.on_event({"event": "layer", "layer": index, "done": total - left, "total": total})
+
+    def backward(self, mode: str) -> None:
+        """Visit the layers from the last to the first, after a forward pass that keeps what enters every layer."""
+        if not self.missing:
+            return
+        depth = len(self.model.spec.layers)
+        gradients = HiddenStates(
+            self.states.ids, self.states.folder / "gradients", self.model.spec.hidden, tokens=TOKENS
+        )
+        begin = next((i for i in range(max(self.missing) + 1, depth + 1) if gradients.path(i).exists()), None)
+        if begin is None:
+            self._keep_all()
+            self._losses(gradients)
+            begin = depth
+        for index, parameters in Prefetched(self.model, range(begin - 1, min(self.missing) - 1, -1)):
+            self._visit_back(index, parameters, gradients, mode)
+            gradients.remove(index + 1)
+            self.states.remove(index + 1)
+
+    def _keep_all(self) -> None:
+        depth = len(self.model.spec.layers)
+        have = next((i for i in range(depth, -1, -1) if self.states.path(i).exists()), None)
+        if have is None:
+            start(self.model, self.states)
+            have = 0
+        for index, parameters in Prefetched(self.model, range(have, depth)):
+            out = self.states.create(index + 1)
+            for _ in run_layer(index, parameters, self.model.spec.layers[index], self.states, out):
+                pass
+            self.states.finish(index + 1)
+
+    def _losses(self, gradients: HiddenStates) -> None:
+        """Write the gradient of the losses with respect to what leaves the last layer."""
+        depth, ends = len(self.model.spec.layers), on_device(self.model.ends())
+        source, out = self.states.open(depth), gradients.create(depth)
+        for windows in self.states.batches():
+            given = (jnp.asarray(a[windows]) for a in (source, self.states.ids, self.counted))
+            out[windows] = _head_gradient(*given, ends, spec=self.model.spec)
+        gradients.finish(depth)
+
+    def _visit_back(self, index: int, parameters: dict[str, Any], gradients: HiddenStates, mode: str) -> None:
+        spec, record = self.model.spec.layers[index], self.writer.record
+        source, left, out = self.states.open(index), gradients.open(index + 1), gradients.create(index)
+        for domain, part in self.parts.items():
+            wanted = domain in self.missing.get(index, ())
+            passes = list(_passes(record, index, self.limit)) if wanted else [None]
+            sums: Sums = {}
+            for position, summing in enumerate(passes):
+                arrays = _zeros(summing, fisher=position == 0) if summing else {}
+                for windows in self.states.batches(part):
+                    given = (jnp.asarray(a[windows]) for a in (source, left, self.counted))
+                    entered, observed = _back(*given, parameters, spec=spec, mode=mode, summing=summing)
+                    entered = np.asarray(entered)
+                    if not np.isfinite(entered).all():
+                        raise JaxmoeError(f"layer {index}: the gradient is not finite on {domain}: check the weights")
+                    if position == 0:
+                        out[windows] = entered
+                    _add(arrays, {name: observed[name] for name in arrays})
+                if summing:
+                    _place(sums, arrays, summing)
+            if wanted:
+                self._write(domain, index, sums)
+        gradients.finish(index)
+        self._report(index)
+
+
+def _passes(record: Record, index: int, limit: int) -> Iterator[Summing]:
+    """Yield what to sum in each visit of a layer: everything, or the largest sums for some experts at a time."""
+    shape = record.layers[index]
+    names = tuple(name for name in layer_arrays(record, index) if not name.startswith("fisher_"))
+    large = tuple(name for name in names if name in PER_EXPERT_MOMENTS)
+    each = sum(8 * int(np.prod(FIELDS[name].shape(shape)[1:])) for name in large)
+    at_once = max(1, limit // each) if each else shape.experts
+    if at_once >= shape.experts:
+        yield Summing(shape=shape, names=names, experts=shape.experts)
+        return
+    small = tuple(name for name in names if name not in large)
+    yield Summing(shape=shape, names=small, experts=shape.experts)
+    for first in range(0, shape.experts, at_once):
+        yield Summing(shape=shape, names=large, first=first, experts=min(at_once, shape.experts - first))
+
+
+def _rows(name: str, summing: Summing) -> tuple[int, ...]:
+    shape = FIELDS[name].shape(summing.shape)
+    return (summing.experts, *shape[1:]) if name in PER_EXPERT_MOMENTS else shape
+
+
+def _zeros(summing: Summing, *, fisher: bool = False) -> Sums:
+    names = [*summing.names, *(f"fisher_{p}" for p in summing.shape.projections if fisher)]
+    return {name: np.zeros(_rows(name, summing), FIELDS[name].dtype) for name in names}
+
+
+def _add(arrays: Sums, observed: dict[str, Any]) -> None:
+    """Add a batch's float32 sums to those of all batches, in float64."""
+    for name, array in arrays.items():
+        array[...] = merge_arrays(name, array, np.asarray(observed[name]).astype(array.dtype))
+
+
+def _place(sums: Sums, arrays: Sums, summing: Summing) -> None:
+    """Put the rows of some experts where they belong."""
+    for name, array in arrays.items():
+        whole = FIELDS[name].shape(summing.shape)
+        if array.shape == whole:
+            sums[name] = array
+        else:
+            total = sums.setdefault(name, np.zeros(whole, FIELDS[name].dtype))
+            total[summing.first : summing.first + summing.experts] = array
+
+
+@partial(jax.jit, static_argnames="spec")
+def _head_gradient(x, ids, counted, ends, spec):
+    with jax.default_matmul_precision("float32"):
+        return jax.grad(lambda x: jnp.sum(sequence_losses(x, ids, counted, ends, spec)))(x)
+
+
+@partial(jax.jit, static_argnames=("spec", "mode", "summing"))
+def _back(x, gradient, counted, parameters, spec: LayerSpec, mode: str, summing: Summing | None):
+    with jax.default_matmul_precision("float32"):
+        entered, fisher, seen = layer_backward(x, gradient, parameters, spec, mode=mode)
+        observed = {} if summing is None else summing(seen, counted)
+        return entered, observed | {f"fisher_{name}": array for name, array in fisher.items()}

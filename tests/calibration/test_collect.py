@@ -1,0 +1,131 @@
+"""Calibration through the JAX model: equal to PyTorch's door, to jax.grad, and to itself however it is cut."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import load_tiny, save_tiny
+
+from jaxmoe.calibration.collect import calibrate
+from jaxmoe.calibration.fisher import sequence_losses
+from jaxmoe.calibration.folder import Statistics
+from jaxmoe.checkpoint.stored_model import StoredModel
+from jaxmoe.data import demo_checkpoint, demo_texts
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors import CompressedLayer, Dense
+from jaxmoe.model import layer
+from jaxmoe.model.decoder import embed
+from jaxmoe.streaming import on_device
+from jaxmoe.texts import Tokenizer, Windows, text_windows
+
+torch = pytest.importorskip("torch")
+
+
+def random_windows(name="text", windows=6, length=16, seed=0) -> Windows:
+    ids = np.random.default_rng(seed).integers(3, 120, (windows, length)).astype(np.int32)
+    counted = np.ones(ids.shape, bool)
+    counted[:, 0] = False
+    counted[1, 9] = False
+    return Windows(name=name, fingerprint=f"{name}{seed}", ids=ids, counted=counted, left_out=0)
+
+
+def close(found, expected, tolerance=2e-5):
+    for name, array in expected.arrays().items():
+        other = getattr(found, name)
+        error = np.linalg.norm(other.astype(float) - array)
+        assert error <= tolerance * (np.linalg.norm(array) + 1e-12), f"{name}: {error} of {np.linalg.norm(array)}"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "phimoe", "mixtral"])
+@pytest.mark.parametrize("gradients", [None, "sequence"])
+def test_both_doors_agree(family, gradients, tmp_path):
+    from jaxmoe.torch import statistics
+
+    save_tiny(family, tmp_path / "model")
+    texts = [random_windows("one"), random_windows("two", windows=3, seed=1)]
+    found = calibrate(
+        StoredModel(tmp_path / "model"), texts, tmp_path / "statistics", gradients=gradients, tokens=32
+    )
+    torch_model = load_tiny(tmp_path / "model", dtype="float32")
+    for text in texts:
+        batches = [(text.ids, text.counted)]
+        expected = statistics(torch_model, batches, gradients=gradients is not None)
+        for index in found.layers:
+            close(found.layer(index, [text.name]), expected[index])
+
+
+@pytest.mark.parametrize("mode", ["sequence", "token"])
+def test_fisher_equals_the_gradient_of_the_whole_model(mode, tmp_path):
+    save_tiny("qwen3_moe", tmp_path / "model")
+    model, text = StoredModel(tmp_path / "model"), random_windows(windows=3)
+    found = calibrate(model, [text], tmp_path / "statistics", gradients=mode, tokens=32)
+    ends = on_device(model.ends())
+    parameters = [on_device(model.layer(index)) for index in range(len(model.spec.layers))]
+
+    def loss(weights, ids, counted):
+        """Run with the experts' matrices copied for every token, so that each copy has its own gradient."""
+        x = embed(ids[None], ends, model.spec)
+        for index, (own, spec) in enumerate(zip(parameters, model.spec.layers)):
+            terms = {name: (Dense(weight=weights[index][name]),) for name in weights[index]}
+            x, _ = layer(x, {**own, "experts": CompressedLayer(terms=terms, sizes=own["experts"].sizes)}, spec)
+        return sequence_losses(x, ids[None], counted[None], ends, model.spec)[0]
+
+    weights = [{name: own["experts"].materialize(name) for name in ("gate", "up", "down")} for own in parameters]
+    expected = jax.tree.map(jnp.zeros_like, weights)
+    gradient = jax.jit(jax.grad(loss))
+    for ids, counted in zip(text.ids, text.counted):
+        expected = jax.tree.map(lambda a, g: a + g * g, expected, gradient(weights, jnp.asarray(ids), counted))
+    for index in found.layers:
+        for name in ("gate", "up", "down"):
+            array = getattr(found.layer(index), f"fisher_{name}")
+            error = np.linalg.norm(array - expected[index][name]) / np.linalg.norm(expected[index][name])
+            # Every token by itself is something else, unless no expert has two tokens.
+            assert error <= 1e-5 if mode == "sequence" else error > 1e-3
+
+
+def test_few_experts_at_a_time_give_the_same(tmp_path):
+    save_tiny("mixtral", tmp_path / "model")
+    model, text = StoredModel(tmp_path / "model"), random_windows()
+    whole = calibrate(model, [text], tmp_path / "whole")
+    parts = calibrate(model, [text], tmp_path / "parts", limit=3 * 8 * (64 * 64 + 24 * 24))
+    for index in whole.layers:
+        close(parts.layer(index), whole.layer(index), 1e-7)
+
+
+def test_an_interrupted_run_goes_on(tmp_path):
+    save_tiny("qwen3_moe", tmp_path / "model")
+    model, text = StoredModel(tmp_path / "model"), random_windows()
+    for gradients in (None, "sequence"):
+        whole = calibrate(model, [text], tmp_path / f"whole-{gradients}", gradients=gradients)
+        seen = []
+
+        def stop(event, seen=seen):
+            seen.append(event["layer"])
+            raise KeyboardInterrupt
+
+        folder = tmp_path / f"cut-{gradients}"
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(model, [text], folder, gradients=gradients, on_event=stop)
+        assert not folder.exists()
+        with pytest.raises(JaxmoeError, match="not finished"):
+            Statistics.open(folder)
+        again = []
+        found = calibrate(model, [text], folder, gradients=gradients, on_event=lambda e, again=again: again.append(e))
+        assert [event["layer"] for event in again] == [index for index in found.layers if index not in seen]
+        for index in whole.layers:
+            close(found.layer(index), whole.layer(index), 1e-12)
+        assert not list(folder.rglob("*.f32"))
+
+
+def test_demo_matches_pytorch(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from jaxmoe.torch import statistics
+
+    texts = text_windows(demo_texts()[:2], Tokenizer.open(demo_checkpoint()), length=128, count=6)
+    found = calibrate(StoredModel(demo_checkpoint()), texts, tmp_path / "statistics")
+    model = AutoModelForCausalLM.from_pretrained(demo_checkpoint(), dtype=torch.float32)
+    for text in texts:
+        expected = statistics(model, [(text.ids, text.counted)])
+        for index in found.layers:
+            close(found.layer(index, [text.name]), expected[index], 1e-4)
