@@ -33,6 +33,8 @@ from jaxmoe.factors import TARGETS, CompressedLayer, Dense
 from jaxmoe.factors.error import relative_errors
 from jaxmoe.methods import Outcome
 from jaxmoe.plan import Plan, PlannedLayer, describe
+from jaxmoe.weighing import LayerSums, Sums, moments
+from jaxmoe.weighing import outcomes as weighing_outcomes
 
 EXPORTS = ("factored", "dense")
 Event = Callable[[dict[str, Any]], None]
@@ -48,7 +50,7 @@ def compress(
     layers: tuple[int, int] | None = None,
     resume: bool = True,
     command: str = "",
-    moments: Mapping[int, Mapping[str, Any]] | None = None,
+    statistics: Sums | None = None,
     on_event: Event = lambda event: None,
 ) -> dict[str, Any]:
     """Carry out a plan and write the compressed checkpoint.
@@ -63,7 +65,8 @@ def compress(
             layer publishes.
         resume: whether to go on with an unfinished run; False starts over.
         command: the command line, for the report.
-        moments: second moments of the inputs by layer and target, `[1|expert, in, in]`.
+        statistics: calibrated statistics, asked for one layer at a time; the errors are then weighted by what the
+            experts see, see `weighing`. None weighs all directions alike.
         on_event: called with a small record after every step.
 
     Returns:
@@ -76,7 +79,7 @@ def compress(
         raise JaxmoeError(f"export {export!r}: give {' or '.join(EXPORTS)}")
     output = Path(output).absolute()
     begun = time.perf_counter()
-    run = _run_record(checkpoint, plan, export, seed, moments)
+    run = _run_record(checkpoint, plan, export, seed, statistics)
     if (done := _finished(output, run)) is not None:
         on_event({"event": "complete", "output": str(output)})
         return done
@@ -89,7 +92,7 @@ def compress(
             entry = workspace.entry(index, keys[index])
             resumed = entry is not None
             if entry is None:
-                entry = _compress_layer(checkpoint, plan, planned, export, seed, moments, workspace, keys[index])
+                entry = _compress_layer(checkpoint, plan, planned, export, seed, statistics, workspace, keys[index])
             on_event(
                 {
                     "event": "layer",
@@ -113,7 +116,7 @@ def compress(
             return _publish(checkpoint, plan, export, workspace, run, report, on_event)
 
 
-def _run_record(checkpoint: Checkpoint, plan: Plan, export: str, seed: int, moments) -> dict[str, Any]:
+def _run_record(checkpoint: Checkpoint, plan: Plan, export: str, seed: int, statistics) -> dict[str, Any]:
     """Return everything that decides the bytes of the result."""
     return {
         "source": checkpoint.fingerprint(),
@@ -121,17 +124,12 @@ def _run_record(checkpoint: Checkpoint, plan: Plan, export: str, seed: int, mome
         "settings": asdict(plan.settings),
         "requested": plan.requested,
         "terms": fingerprint({str(p.source.index): p.template.spec() for p in plan.layers}),
-        "moments": None if moments is None else _moments_fingerprint(moments),
+        "statistics": None if statistics is None else statistics.fingerprint(),
         "export": export,
         "seed": seed,
         "versions": {"jaxmoe": jaxmoe.__version__, "jax": jax.__version__, "numpy": np.__version__},
         "platform": f"{jax.default_backend()} {platform.machine()}",
     }
-
-
-def _moments_fingerprint(moments) -> str:
-    leaves, treedef = jax.tree_util.tree_flatten(moments)
-    return fingerprint({"tree": str(treedef), "leaves": [np.asarray(leaf).tobytes().hex() for leaf in leaves]})
 
 
 def _layer_key(run: Mapping[str, Any], planned: PlannedLayer) -> str:
@@ -201,21 +199,25 @@ def _not_finite(checkpoint: Checkpoint, layer: MoELayer, target: str) -> str:
     return f"NaN or infinite weights in {where}{more}: the checkpoint is damaged, fetch or train it again"
 
 
-def _compress_layer(checkpoint, plan, planned, export, seed, moments, workspace, key) -> dict[str, Any]:
+def _compress_layer(checkpoint, plan, planned, export, seed, statistics, workspace, key) -> dict[str, Any]:
     start = time.perf_counter()
     source = planned.source
-    layer, outcomes, histories = fit_layer(checkpoint, plan, planned, seed, (moments or {}).get(source.index, {}))
+    sums = None if statistics is None else statistics.layer(source.index)
+    layer, outcomes, histories = fit_layer(checkpoint, plan, planned, seed, sums)
     projections = describe(layer)
     touched = {projection for target in planned.touched for projection in TARGETS[target]}
     for projection, record in projections.items():
+        errors = weighted = np.zeros(source.shape.experts)
+        # As shrunk, but without the floor: what the calibration tokens lose.
+        moment = moments(sums, projection, floor=0.0)
         if projection in touched:
-            errors = relative_errors(checkpoint.projection(source, projection), layer, projection)
-        else:
-            errors = np.zeros(source.shape.experts)
+            weight = checkpoint.projection(source, projection)
+            errors = relative_errors(weight, layer, projection)
+            weighted = relative_errors(weight, layer, projection, moment=moment)
         record["error"] = float(errors.mean())
         record["worst_error"] = float(errors.max())
         record["worst_expert"] = int(errors.argmax())
-        record["weighted_error"] = None
+        record["weighted_error"] = None if moment is None else float(weighted.mean())
     if export == "dense":
         tensors = checkpoint.dense_tensors(source, partial(_materialized, layer))
     else:
@@ -237,12 +239,12 @@ def _compress_layer(checkpoint, plan, planned, export, seed, moments, workspace,
 
 
 def fit_layer(
-    checkpoint: Checkpoint, plan: Plan, planned: PlannedLayer, seed: int, moments: Mapping[str, Any]
+    checkpoint: Checkpoint, plan: Plan, planned: PlannedLayer, seed: int, sums: LayerSums | None
 ) -> tuple[CompressedLayer, list[Outcome], dict[str, list[float]]]:
     """Fit one layer and return it with what happened and the thinned history of the losses."""
     source, template = planned.source, planned.template
     key = jax.random.fold_in(jax.random.key(seed), source.index)
-    terms, outcomes, histories = {}, [], {}
+    terms, outcomes, histories = {}, weighing_outcomes(sums, planned.touched, source.shape), {}
     for position, (target, (abstract,)) in enumerate(template.terms.items()):
         if target not in planned.touched:
             terms[target] = (Dense(weight=checkpoint.projection(source, target)),)
@@ -251,7 +253,7 @@ def fit_layer(
             jax.device_put(read_target(checkpoint, source, target), may_alias=True),
             abstract,
             plan.settings,
-            moment=moments.get(target),
+            moment=moments(sums, target),
             key=jax.random.fold_in(key, position),
         )
         for array in jax.tree_util.tree_leaves(fit.term):

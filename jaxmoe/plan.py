@@ -98,7 +98,9 @@ def describe(layer: CompressedLayer) -> dict[str, dict[str, Any]]:
     return projections
 
 
-def make_plan(checkpoint: Checkpoint, method: Method, settings: Any, *, ratio: float, of: str = "experts") -> Plan:
+def make_plan(
+    checkpoint: Checkpoint, method: Method, settings: Any, *, ratio: float, of: str = "experts", weighted: bool = False
+) -> Plan:
     """Choose the size of every term so that at least the asked fraction is removed, and as little more as possible.
 
     Args:
@@ -107,6 +109,7 @@ def make_plan(checkpoint: Checkpoint, method: Method, settings: Any, *, ratio: f
         settings: an instance of `method.settings`.
         ratio: removed fraction, between 0 and 1.
         of: what the ratio is a fraction of, one of `SCOPES`.
+        weighted: whether second moments will weigh the errors: the same sizes, more memory.
 
     Raises:
         JaxmoeError: the ratio is not a fraction, or out of reach: the message names the reachable range.
@@ -140,11 +143,17 @@ def make_plan(checkpoint: Checkpoint, method: Method, settings: Any, *, ratio: f
     layers = tuple(
         _planned(layer, own, [next(levels) for _ in own]) for layer, own in zip(checkpoint.layers, chosen, strict=True)
     )
-    return assemble(checkpoint, method, settings, layers, requested={"ratio": ratio, "of": of})
+    return assemble(checkpoint, method, settings, layers, requested={"ratio": ratio, "of": of}, weighted=weighted)
 
 
 def assemble(
-    checkpoint: Checkpoint, method: Method, settings: Any, layers: Sequence[PlannedLayer], *, requested: dict[str, Any]
+    checkpoint: Checkpoint,
+    method: Method,
+    settings: Any,
+    layers: Sequence[PlannedLayer],
+    *,
+    requested: dict[str, Any],
+    weighted: bool = False,
 ) -> Plan:
     """Count a plan whose terms are chosen already, such as one of full rank that no ratio would give."""
     stored = sum((planned.template.count() for planned in layers), Count(0, 0))
@@ -160,7 +169,7 @@ def assemble(
         sizes=Sizes(dense, experts, checkpoint.parameters, stored.numbers - untouched),
         parameters={"before": checkpoint.parameters, "after": checkpoint.parameters - experts + stored.numbers},
         bytes={"before": checkpoint.bytes, "after": copied + stored.bytes},
-        peak_bytes=max((_peak(method, planned) for planned in layers), default=0),
+        peak_bytes=max((_peak(method, planned, weighted) for planned in layers), default=0),
     )
 
 
@@ -174,14 +183,23 @@ def _planned(layer: MoELayer, slots: Sequence[Slot], levels: Sequence[int]) -> P
     return PlannedLayer(layer, template, tuple(slot.target for slot in slots))
 
 
-def _peak(method: Method, planned: PlannedLayer) -> int:
-    """Predict the bytes that fitting one layer holds at once: its factors, one target twice, and the solver's own."""
+def _peak(method: Method, planned: PlannedLayer, weighted: bool) -> int:
+    """Predict the bytes that fitting one layer holds at once: its factors, one target twice, and the solver's own.
+
+    Second moments add the layer's sums, weighted or not, and for one target theirs and the solver's copies; the solver
+    then may work in float64.
+    """
+    shape = planned.source.shape
     worst = 0
     for target in planned.touched:
         numbers = int(np.prod(planned.source.shape.of(target)))
         (term,) = planned.template.terms[target]
-        worst = max(worst, numbers * (planned.source.dtype.itemsize + 4) + method.working_bytes(term))
-    return worst + planned.template.count().bytes
+        working = numbers * (planned.source.dtype.itemsize + 4) + method.working_bytes(term)
+        if weighted:
+            working += 2 * 8 * numbers + method.working_bytes(term) + 3 * 8 * shape.experts * shape.of(target)[2] ** 2
+        worst = max(worst, working)
+    sums = 2 * 8 * shape.experts * (shape.hidden**2 + shape.intermediate**2) if weighted else 0
+    return worst + sums + planned.template.count().bytes
 
 
 def _out_of_reach(method: Method, ratio: float, of: str, sizes: Sizes, extremes: tuple[int, int]) -> str:

@@ -1,8 +1,12 @@
-"""How far a compressed layer is from the original: relative error per projection and expert, as stored."""
+"""How far a compressed layer is from the original: relative error per projection and expert, as stored.
+
+|| (W_e - What_e) C_e^(1/2) ||  /  || W_e C_e^(1/2) ||,      C_e the second moment of the inputs, or the identity
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxmoe.factors.layer import CompressedLayer
 
@@ -11,13 +15,18 @@ BLOCK = 1 << 24
 
 
 @jax.jit
-def _sums(weight, materialized):
+def _sums(weight, materialized, moment):
+    def size(matrix):
+        weighed = matrix if moment is None else jnp.matmul(matrix, moment, precision=lax.Precision.HIGHEST)
+        # Rounding may leave a sum below zero where the moment is singular.
+        return jnp.maximum(jnp.sum(weighed * matrix, axis=(1, 2)), 0.0)
+
     weight = weight.astype(jnp.float32)
-    return jnp.sum(jnp.square(weight - materialized), axis=(1, 2)), jnp.sum(jnp.square(weight), axis=(1, 2))
+    return size(weight - materialized), size(weight)
 
 
-def relative_errors(weight, layer: CompressedLayer, projection: str) -> np.ndarray:
-    """Return ||W_e - What_e|| / ||W_e|| of every expert, `[expert]`; 0 where both vanish, infinite where only W_e does.
+def relative_errors(weight, layer: CompressedLayer, projection: str, *, moment=None) -> np.ndarray:
+    """Return the relative error of every expert, `[expert]`; 0 where both norms vanish, infinite where only W_e's does.
 
     Experts are materialised in blocks, so that memory stays far below one projection's.
 
@@ -25,6 +34,7 @@ def relative_errors(weight, layer: CompressedLayer, projection: str) -> np.ndarr
         weight: the original matrices of the projection, `[expert, out, in]`.
         layer: its compressed twin.
         projection: "gate", "up" or "down".
+        moment: `[1|expert, in, in]`; None weighs all directions alike.
 
     Example:
         >>> from jaxmoe.factors import Dense, LayerShape
@@ -40,7 +50,10 @@ def relative_errors(weight, layer: CompressedLayer, projection: str) -> np.ndarr
     errors = np.zeros(experts)
     for start in range(0, experts, step):
         block = slice(start, min(start + step, experts))
-        error, norm = (np.asarray(x, np.float64) for x in _sums(weight[block], layer.materialize(projection, block)))
+        own = moment if moment is None or len(moment) == 1 else moment[block]
+        own = None if own is None else jnp.asarray(own, jnp.float32)
+        sums = _sums(weight[block], layer.materialize(projection, block), own)
+        error, norm = (np.asarray(x, np.float64) for x in sums)
         with np.errstate(divide="ignore", invalid="ignore"):
             errors[block] = np.where((error == 0) & (norm == 0), 0.0, np.sqrt(error / norm))
     return errors

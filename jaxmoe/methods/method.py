@@ -80,7 +80,7 @@ class Method(NamedTuple):
             on it. Targets that are not named stay dense.
         fit: `(weight, template, settings, *, moment, key) -> Fit`: the numbers of one target, `[expert, out, in]`,
             shaped like the abstract term `template`; `moment` is the second moment of the inputs `[1|expert, in, in]`
-            or None.
+            or None. Its scale is an expert's say where experts share something.
         working_bytes: `(template) -> bytes` that a fit needs beside the float32 copy of its target.
     """
 

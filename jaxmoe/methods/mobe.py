@@ -116,8 +116,6 @@ def fit(weight, template: SharedBasis, settings: MoBESettings, *, moment=None, k
     paper = settings.setting == "paper"
     dtype = template.bases.dtype
     matrices = jnp.swapaxes(weight, 1, 2) if template.transposed else weight
-    if moment is not None and len(moment) == 1:
-        moment = moment[0]
     # The inputs lie along the rows of a transposed fit.
     moments = {"row_moment" if template.transposed else "moment": moment}
     options = {

@@ -41,6 +41,7 @@ from jaxmoe.solvers.mixture import (
     weigh,
     whiten_rows,
 )
+from jaxmoe.solvers.second_moment import check_moment
 
 
 def learn_basis(
@@ -80,8 +81,9 @@ def learn_basis(
         learning_rate: of Adam(.9, .999, 1e-8).
         steps: upper limit; 0 returns the start.
         patience: stop after so many steps without a new best loss; None never stops early.
-        moment: second moment of the inputs along the columns, pooled or per expert; None weighs all directions alike.
-        row_moment: the same along the rows (for matrices fitted transposed).
+        moment: second moment of the inputs along the columns, `[1|expert, column, column]`; None weighs all directions
+            alike.
+        row_moment: the same along the rows, `[1|expert, row, row]` (for matrices fitted transposed).
         expert_weight: u_e, relative weight of every expert's error.
         resolve: whether A is finally solved exactly for the bases found.
         key: random key, needed by the random start only.
@@ -99,6 +101,8 @@ def learn_basis(
         ((4, 3, 3), True)
     """
     check_sizes(weight.shape, bases, rank, activation)
+    check_moment("moment", moment, weight.shape[0], weight.shape[2])
+    check_moment("row_moment", row_moment, weight.shape[0], weight.shape[1])
     for name, value, known in (
         ("mixing", mixing, ("softmax", "free")),
         ("initial", initial, ("svd", "random")),
@@ -172,7 +176,7 @@ def _learn(
     parts = []
     for group in range(groups):
         members = np.flatnonzero(blocks == group) if groups > 1 else slice(None)
-        own = moment[members] if moment is not None and moment.shape[0] == experts and moment.ndim == 3 else moment
+        own = moment[members] if moment is not None and moment.shape[0] == experts else moment
         part = _fit(
             fitted[members],
             own,

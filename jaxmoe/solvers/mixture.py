@@ -2,9 +2,9 @@
 
 Blocks of experts, the published start, normalisation, the exact coefficients for given bases, and the error. Shapes:
 weights `[expert, row, column]` = [E, P, Q], coefficients [E, P, r], bases [M, r, Q], mixing [E, M]. The second moment C
-of the inputs weighs the columns: the error of an expert is tr(R C R^T), R = W - What. A moment along the rows needs no
-solver: replacing W by L^T W, with L L^T the moment, turns it into an ordinary problem with coefficients L^T A
-(`whiten_rows`).
+of the inputs, `[1|expert, column, column]`, weighs the columns: the error of an expert is tr(R C R^T), R = W - What.
+A moment along the rows needs no solver: replacing W by L^T W, with L L^T the moment, turns it into an ordinary problem
+with coefficients L^T A (`whiten_rows`).
 
 Source: MoBE, arXiv 2508.05257.
 """
@@ -107,7 +107,7 @@ def pull_back(gradient, mixing, bases):
 
 
 def weigh(matrix: Float[Array, "expert row column"], moment: Array | None):
-    """Return matrix @ C for a pooled `[column, column]` or a per-expert C, or the matrix itself without one."""
+    """Return matrix @ C for a pooled or a per-expert C, `[1|expert, column, column]`, or the matrix without one."""
     return matrix if moment is None else jnp.matmul(matrix, moment, precision=HIGHEST)
 
 
@@ -159,7 +159,7 @@ def solve_coefficients(
         bases: B, of any float type.
         mixing: alpha, of any float type.
         activation: a name in `ACTIVATIONS`.
-        moment: C, `[column, column]` or `[expert, column, column]`, or None for the identity.
+        moment: C, `[1|expert, column, column]`, or None for the identity.
         ridge: floor added to the Gram matrix of f(blend), in units of its mean diagonal; the refinements undo its bias
             wherever the Gram matrix is not singular.
         refinements: times that the residual is fitted again.

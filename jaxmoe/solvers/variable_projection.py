@@ -43,6 +43,7 @@ from jaxmoe.solvers.mixture import (
     weigh,
     whiten_rows,
 )
+from jaxmoe.solvers.second_moment import check_moment
 
 RIDGE = 1e-5
 """Floor of the features' Gram matrix during the descent, in units of its mean diagonal."""
@@ -83,8 +84,9 @@ def variable_projection(
         trial: steps of it that both starts are given before the better goes on.
         learning_rate: of the long steps; None is 0.3 for bounded functions and 0.1 for the others.
         patience: stop after so many steps without a new best loss; None runs the whole schedule, whose end gains most.
-        moment: second moment of the inputs along the columns, pooled or per expert; None weighs all directions alike.
-        row_moment: the same along the rows (for matrices fitted transposed).
+        moment: second moment of the inputs along the columns, `[1|expert, column, column]`; None weighs all directions
+            alike.
+        row_moment: the same along the rows, `[1|expert, row, row]` (for matrices fitted transposed).
         expert_weight: relative weight of every expert's error.
         key: random key of the random start; None is `jax.random.key(0)`.
 
@@ -101,6 +103,8 @@ def variable_projection(
         ((4, 3, 3), True)
     """
     check_sizes(weight.shape, bases, rank, activation)
+    check_moment("moment", moment, weight.shape[0], weight.shape[2])
+    check_moment("row_moment", row_moment, weight.shape[0], weight.shape[1])
     rate = learning_rate or (0.3 if activation in BOUNDED else 0.1)
     as_float = partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
     return _project(

@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.solvers.second_moment import check_moment
 
 FLOOR = 1e-9
 """Smallest eigenvalue of an inverted row moment, as a fraction of its largest."""
@@ -78,18 +79,6 @@ def _column_weighted(weight, moment, rank) -> SVDFit:
     return SVDFit(left, _product("eor,eoi->eri", left, weight), energies)
 
 
-def _check(name, moment, experts, side):
-    full, diagonal = (side, side), (side,)
-    if moment is None or (
-        moment.ndim in (2, 3) and moment.shape[0] in (1, experts) and moment.shape[1:] in (full, diagonal)
-    ):
-        return
-    raise JaxmoeError(
-        f"{name} has shape {tuple(moment.shape)}: give [1 or {experts}, {side}] for a diagonal, "
-        f"or [1 or {experts}, {side}, {side}]"
-    )
-
-
 def weighted_svd(
     weight: Float[Array, "expert out in"],
     *,
@@ -129,8 +118,8 @@ def weighted_svd(
     experts, out, in_ = weight.shape
     if not 1 <= rank <= min(out, in_):
         raise JaxmoeError(f"rank {rank} of matrices [{out}, {in_}]: give 1 to {min(out, in_)}")
-    _check("row_moment", row_moment, experts, out)
-    _check("column_moment", column_moment, experts, in_)
+    check_moment("row_moment", row_moment, experts, out, diagonal=True)
+    check_moment("column_moment", column_moment, experts, in_, diagonal=True)
 
     if row_moment is None:
         return _column_weighted(weight, column_moment, rank)

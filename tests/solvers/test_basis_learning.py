@@ -84,7 +84,9 @@ def test_steps_equal_the_oracle(weighted):
     weight = gaussian(E, P, Q)
     inputs = np.random.default_rng(3).normal(size=(50, Q)) * np.geomspace(2, 0.1, Q)
     moment = inputs.T @ inputs / 50 if weighted else None
-    fit = partial(learn_basis, weight, bases=M, rank=R, moment=moment, patience=None)
+    fit = partial(
+        learn_basis, weight, bases=M, rank=R, moment=moment if moment is None else moment[None], patience=None
+    )
     start, after = fit(steps=1), fit(steps=5)  # One step returns the start: it is evaluated, then left.
     sigma = weight.astype(np.float64).std()
     logits = np.eye(M)[owners(E, M)]
@@ -260,8 +262,8 @@ def test_final_resolve_lowers_the_error_under_a_moment():
         return np.linalg.norm((dense(fit) - weight) @ root) / np.linalg.norm(weight @ root)
 
     options = {"bases": 2, "rank": 6, "steps": 300}
-    blind, aware = learn_basis(weight, **options), learn_basis(weight, moment=moment, **options)
-    solved = learn_basis(weight, moment=moment, resolve=True, **options)
+    blind, aware = learn_basis(weight, **options), learn_basis(weight, moment=moment[None], **options)
+    solved = learn_basis(weight, moment=moment[None], resolve=True, **options)
     assert weighted(aware) < 0.8 * weighted(blind)
     assert weighted(solved) <= weighted(aware) * (1 + 1e-4)
 

@@ -24,7 +24,7 @@ MIXING = RNG.normal(size=(E, M))
 def moments(kind):
     if kind is None:
         return None
-    inputs = RNG.normal(size=((E, 40, Q) if kind == "own" else (40, Q))) * np.geomspace(5, 0.05, Q)
+    inputs = RNG.normal(size=(E if kind == "own" else 1, 40, Q)) * np.geomspace(5, 0.05, Q)
     return np.einsum("...ti,...tj->...ij", inputs, inputs) / 40
 
 
@@ -33,7 +33,7 @@ def test_coefficients_equal_least_squares(kind):
     moment = moments(kind)
     found = solve_coefficients(WEIGHT, BASES, MIXING, activation="tanh", moment=moment)
     for e in range(E):
-        root = np.eye(Q) if kind is None else np.linalg.cholesky(moment if kind == "pooled" else moment[e])
+        root = np.eye(Q) if kind is None else np.linalg.cholesky(moment[0 if kind == "pooled" else e])
         features = np.tanh(np.tensordot(MIXING[e], BASES, 1)) @ root
         best = np.linalg.lstsq(features.T, (WEIGHT[e] @ root).T, rcond=None)[0].T
         np.testing.assert_allclose(found[e], best, rtol=2e-3, atol=2e-3)
@@ -62,7 +62,7 @@ def test_coefficients_stay_finite_on_singular_features():
 
 def test_a_moment_along_the_rows_becomes_an_ordinary_problem():
     moment = np.cov(RNG.normal(size=(P, 30)))
-    whitened = whiten_rows(jnp.asarray(WEIGHT), jnp.asarray(moment))
+    whitened = whiten_rows(jnp.asarray(WEIGHT), jnp.asarray(moment)[None])
     expected = [np.trace(w.T @ moment @ w) for w in WEIGHT]
     np.testing.assert_allclose(jnp.sum(whitened**2, axis=(1, 2)), expected, rtol=1e-4)
 

@@ -42,7 +42,7 @@ def reduced_oracle(target, basis, alpha, function, shares, moment):
     """The relative squared error at the best coefficients, by least squares in float64, one expert at a time."""
     lost = whole = 0.0
     for e in range(len(target)):
-        root = np.linalg.cholesky(moment[e] if moment.ndim == 3 else moment)
+        root = np.linalg.cholesky(moment[e % len(moment)])
         features, wanted = function(np.tensordot(alpha[e], basis, 1)) @ root, target[e] @ root
         best = np.linalg.lstsq(features.T, wanted.T, rcond=None)[0].T @ features
         lost += shares[e] * np.sum((best - wanted) ** 2)
@@ -59,8 +59,8 @@ def test_gradient_equals_differences_of_the_oracle(rank, weighted):
     basis, alpha = rng.normal(size=(bases, rank, columns)), rng.normal(size=(experts, bases))
     shares = np.array([1.0, 3.0, 0.5, 2.0])
     moment = {
-        "plain": np.eye(columns),
-        "pooled": moment_of(columns).astype(float),
+        "plain": np.eye(columns)[None],
+        "pooled": moment_of(columns).astype(float)[None],
         "own": np.stack([moment_of(columns, seed).astype(float) for seed in range(experts)]),
     }[weighted]
     oracle = partial(reduced_oracle, target, function=wavelet, shares=shares, moment=moment)
@@ -149,7 +149,7 @@ def test_weighted_fits_serve_their_weights(plain):
     own = np.stack([np.roll(np.roll(pooled, e, 0), e, 1) for e in range(E)])
     fit = partial(variable_projection, weight, bases=M, rank=R, steps=400)
     root = np.linalg.cholesky(pooled)
-    aware = fit(moment=pooled)
+    aware = fit(moment=pooled[None])
     assert total_error(aware, weight, root) < 0.8 * total_error(plain, weight, root)
     np.testing.assert_allclose(
         aware.error,
@@ -163,7 +163,7 @@ def test_weighted_fits_serve_their_weights(plain):
     def over_rows(found):
         return np.linalg.norm(left @ (dense(found) - weight))
 
-    assert over_rows(fit(row_moment=rows)) < 0.9 * over_rows(plain)
+    assert over_rows(fit(row_moment=rows[None])) < 0.9 * over_rows(plain)
 
 
 def test_expert_weights_trade_errors(plain):
