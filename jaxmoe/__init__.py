@@ -18,6 +18,7 @@ _HOMES = {
     "jaxmoe.checkpoint.inspection": ("inspect",),
     "jaxmoe.checkpoint.stored_model": ("StoredModel",),
     "jaxmoe.errors": ("JaxmoeError",),
+    "jaxmoe.evaluation": ("Evaluation", "evaluate", "evaluate_checkpoint"),
     "jaxmoe.export.dense": ("densify",),
     "jaxmoe.factors": ("CompressedLayer", "Count", "Dense", "LayerShape", "LowRank", "SharedBasis", "Term", "stack"),
     "jaxmoe.factors.error": ("relative_errors",),

@@ -1,8 +1,29 @@
 """What an evaluation says: mean loss per text, and what follows from it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """How a model goes on from the beginning of a window, choosing the likeliest token each time.
+
+    Args:
+        prompt: the beginning.
+        continuation: what the model made of it.
+        repetition: share of its n-grams that have occurred in it before, in [0, 1].
+        repetition_of_text: the same of what really follows in the text.
+        period: tokens after which its end repeats itself; None where it does not.
+        degenerate: whether it repeats itself as the text does not.
+    """
+
+    prompt: str
+    continuation: str
+    repetition: float
+    repetition_of_text: float
+    period: int | None
+    degenerate: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +35,9 @@ class TextEvaluation:
         tokens: predicted tokens; the first of each window is given, not predicted.
         left_out: tokens at the end of the text that do not fill a window.
         nats_per_token: mean negative log-likelihood.
+        kl: mean KL(original || model) in nats per token, None without an original.
+        top1_agreement: fraction of the tokens at which both hold the same token for most likely.
+        generation: how the model goes on, None where that was not asked for.
 
     Example:
         >>> TextEvaluation(name="code", tokens=255, left_out=3, nats_per_token=0.0).perplexity
@@ -24,10 +48,26 @@ class TextEvaluation:
     tokens: int
     left_out: int
     nats_per_token: float
+    kl: float | None = None
+    top1_agreement: float | None = None
+    generation: Continuation | None = None
 
     @property
     def perplexity(self) -> float:
         return exp(self.nats_per_token)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the object that stands for the text; what was not measured is not in it."""
+        record = {
+            "name": self.name,
+            "tokens": self.tokens,
+            "left_out": self.left_out,
+            "nats_per_token": self.nats_per_token,
+            "perplexity": self.perplexity,
+        }
+        further = {"kl": self.kl, "top1_agreement": self.top1_agreement}
+        record |= {name: value for name, value in further.items() if value is not None}
+        return record if self.generation is None else {**record, "generation": asdict(self.generation)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +76,15 @@ class Evaluation:
 
     Args:
         texts: at least one.
+        length: tokens in a window.
         tokens_per_second: processed tokens over the seconds spent in the model.
+        against: the evaluation of the original, None without one.
     """
 
     texts: tuple[TextEvaluation, ...]
+    length: int
     tokens_per_second: float
+    against: "Evaluation | None" = None
 
     @property
     def geometric_mean_perplexity(self) -> float:
@@ -50,25 +94,40 @@ class Evaluation:
     def worst(self) -> TextEvaluation:
         return max(self.texts, key=lambda text: text.nats_per_token)
 
+    @property
+    def kl(self) -> float | None:
+        """Mean over the texts of KL(original || model), nats per token."""
+        return _mean([text.kl for text in self.texts])
+
+    @property
+    def top1_agreement(self) -> float | None:
+        """Mean over the texts of the agreement on the most likely token."""
+        return _mean([text.top1_agreement for text in self.texts])
+
     def as_json(self) -> dict[str, Any]:
         """Return the object that `jaxmoe evaluate --json` prints."""
-        return {
-            "texts": [
-                {
-                    "name": text.name,
-                    "tokens": text.tokens,
-                    "left_out": text.left_out,
-                    "nats_per_token": text.nats_per_token,
-                    "perplexity": text.perplexity,
-                }
-                for text in self.texts
-            ],
+        record = {
+            "length": self.length,
+            "texts": [text.as_json() for text in self.texts],
             "geometric_mean_perplexity": self.geometric_mean_perplexity,
             "worst": {"name": self.worst.name, "perplexity": self.worst.perplexity},
             "tokens_per_second": self.tokens_per_second,
+        }
+        if self.against is None:
+            return record
+        return {
+            **record,
+            "kl": self.kl,
+            "top1_agreement": self.top1_agreement,
+            "against": self.against.as_json(),
         }
 
 
 def exp(nats: float) -> float:
     """Return e to the power of `nats`, infinity where that is beyond a float."""
     return math.exp(nats) if nats < 709 else math.inf
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None

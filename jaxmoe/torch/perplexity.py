@@ -64,7 +64,7 @@ def perplexity(
         results.append(
             TextEvaluation(name=text.name, tokens=predicted, left_out=text.left_out, nats_per_token=loss / predicted)
         )
-    return Evaluation(texts=tuple(results), tokens_per_second=processed / seconds)
+    return Evaluation(texts=tuple(results), length=length, tokens_per_second=processed / seconds)
 
 
 def _load(checkpoint: str | Path, dtype: str):

@@ -12,13 +12,11 @@ def _text(name, nats):
 def test_geometric_mean_counts_every_text_alike():
     short = TextEvaluation(name="short", tokens=10, left_out=0, nats_per_token=math.log(2))
     long = TextEvaluation(name="long", tokens=10_000, left_out=0, nats_per_token=math.log(8))
-    result = Evaluation(texts=(short, long), tokens_per_second=1.0)
+    result = Evaluation(texts=(short, long), length=11, tokens_per_second=1.0)
     assert math.isclose(result.geometric_mean_perplexity, 4.0)
     assert result.worst is long
 
 
 def test_a_destroyed_model_is_infinitely_bad_not_an_error():
-    assert Evaluation(texts=(_text("bad", 1e4), _text("good", 1.0)), tokens_per_second=1.0).as_json()["worst"] == {
-        "name": "bad",
-        "perplexity": math.inf,
-    }
+    result = Evaluation(texts=(_text("bad", 1e4), _text("good", 1.0)), length=11, tokens_per_second=1.0)
+    assert result.as_json()["worst"] == {"name": "bad", "perplexity": math.inf}

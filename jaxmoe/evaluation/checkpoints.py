@@ -1,0 +1,110 @@
+"""Evaluate a checkpoint on text files: what `jaxmoe evaluate` does."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jaxmoe.checkpoint.families import lookup
+from jaxmoe.checkpoint.stored_model import StoredModel
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.evaluation.evaluate import evaluate
+from jaxmoe.evaluation.generation import IN_MEMORY
+from jaxmoe.evaluation.probe import probe
+from jaxmoe.evaluation.records import Evaluation
+from jaxmoe.evaluation.windows import Event
+from jaxmoe.texts import Tokenizer, text_windows
+
+SHORT, LONG = 256, 2048
+GENERATED = 32
+
+
+def evaluate_checkpoint(
+    source: str | Path,
+    texts: Sequence[str | Path],
+    *,
+    against: str | Path | None = None,
+    length: int | None = None,
+    sequences: int | None = None,
+    generate: int | None = None,
+    work: Path | None = None,
+    revision: str | None = None,
+    on_event: Event = lambda event: None,
+) -> Evaluation:
+    """Evaluate a checkpoint, original or compressed, on text files.
+
+    Args:
+        source: a folder or a hub id.
+        texts: as `jaxmoe.texts.read_texts` takes them.
+        against: the original to compare with.
+        length: tokens in a window; None for what `default_length` says.
+        sequences: so many windows of each text, evenly spread over it; all if None.
+        generate: tokens by which to continue each text; None for 32 where the checkpoint is at most 2 GB, else 0.
+        work: folder on whose disk the hidden states lie; that for temporary files if None.
+        revision: branch, tag or commit of a hub id.
+        on_event: called with a small record after every layer.
+
+    Raises:
+        JaxmoeError: a checkpoint or a text cannot be used, the tokenizers differ, or the model is broken.
+    """
+    model, tokenizer = StoredModel(source, revision), Tokenizer.open(source, revision)
+    original = None if against is None else StoredModel(against)
+    if original is not None:
+        _check_same(tokenizer, Tokenizer.open(original.folder))
+    length = default_length(_longest(model)) if length is None else length
+    for each in (model, original or model):
+        if (longest := _longest(each)) is not None and length > longest:
+            raise JaxmoeError(f"windows of {length} tokens: {each.folder} takes {longest}; give a smaller length")
+    new = _generated(model) if generate is None else generate
+    if new < 0:
+        raise JaxmoeError(f"{new} tokens to generate: give a number of tokens, or 0 for none")
+    cut = text_windows(texts, tokenizer, length=length, count=sequences)
+    result = evaluate(model, cut, against=original, work=work, on_event=on_event)
+    if not new:
+        return result
+    result = _with_generation(result, probe(model, cut, tokenizer, new))
+    if original is None or result.against is None:
+        return result
+    return replace(result, against=_with_generation(result.against, probe(original, cut, tokenizer, new)))
+
+
+def default_length(longest: int | None) -> int:
+    """Return how many tokens a window has by default: 256 for models of a context up to 2048, else 2048.
+
+    Args:
+        longest: `max_position_embeddings` of the config; None where it is not there.
+
+    Example:
+        >>> default_length(2048), default_length(32768), default_length(None), default_length(128)
+        (256, 2048, 2048, 128)
+    """
+    return LONG if longest is None or longest > LONG else min(SHORT, longest)
+
+
+def _longest(model: StoredModel) -> int | None:
+    longest = lookup(model.config, "max_position_embeddings")
+    return longest if type(longest) is int else None
+
+
+def _generated(model: StoredModel) -> int:
+    return GENERATED if model.checkpoint.bytes <= IN_MEMORY else 0
+
+
+def _with_generation(result: Evaluation, generation) -> Evaluation:
+    texts = (replace(text, generation=own) for text, own in zip(result.texts, generation, strict=True))
+    return replace(result, texts=tuple(texts))
+
+
+def _check_same(tokenizer: Tokenizer, other: Tokenizer) -> None:
+    """Raise if two tokenizers differ in more than the layout of their files and how they would pad."""
+    if tokenizer.fingerprint != other.fingerprint and _rules(tokenizer.path) != _rules(other.path):
+        raise JaxmoeError(
+            f"the tokenizers {tokenizer.path} and {other.path} differ, so that the models speak of different tokens:"
+            " compare a model with its own original"
+        )
+
+
+def _rules(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {name: value for name, value in content.items() if name not in ("padding", "truncation")}
