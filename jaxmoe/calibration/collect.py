@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.calibration.fisher import layer_backward, sequence_losses
+from jaxmoe.calibration.fisher import layer_backward, loss_gradients
 from jaxmoe.calibration.folder import Statistics, layer_arrays
 from jaxmoe.calibration.record import Record, Source
 from jaxmoe.calibration.statistics import FIELDS, LayerStatistics, merge_arrays
@@ -270,7 +270,7 @@ def _zeros(summing: Summing, *, fisher: bool = False) -> Sums:
 def _add(arrays: Sums, observed: dict[str, Any]) -> None:
     """Add a batch's float32 sums to those of all batches, in float64."""
     for name, array in arrays.items():
-        array[...] = merge_arrays(name, array, np.asarray(observed[name]).astype(array.dtype))
+        merge_arrays(name, array, np.asarray(observed[name]), out=array)
 
 
 def _place(sums: Sums, arrays: Sums, summing: Summing) -> None:
@@ -287,7 +287,7 @@ def _place(sums: Sums, arrays: Sums, summing: Summing) -> None:
 @partial(jax.jit, static_argnames="spec")
 def _head_gradient(x, ids, counted, ends, spec):
     with jax.default_matmul_precision("float32"):
-        return jax.grad(lambda x: jnp.sum(sequence_losses(x, ids, counted, ends, spec)))(x)
+        return loss_gradients(x, ids, counted, ends, spec)
 
 
 @partial(jax.jit, static_argnames=("spec", "mode", "summing"))

@@ -26,33 +26,38 @@ from jaxmoe.model.spec import DecoderSpec, ExpertBlock, LayerSpec
 Projections = dict[str, Array]
 
 
-def sequence_losses(
+def sequence_loss(
+    x: Float[Array, "position hidden"],
+    ids: Int[Array, " position"],
+    counted: Bool[Array, " position"],
+    parameters: Mapping[str, Array],
+    spec: DecoderSpec,
+) -> Float[Array, ""]:
+    """Return the mean negative log-likelihood, in nats, of a sequence's counted tokens given those before them.
+
+    Args:
+        x: hidden states that leave the last layer.
+        ids: the tokens.
+        counted: which of them count; the first never does.
+        parameters: of the decoder's ends.
+        spec: of the decoder.
+    """
+    logits = jax.nn.log_softmax(head(x[:-1], parameters, spec).astype(jnp.float32))
+    losses = -jnp.take_along_axis(logits, ids[1:, None], axis=-1)[:, 0]
+    return jnp.sum(jnp.where(counted[1:], losses, 0)) / jnp.maximum(1, jnp.sum(counted[1:]))
+
+
+def loss_gradients(
     x: Float[Array, "sequence position hidden"],
     ids: Int[Array, "sequence position"],
     counted: Bool[Array, "sequence position"],
     parameters: Mapping[str, Array],
     spec: DecoderSpec,
-) -> Float[Array, " sequence"]:
-    """Return each sequence's mean negative log-likelihood, in nats, of its counted tokens given those before them.
-
-    Args:
-        x: hidden states that leave the last layer.
-        ids: the tokens.
-        counted: which of them count; the first of a sequence never does.
-        parameters: of the decoder's ends.
-        spec: of the decoder.
-    """
-
-    # The logits of one sequence at a time: those of a batch may be larger than all the rest.
-    @jax.checkpoint
-    def one(parts):
-        x, ids, counted = parts
-        logits = jax.nn.log_softmax(head(x[:-1], parameters, spec).astype(jnp.float32))
-        losses = -jnp.take_along_axis(logits, ids[1:, None], axis=-1)[:, 0]
-        wanted = counted[1:]
-        return jnp.sum(jnp.where(wanted, losses, 0)) / jnp.maximum(1, jnp.sum(wanted))
-
-    return lax.map(one, (x, ids, counted))
+) -> Float[Array, "sequence position hidden"]:
+    """Return the gradient of every sequence's loss with respect to what leaves the last layer."""
+    gradient = jax.grad(lambda x, ids, counted: sequence_loss(x, ids, counted, parameters, spec))
+    # One sequence at a time: the logits of a batch may be larger than all the rest.
+    return lax.map(lambda parts: gradient(*parts), (x, ids, counted))
 
 
 def layer_backward(
@@ -100,39 +105,38 @@ def _squares(seen: Intermediates, deltas: Projections, experts: int, *, sequence
     tokens, choices = chosen.shape
     # Assignments are sorted by expert and, within it, by sequence: a pair of both is what is squared.
     pairs = chosen * sequences + (jnp.arange(tokens) // (tokens // sequences))[:, None]
-    rows = block_rows(chosen.size, experts * sequences)
+    rows = max(32, block_rows(chosen.size, experts * sequences))
     blocks = arrange(pairs, experts * sequences, BlockShape(rows, most_blocks(chosen.size, experts * sequences, rows)))
     counts = jnp.bincount(pairs.reshape(-1), length=experts * sequences)
     needed = -(-counts // rows)
     first = jnp.cumsum(needed) - needed
-    intermediate = seen.intermediate.reshape(chosen.size, -1)
-    flat = {name: delta.reshape(chosen.size, -1) for name, delta in deltas.items()}
+    outputs = [name for name in deltas if name != "down"]
+    # Gate and up read the same rows: one product serves both.
+    left = {
+        "first": jnp.concatenate([deltas[name] for name in outputs], -1).reshape(chosen.size, -1),
+        "down": deltas["down"].reshape(chosen.size, -1),
+    }
+    right = {"first": seen.inputs, "down": seen.intermediate.reshape(chosen.size, -1)}
+    if not whole:
+        left, right = jax.tree.map(jnp.square, (left, right))
 
     def product(index, sums):
         place = blocks.assignment[index]
-        real = (place < chosen.size)[:, None]
-        place = jnp.minimum(place, chosen.size - 1)
-        inputs = {"down": intermediate[place], "other": seen.inputs[place // choices]}
-
-        def one(name):
-            left, right = jnp.where(real, flat[name][place], 0), inputs.get(name, inputs["other"])
-            if not whole:
-                left, right = jnp.square(left), jnp.square(right)
-            return jnp.einsum("to,ti->oi", left, right, precision=lax.Precision.HIGHEST)
-
-        return {name: total + one(name) for name, total in sums.items()}
+        # Rows of padding lie behind the last one.
+        rows = {name: array.at[place].get(mode="fill", fill_value=0) for name, array in left.items()}
+        read = {"first": right["first"][place // choices], "down": right["down"][place]}
+        return {
+            name: total + jnp.einsum("to,ti->oi", rows[name], read[name], precision=lax.Precision.HIGHEST)
+            for name, total in sums.items()
+        }
 
     def pair(index, totals):
         empty = {name: jnp.zeros(total.shape[1:]) for name, total in totals.items()}
         sums = lax.fori_loop(first[index], first[index] + needed[index], product, empty)
-        expert = index // sequences
-        return {
-            name: total.at[expert].add(jnp.square(sums[name]) if whole else sums[name])
-            for name, total in totals.items()
-        }
+        parts = {name: jnp.square(part) if whole else part for name, part in sums.items()}
+        return {name: total.at[index // sequences].add(parts[name]) for name, total in totals.items()}
 
-    totals = {
-        name: jnp.zeros((experts, delta.shape[-1], (intermediate if name == "down" else seen.inputs).shape[-1]))
-        for name, delta in deltas.items()
-    }
-    return lax.fori_loop(0, experts * sequences, pair, totals)
+    totals = {name: jnp.zeros((experts, left[name].shape[-1], right[name].shape[-1])) for name in left}
+    totals = lax.fori_loop(0, experts * sequences, pair, totals)
+    split = jnp.split(totals["first"], len(outputs), axis=1)
+    return {**dict(zip(outputs, split, strict=True)), "down": totals["down"]}

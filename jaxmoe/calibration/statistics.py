@@ -204,11 +204,11 @@ class LayerStatistics:
         return tuple(int(expert) for expert in np.flatnonzero(self.counts < least))
 
 
-def merge_arrays(name: str, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Merge one array of two records: the sum, or for `channel_peaks` the maximum; a new array.
+def merge_arrays(name: str, first: np.ndarray, second: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Merge one array of two records: the sum, or for `channel_peaks` the maximum; a new array unless `out` is given.
 
     Example:
         >>> merge_arrays("channel_peaks", np.array([1.0, 5.0]), np.array([2.0, 3.0])).tolist()
         [2.0, 5.0]
     """
-    return np.maximum(first, second) if name == "channel_peaks" else first + second
+    return (np.maximum if name == "channel_peaks" else np.add)(first, second, out=out)

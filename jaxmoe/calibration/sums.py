@@ -39,14 +39,14 @@ class Summing:
     first: int = 0
 
     def __call__(self, seen: Intermediates, counted: Bool[Array, "sequence position"]) -> dict[str, Array]:
-        """Return the sums of a batch by name, in float32; per-expert ones have only the chosen experts' rows."""
+        """Return the sums of a batch by name, in float32 and int32; per-expert ones have only the chosen experts' rows."""
         assert seen.routes is not None
         counted = counted.reshape(-1)
         sums = {}
         if {"counts", "coactivation", "input_moment"} & {*self.names}:
             hits = jnp.any(seen.routes.experts[:, :, None] == jnp.arange(self.shape.experts), 1) & counted[:, None]
             # Whole numbers below 2^24 are exact.
-            sums["coactivation"] = _gram(hits.astype(jnp.float32))
+            sums["coactivation"] = _gram(hits.astype(jnp.float32)).astype(jnp.int32)
             sums["counts"] = jnp.diagonal(sums["coactivation"])
             sums["input_moment"] = _gram(jnp.where(counted[:, None], seen.inputs, 0))
         if any(name not in sums for name in self.names):

@@ -93,6 +93,8 @@ def _mix(query, key, value, scale: float, window: int | None, sinks):
     if sinks is not None:
         sinks = sinks.astype(jnp.float32).reshape(1, groups, heads // groups, 1, 1)
     size = min(256, max(64, -(-length // 8)))
+    # The backward pass over a long sequence computes the probabilities again instead of keeping them.
+    mix = jax.checkpoint(_mix_chunk) if length > 512 else _mix_chunk
     chunks = []
     for start in range(0, length, size):
         end = min(start + size, length)
@@ -100,13 +102,11 @@ def _mix(query, key, value, scale: float, window: int | None, sinks):
         distance = np.arange(start, end)[:, None] - np.arange(first, end)
         seen = (distance >= 0) & (distance < (window or length))
         seen_keys, seen_values = key[:, :, first:end], value[:, :, first:end]
-        chunks.append(_mix_chunk(query[:, :, :, start:end], seen_keys, seen_values, seen, sinks))
+        chunks.append(mix(query[:, :, :, start:end], seen_keys, seen_values, seen, sinks))
     mixed = jnp.concatenate(chunks, axis=3)
     return jnp.moveaxis(mixed, 3, 1).reshape(sequences, length, -1)
 
 
-# The backward pass computes the probabilities again instead of keeping them.
-@jax.checkpoint
 def _mix_chunk(query, key, value, seen, sinks):
     sequences, groups, share, length, _ = query.shape
 

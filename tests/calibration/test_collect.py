@@ -7,7 +7,7 @@ import pytest
 from tiny_models import load_tiny, save_tiny
 
 from jaxmoe.calibration.collect import calibrate
-from jaxmoe.calibration.fisher import sequence_losses
+from jaxmoe.calibration.fisher import sequence_loss
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.data import demo_checkpoint, demo_texts
@@ -68,7 +68,7 @@ def test_fisher_equals_the_gradient_of_the_whole_model(mode, tmp_path):
         for index, (own, spec) in enumerate(zip(parameters, model.spec.layers)):
             terms = {name: (Dense(weight=weights[index][name]),) for name in weights[index]}
             x, _ = layer(x, {**own, "experts": CompressedLayer(terms=terms, sizes=own["experts"].sizes)}, spec)
-        return sequence_losses(x, ids[None], counted[None], ends, model.spec)[0]
+        return sequence_loss(x[0], ids, counted, ends, model.spec)
 
     weights = [{name: own["experts"].materialize(name) for name in ("gate", "up", "down")} for own in parameters]
     expected = jax.tree.map(jnp.zeros_like, weights)
