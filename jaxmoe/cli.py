@@ -64,6 +64,12 @@ ExportOption = Annotated[Export, typer.Option("--export", help="factored: smalle
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a setting of the method; may be repeated")
 ]
+TextOption = Annotated[
+    list[Path],
+    typer.Option(
+        "--text", metavar="PATH", help="text file, folder of *.txt or JSON lines with a `text`; may be repeated"
+    ),
+]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit of a hub id")]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 
@@ -96,7 +102,8 @@ def command(function):
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            print("stopped; the same command goes on where it stopped", file=sys.stderr)
+            resumes = "; the same command goes on where it stopped" if "resume" in kwargs else ""
+            print(f"stopped{resumes}", file=sys.stderr)
             raise typer.Exit(130) from None
 
     return app.command(name=function.__name__.rstrip("_"))(guarded)
@@ -243,6 +250,50 @@ def convert(
     from jaxmoe.export.dense import densify
 
     _emit(densify(checkpoint, output), as_json, f"written: {output}")
+
+
+@command
+def evaluate(
+    checkpoint: CheckpointArgument,
+    text: TextOption,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="CHECKPOINT", help="the original: KL divergence, agreement")
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option("--length", help="tokens in a window; by default 256 where the context is up to 2048, else 2048"),
+    ] = None,
+    sequences: Annotated[int | None, typer.Option("--sequences", help="windows of each text; by default all")] = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            "--generate", help="tokens by which to continue each text; by default 32 for models up to 2 GB, else 0"
+        ),
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option("--work", metavar="FOLDER", help="where hidden states lie, for want of space in /tmp")
+    ] = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure perplexity on texts, distance from the original, and speed."""
+    from jaxmoe.evaluation import evaluate_checkpoint
+    from jaxmoe.report.progress import progress
+    from jaxmoe.report.tables import evaluation_tables
+
+    with progress(0, as_json=as_json, doing="layers") as on_event:
+        result = evaluate_checkpoint(
+            checkpoint,
+            text,
+            against=against,
+            length=length,
+            sequences=sequences,
+            generate=generate,
+            work=work,
+            revision=revision,
+            on_event=on_event,
+        )
+    _emit(result.as_json(), as_json, *evaluation_tables(result.as_json()))
 
 
 @command

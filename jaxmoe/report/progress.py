@@ -13,7 +13,7 @@ from jaxmoe.report.tables import span
 
 
 @contextmanager
-def progress(total: int, *, as_json: bool) -> Iterator:
+def progress(total: int, *, as_json: bool, doing: str = "compressing") -> Iterator:
     """Yield the function that a pipeline calls with its events; everything goes to standard error."""
     if as_json:
         yield lambda event: print(json.dumps(event), file=sys.stderr, flush=True)
@@ -32,10 +32,10 @@ def progress(total: int, *, as_json: bool) -> Iterator:
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("compressing", total=total)
+        task = bar.add_task(doing, total=total)
 
         def show(event: dict[str, Any]) -> None:
-            if event["event"] == "layer":
+            if event["event"] in ("layer", "forward"):
                 bar.update(task, completed=event["done"], total=event["total"])
             else:
                 bar.console.print(describe(event), highlight=False)
@@ -54,6 +54,8 @@ def describe(event: dict[str, Any]) -> str:
         errors = ", ".join(f"{name} {record['error']:.4f}" for name, record in event["projections"].items())
         how = "kept from an earlier run" if event["resumed"] else f"{event['seconds']:.1f} s"
         return f"layer {event['layer']} ({event['done']} of {event['total']}, {how}): relative error {errors}"
+    if event["event"] == "forward":
+        return f"{event['model']}: forward through layer {event['done']} of {event['total']}"
     if event["event"] == "waiting":
         return f"this run's layers are done; layers {span(event['layers'])} are still to come from other runs"
     return f"written: {event['output']}"

@@ -1,10 +1,13 @@
 """Plain tables of plans, checkpoints and reports, for a terminal."""
 
+import json
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 
 def size(count: float, unit: str = "") -> str:
@@ -26,7 +29,7 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], title: str | No
     for position, column in enumerate(columns):
         grid.add_column(column, justify="left" if position == 0 else "right", overflow="fold")
     for row in rows:
-        grid.add_row(*(str(cell) for cell in row))
+        grid.add_row(*(escape(str(cell)) for cell in row))
     return grid
 
 
@@ -102,6 +105,55 @@ def error_table(layers: Iterable[Mapping[str, Any]]) -> Table:
         rows.append((layer["layer"], *cells))
     names = [name for name in ("gate", "up", "down") if any(name in layer["projections"] for layer in layers)]
     return table(("layer", *names), rows, title="relative error, mean over experts (worst)")
+
+
+def evaluation_tables(record: Mapping[str, Any]) -> list[Any]:
+    """Return what `evaluate` prints: the loss on every text, how the model goes on, and its speed."""
+    before = record.get("against")
+
+    def row(name, tokens, own, other):
+        yield name
+        yield f"{tokens:,}" if tokens else ""
+        yield f"{own['nats_per_token']:.4f}" if "nats_per_token" in own else ""
+        yield f"{own.get('perplexity', own.get('geometric_mean_perplexity')):.3f}"
+        if before is not None:
+            yield f"{other.get('perplexity', other.get('geometric_mean_perplexity')):.3f}"
+            yield f"{own['kl']:.5f}"
+            yield f"{own['top1_agreement']:.2%}"
+
+    others = before["texts"] if before is not None else record["texts"]
+    rows = [row(own["name"], own["tokens"], own, other) for own, other in zip(record["texts"], others, strict=True)]
+    rows.append(row("geometric mean", None, record, before or record))
+    columns = ["text", "tokens", "nats per token", "perplexity"]
+    columns += ["original's", "KL from it", "same top token"] if before is not None else []
+    worst = record["worst"]
+    left_out = sum(text["left_out"] for text in record["texts"])
+    facts = Text(
+        f"worst text: {worst['name']} ({worst['perplexity']:.3f}); windows of {record['length']} tokens, {left_out:,}"
+        f" tokens at the ends of the texts left out; {record['tokens_per_second']:,.0f} tokens per second"
+    )
+    continued = [text for text in record["texts"] if "generation" in text]
+    return [table(columns, rows), facts, *([generation_lines(continued)] if continued else [])]
+
+
+def generation_lines(texts: Iterable[Mapping[str, Any]]) -> Text:
+    """Return how a model goes on from each text, and how much it repeats itself.
+
+    Example:
+        >>> own = {"prompt": "Once upon", "continuation": " a time", "repetition": 0, "repetition_of_text": 0}
+        >>> print(generation_lines([{"name": "tales", "generation": {**own, "period": None, "degenerate": False}}]))
+        Greedy continuations; how much of them repeats itself (4-grams), and how much of the text:
+        tales, 0% (0%): "...Once upon" -> " a time"
+    """
+    lines = ["Greedy continuations; how much of them repeats itself (4-grams), and how much of the text:"]
+    for text in texts:
+        own = text["generation"]
+        prompt, continuation = (json.dumps(x, ensure_ascii=False) for x in (own["prompt"][-24:], own["continuation"]))
+        loops = f", period {own['period']}" if own["period"] else ""
+        flag = f", DEGENERATE{loops}" if own["degenerate"] else loops
+        share = f"{own['repetition']:.0%} ({own['repetition_of_text']:.0%})"
+        lines.append(f'{text["name"]}, {share}{flag}: "...{prompt[1:]} -> {continuation}')
+    return Text("\n".join(lines))
 
 
 def inspection_tables(record: Mapping[str, Any]) -> list[Any]:
