@@ -52,6 +52,8 @@ class Setting(StrEnum):
 
 class Form(StrEnum):
     dense = "dense"
+    safetensors = "safetensors"
+    orbax = "orbax"
 
 
 CheckpointArgument = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="a folder or a hub id")]
@@ -243,13 +245,22 @@ def compress(
 def convert(
     checkpoint: CheckpointArgument,
     output: OutputArgument,
-    to: Annotated[Form, typer.Option("--to", help="dense: the original architecture with materialised experts")],
+    to: Annotated[
+        Form,
+        typer.Option(
+            "--to",
+            help="dense: the original architecture with materialised experts; orbax: Orbax checkpoints, bit for bit;"
+            " safetensors: back from Orbax",
+        ),
+    ],
     as_json: JsonOption = False,
 ) -> None:
-    """Write a compressed checkpoint in another form."""
+    """Write a checkpoint in another form."""
     from jaxmoe.export.dense import densify
+    from jaxmoe.export.orbax import to_orbax, to_safetensors
 
-    _emit(densify(checkpoint, output), as_json, f"written: {output}")
+    write = {Form.dense: densify, Form.orbax: to_orbax, Form.safetensors: to_safetensors}[to]
+    _emit(write(checkpoint, output), as_json, f"written: {output}")
 
 
 @command

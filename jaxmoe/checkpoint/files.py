@@ -24,7 +24,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         JaxmoeError: if it is missing, no JSON object, or names no architecture.
     """
-    config = _read_json(folder / CONFIG, "a checkpoint's folder has one; give the folder that holds it")
+    config = read_json(folder / CONFIG, "a checkpoint's folder has one; give the folder that holds it")
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise JaxmoeError(f"{folder / CONFIG} names no model_type: jaxmoe cannot tell the architecture; add the key")
     return config
@@ -41,7 +41,7 @@ def read_tensors(folder: Path) -> dict[str, TensorEntry]:
         return read_header(_inside(folder, SINGLE, []))
     if not (folder / INDEX).exists():
         raise JaxmoeError(_no_weights(folder))
-    index = _read_json(folder / INDEX, "fetch the checkpoint again")
+    index = read_json(folder / INDEX, "fetch the checkpoint again")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not {*map(type, weight_map.values())} == {str}:
         raise JaxmoeError(f"{folder / INDEX} has no weight_map of tensors to files: fetch it again")
@@ -104,7 +104,12 @@ def _inside(folder: Path, file: str, problems: list[str]) -> Path:
     return path
 
 
-def _read_json(path: Path, mend: str) -> dict[str, Any]:
+def read_json(path: Path, mend: str) -> dict[str, Any]:
+    """Return a JSON object; `mend` says what to do if there is no such file.
+
+    Raises:
+        JaxmoeError: if the file is missing, unreadable or not a JSON object.
+    """
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -122,6 +127,10 @@ def _no_weights(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
     other = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"))]
     tensors = [name for name in names if name.endswith(".safetensors")]
+    if "orbax.json" in names:
+        return (
+            f"{folder} holds an Orbax checkpoint: write it as safetensors with `jaxmoe convert --to safetensors` first"
+        )
     if "adapter_config.json" in names:
         return f"{folder} holds an adapter, not a model: merge it into its base model first"
     if tensors:

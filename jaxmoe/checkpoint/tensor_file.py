@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -114,6 +114,11 @@ class TensorEntry:
         return self.end - self.begin
 
     @property
+    def code(self) -> str:
+        """The format's code of the dtype."""
+        return self.dtype
+
+    @property
     def parts(self) -> "tuple[TensorEntry, ...]":
         """The tensors on disk that hold it: itself."""
         return (self,)
@@ -185,6 +190,11 @@ def header_bytes(path: Path) -> bytes:
     with open(path, "rb") as file:
         prefix = file.read(8)
         return prefix + file.read(struct.unpack("<Q", prefix)[0])
+
+
+def file_metadata(path: Path) -> dict[str, str]:
+    """Return a file's `__metadata__`, empty if it has none."""
+    return json.loads(header_bytes(path)[8:]).get("__metadata__") or {}
 
 
 def listing(items: Sequence[str], limit: int = 20) -> str:
@@ -295,6 +305,14 @@ class Planned:
         return byte_size(self.code, self.shape)
 
 
+Tensor = TypeVar("Tensor", TensorEntry, Planned)
+
+
+def in_order(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors in the order in which `write_tensors` writes them, wide dtypes first."""
+    return sorted(tensors, key=lambda tensor: -DTYPES.get(tensor.code, np.dtype(np.uint8)).itemsize)
+
+
 def write_tensors(path: Path, tensors: Sequence[Planned], metadata: dict[str, str] | None = None) -> str:
     """Write a safetensors file, producing one tensor at a time.
 
@@ -323,7 +341,7 @@ def write_tensors(path: Path, tensors: Sequence[Planned], metadata: dict[str, st
     names = [tensor.name for tensor in tensors]
     if len(set(names)) < len(names):
         raise JaxmoeError(f"{path}: written twice: {listing(sorted({n for n in names if names.count(n) > 1}))}")
-    ordered = sorted(tensors, key=lambda tensor: -DTYPES.get(tensor.code, np.dtype(np.uint8)).itemsize)
+    ordered = in_order(tensors)
     header: dict[str, Any] = {"__metadata__": metadata if metadata is not None else {"format": "pt"}}
     position = 0
     for tensor in ordered:

@@ -1,0 +1,254 @@
+"""A checkpoint as Orbax checkpoints, for programs of the JAX world, and back, bit for bit.
+
+    OUTPUT/
+      weights/00000  the first part: an Orbax checkpoint of one flat dictionary from names on disk to arrays
+      weights/...    the others, in the order of the files
+      orbax.json     what Orbax does not keep: the safetensors files, the format's dtypes, a checksum of every tensor
+      ...            config.json, tokenizer and all other files as they were
+
+`orbax.checkpoint.v1.load(part)` gives the arrays without jaxmoe. A part has at most 64 MiB (or one tensor), and Orbax
+holds several times as much while it works, whatever the size of the model: one checkpoint of everything would take all
+of it in memory, or, added to part by part, a time that grows with the square of the number of tensors. Orbax stores no
+empty arrays, and packed four-bit values are bytes to it.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+import jaxmoe
+from jaxmoe.checkpoint import files, hub
+from jaxmoe.checkpoint.atomic import atomic_file, write_bytes
+from jaxmoe.checkpoint.tensor_file import (
+    DTYPES,
+    Planned,
+    TensorEntry,
+    byte_size,
+    file_metadata,
+    in_order,
+    write_tensors,
+)
+from jaxmoe.checkpoint.workspace import Workspace
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.folder import INDEX, WEIGHTS, dump
+
+RECORD, FOLDER = "orbax.json", "weights"
+FORMAT_VERSION = 1
+PART_BYTES = 64 * 1024**2
+
+
+def to_orbax(source: str | Path, output: str | Path) -> dict[str, Any]:
+    """Write a checkpoint, original or factored, as an Orbax checkpoint.
+
+    Args:
+        source: a folder or hub id.
+        output: the folder to create; it gets its name when it is complete.
+
+    Returns:
+        `{"output", "stored": {"parameters", "bytes"}}`.
+
+    Raises:
+        JaxmoeError: the source cannot be read, or the output exists.
+    """
+    from orbax.checkpoint import v1 as ocp
+
+    folder = hub.resolve(source)
+    files.read_config(folder)
+    tensors = files.read_tensors(folder)
+    stored: dict[str, dict[str, Any]] = {}
+    context = ocp.Context()
+    # Weights hardly shrink.
+    context.array.saving.use_compression = False
+    with _workspace(folder, output, "orbax") as place:
+        # A killed run leaves parts behind.
+        shutil.rmtree(place / FOLDER, ignore_errors=True)
+        for number, part in enumerate(parts([entry for entry in _in_order(tensors) if entry.bytes])):
+            arrays = {entry.name: entry.view() for entry in part}
+            stored |= {name: {"part": number, "sha256": checksum(array)} for name, array in arrays.items()}
+            with context:
+                ocp.save(str(_part(place, number)), arrays)
+            for mapping in {entry.mapping for entry in part}:
+                mapping.release()
+        _copy_beside(folder, place)
+        record = _record(folder, tensors, stored)
+        write_bytes(place / RECORD, dump(record))
+    return _report(output, tensors.values())
+
+
+def to_safetensors(source: str | Path, output: str | Path) -> dict[str, Any]:
+    """Write an Orbax checkpoint of `to_orbax` as the safetensors checkpoint that it was made from.
+
+    Args:
+        source: its folder.
+        output: the folder to create; it gets its name when it is complete.
+
+    Returns:
+        `{"output", "stored": {"parameters", "bytes"}}`.
+
+    Raises:
+        JaxmoeError: the source is no such folder or is damaged, or the output exists.
+    """
+    folder = Path(source).expanduser().absolute()
+    record = _read_record(folder)
+    written = _Parts(folder, record)
+    with _workspace(folder, output, "safetensors") as place:
+        for file, planned in written.planned.items():
+            path = place / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(path, planned, record["files"][file]["metadata"])
+        _copy_beside(folder, place)
+        if record["index"] is not None:
+            weight_map = {tensor.name: file for file, planned in written.planned.items() for tensor in planned}
+            write_bytes(place / INDEX, dump({**record["index"], "weight_map": dict(sorted(weight_map.items()))}))
+    return _report(output, (tensor for planned in written.planned.values() for tensor in planned))
+
+
+def parts(tensors: Sequence[Any], limit: int = PART_BYTES) -> Iterator[list[Any]]:
+    """Cut tensors, in their order, into lists of at most `limit` bytes (or one tensor)."""
+    part: list[Any] = []
+    size = 0
+    for tensor in tensors:
+        if part and size + tensor.bytes > limit:
+            yield part
+            part, size = [], 0
+        part.append(tensor)
+        size += tensor.bytes
+    if part:
+        yield part
+
+
+def checksum(array: np.ndarray) -> str:
+    """Return the SHA-256 of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+@contextmanager
+def _workspace(source: Path, output: str | Path, form: str) -> Iterator[Path]:
+    """Give a folder that becomes the output at the end of the `with` block."""
+    workspace = Workspace(Path(output).absolute(), {"convert": form, "source": str(source)})
+    workspace.check_free()
+    with workspace.opened([]), workspace.exclusive("convert"):
+        yield workspace.folder
+        workspace.publish()
+
+
+def _copy_beside(source: Path, target: Path) -> None:
+    """Copy everything that is neither weights nor a record of them, config and tokenizer included."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHTS) and path.name != RECORD:
+            with path.open("rb") as content, atomic_file(target / path.name) as copy:
+                shutil.copyfileobj(content, copy)
+
+
+def _in_order(tensors: Mapping[str, TensorEntry]) -> list[TensorEntry]:
+    """Return the tensors in the order in which they will be written back, file by file."""
+    held: dict[Path, list[TensorEntry]] = {}
+    for entry in tensors.values():
+        held.setdefault(entry.file, []).append(entry)
+    return [entry for own in held.values() for entry in in_order(own)]
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / FOLDER / f"{number:05d}"
+
+
+def _record(folder: Path, tensors: Mapping[str, TensorEntry], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what it takes to write the same safetensors files again."""
+    held: dict[str, Any] = {}
+    for entry in tensors.values():
+        file = entry.file.relative_to(folder).as_posix()
+        own = held.setdefault(file, {"metadata": file_metadata(entry.file), "tensors": {}})
+        sizes = {"dtype": entry.dtype, "shape": list(entry.shape)}
+        own["tensors"][entry.name] = {**sizes, **stored.get(entry.name, {})}
+    index = folder / INDEX
+    rest = None
+    if next(iter(held)) != files.SINGLE and index.exists():
+        rest = {key: value for key, value in json.loads(index.read_bytes()).items() if key != "weight_map"}
+    return {"format_version": FORMAT_VERSION, "version": jaxmoe.__version__, "index": rest, "files": held}
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    if not folder.is_dir():
+        raise JaxmoeError(f"{folder} is no folder: give one that `jaxmoe convert --to orbax` wrote")
+    if not path.is_file() or not (folder / FOLDER).is_dir():
+        raise JaxmoeError(
+            f"{folder} is no Orbax checkpoint that jaxmoe wrote: it lacks {RECORD} or {FOLDER}/; give the folder that"
+            " `jaxmoe convert --to orbax` wrote"
+        )
+    record = files.read_json(path, "convert the checkpoint again")
+    version = record.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise JaxmoeError(
+            f"{path} has format {version}, written by jaxmoe {record.get('version')}, and jaxmoe {jaxmoe.__version__}"
+            f" reads up to {FORMAT_VERSION}: pip install --upgrade jaxmoe"
+        )
+    return record
+
+
+class _Parts:
+    """The tensors of an Orbax checkpoint, planned by file, and the one part of them that is in memory."""
+
+    def __init__(self, folder: Path, record: Mapping[str, Any]):
+        self.folder = folder
+        self.parts: dict[int, dict[str, Planned]] = {}
+        self.held: dict[str, np.ndarray] = {}
+        try:
+            self.planned = {
+                _inside(folder, file): in_order([self._plan(name, **own) for name, own in entry["tensors"].items()])
+                for file, entry in record["files"].items()
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise JaxmoeError(f"{folder / RECORD} is damaged ({error!r}): convert the checkpoint again") from error
+
+    def _plan(self, name: str, dtype: str, shape: Sequence[int], part: int | None = None, sha256: str = "") -> Planned:
+        if part is None:
+            return Planned(name, dtype, tuple(shape), lambda: np.empty(shape, DTYPES.get(dtype, np.uint8)))
+        planned = Planned(name, dtype, tuple(shape), lambda: self._read(name, part, sha256))
+        self.parts.setdefault(part, {})[name] = planned
+        return planned
+
+    def _read(self, name: str, part: int, sha256: str) -> np.ndarray:
+        if name not in self.held:
+            self.held = {}
+            self.held = self._load(part)
+        array = self.held.pop(name)
+        if checksum(array) != sha256:
+            raise JaxmoeError(f"{_part(self.folder, part)}: {name} is not what was written: convert again")
+        return array
+
+    def _load(self, part: int) -> dict[str, np.ndarray]:
+        from orbax.checkpoint import v1 as ocp
+
+        path = _part(self.folder, part)
+        try:
+            return ocp.load(str(path), {name: _abstract(tensor) for name, tensor in self.parts[part].items()})
+        except (KeyError, ValueError, OSError, ocp.errors.InvalidLayoutError) as error:
+            reason = str(error).split(" [")[0][:300]
+            raise JaxmoeError(f"{path} cannot be read ({reason}): convert the checkpoint again") from error
+
+
+def _inside(folder: Path, file: str) -> str:
+    pure = PurePosixPath(file)
+    if pure.is_absolute() or ".." in pure.parts or "\\" in file or ":" in file or pure.suffix != ".safetensors":
+        raise JaxmoeError(f"{folder / RECORD}: {file!r} is no name of a file inside the folder; convert again")
+    return file
+
+
+def _abstract(tensor: Planned) -> np.ndarray:
+    """Return something of a tensor's shape and dtype that takes no memory."""
+    if tensor.code not in DTYPES:
+        return np.broadcast_to(np.uint8(0), (byte_size(tensor.code, tensor.shape),))
+    return np.broadcast_to(np.empty((), DTYPES[tensor.code]), tensor.shape)
+
+
+def _report(output: str | Path, tensors) -> dict[str, Any]:
+    tensors = list(tensors)
+    stored = {"parameters": sum(own.numbers for own in tensors), "bytes": sum(own.bytes for own in tensors)}
+    return {"output": str(Path(output).absolute()), "stored": stored}
