@@ -244,12 +244,12 @@ _BUILT_AS = {"kimi_k2": "deepseek_v3"}
 FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
 
 
-def build(family: str, seed: int = 0):
-    """Return a tiny random model in float32, in evaluation mode."""
+def build(family: str, seed: int = 0, **changes: Any):
+    """Return a tiny random model in float32, in evaluation mode; `changes` edit its settings."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    settings = {**_COMMON, **_CONFIGS[family]}
+    settings = {**_COMMON, **_CONFIGS[family], **changes}
     settings = {
         key: value
         for key, value in settings.items()
@@ -270,7 +270,7 @@ def build(family: str, seed: int = 0):
     return model
 
 
-def save_tiny(family: str, folder: Path, *, dtype: str = "float32", seed: int = 0) -> None:
+def save_tiny(family: str, folder: Path, *, dtype: str = "float32", seed: int = 0, **changes: Any) -> None:
     """Write a tiny random model of one architecture as a checkpoint with the hub's names.
 
     Args:
@@ -278,10 +278,11 @@ def save_tiny(family: str, folder: Path, *, dtype: str = "float32", seed: int = 
         folder: where to; created if need be.
         dtype: `float32` or `bfloat16`; what transformers keeps in float32 stays so.
         seed: of the weights.
+        changes: of the settings.
     """
     import torch
 
-    model = build(family, seed)
+    model = build(family, seed, **changes)
     keep = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     for owner in model.modules():
         for name, tensor in [*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False)]:
