@@ -1,6 +1,5 @@
 """The demonstration: the bundled checkpoint compressed by every method at two sizes, and its cost in one table."""
 
-import importlib.util
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from jaxmoe import methods
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.data import demo_checkpoint, demo_texts
+from jaxmoe.evaluation import evaluate_checkpoint
 from jaxmoe.pipeline import compress
 from jaxmoe.plan import make_plan
 from jaxmoe.report.tables import table
@@ -24,8 +24,7 @@ def run(output: Path, on_event) -> tuple[Any, ...]:
         on_event: called with the pipeline's events.
 
     Returns:
-        A JSON record, then what to print: a table and where things are. Perplexity needs PyTorch; without it the table
-        shows the reconstruction errors alone, and says so.
+        A JSON record, then what to print: a table and where things are.
     """
     source = Checkpoint.open(demo_checkpoint())
     rows = [{"name": "original", "folder": str(source.folder), "removed": 0.0, "bytes": source.bytes}]
@@ -47,15 +46,11 @@ def run(output: Path, on_event) -> tuple[Any, ...]:
                     "seconds": time.perf_counter() - start,
                 }
             )
-    measured = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("transformers") is not None
-    if measured:
-        from jaxmoe.torch.perplexity import perplexity
-
-        for row in rows:
-            evaluation = perplexity(row["folder"], demo_texts())
-            row["perplexity"] = evaluation.geometric_mean_perplexity
-            row["worst"] = {"name": evaluation.worst.name, "perplexity": evaluation.worst.perplexity}
-    return {"results": rows, "output": str(output)}, _table(rows), _where(output, measured)
+    for row in rows:
+        evaluation = evaluate_checkpoint(row["folder"], demo_texts(), generate=0, on_event=on_event)
+        row["perplexity"] = evaluation.geometric_mean_perplexity
+        row["worst"] = {"name": evaluation.worst.name, "perplexity": evaluation.worst.perplexity}
+    return {"results": rows, "output": str(output)}, _table(rows), _where(output)
 
 
 def _mean_error(report) -> float:
@@ -65,13 +60,12 @@ def _mean_error(report) -> float:
 
 def _table(rows):
     def cells(row):
-        worst = row.get("worst")
         yield row["name"]
         yield f"{row['removed']:.3f}"
         yield f"{row['bytes'] / 1e6:.2f} MB"
         yield f"{row['error']:.3f}" if "error" in row else ""
-        yield f"{row['perplexity']:.2f}" if "perplexity" in row else ""
-        yield f"{worst['perplexity']:.2f} {worst['name']}" if worst else ""
+        yield f"{row['perplexity']:.2f}"
+        yield f"{row['worst']['perplexity']:.2f} {row['worst']['name']}"
         yield f"{row['seconds']:.1f}" if "seconds" in row else ""
 
     columns = ("model", "removed", "size", "error", "perplexity", "worst text", "seconds")
@@ -82,10 +76,9 @@ def _table(rows):
     return table(columns, map(cells, rows), title=title)
 
 
-def _where(output: Path, measured: bool) -> str:
-    missing = "" if measured else "Perplexity needs PyTorch: pip install 'jaxmoe[torch]', then run the demo again.\n"
+def _where(output: Path) -> str:
     first = output / f"{METHODS[-1]}-{RATIOS[0]}"
     return (
-        f"{missing}The compressed checkpoints are in {output}; each has its report.json and model card. To load one:\n"
+        f"The compressed checkpoints are in {output}; each has its report.json and model card. To load one with PyTorch:\n"
         f'  AutoModelForCausalLM.from_pretrained("{first}", trust_remote_code=True)'
     )
