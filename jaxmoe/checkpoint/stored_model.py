@@ -23,7 +23,7 @@ from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.factored import is_factored
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, Term
-from jaxmoe.model.configuration import decoder
+from jaxmoe.model.configuration import decoder_spec
 from jaxmoe.model.spec import DecoderSpec, ExpertBlock
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class StoredModel:
         self.family: Family = family
         self.shapes: Mapping[int, LayerShape] = shapes
         try:
-            self.spec: DecoderSpec = decoder(self.config, shapes)
+            self.spec: DecoderSpec = decoder_spec(self.config, shapes)
             self._check()
         except JaxmoeError as error:
             raise JaxmoeError(str(error) if str(self.folder) in str(error) else f"{self.folder}: {error}") from error

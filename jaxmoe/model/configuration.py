@@ -29,7 +29,7 @@ Shapes = Mapping[int, LayerShape]
 Builder = Callable[[Settings, Shapes], DecoderSpec]
 
 
-def decoder(config: Mapping[str, Any], shapes: Shapes) -> DecoderSpec:
+def decoder_spec(config: Mapping[str, Any], shapes: Shapes) -> DecoderSpec:
     """Return what a checkpoint's decoder computes.
 
     Args:
