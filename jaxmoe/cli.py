@@ -50,6 +50,18 @@ class Setting(StrEnum):
     improved = "improved"
 
 
+class Moments(StrEnum):
+    none = "none"
+    pooled = "pooled"
+    expert = "expert"
+    weighted = "weighted"
+
+
+class Gradients(StrEnum):
+    sequence = "sequence"
+    token = "token"
+
+
 class Form(StrEnum):
     dense = "dense"
     safetensors = "safetensors"
@@ -71,6 +83,13 @@ TextOption = Annotated[
     typer.Option(
         "--text", metavar="PATH", help="text file, folder of *.txt or JSON lines with a `text`; may be repeated"
     ),
+]
+LengthOption = Annotated[
+    int | None,
+    typer.Option("--length", help="tokens in a window; by default 256 where the context is up to 2048, else 2048"),
+]
+CalibrationOption = Annotated[
+    int, typer.Option("--sequences", help="windows of each text, evenly spread over it", show_default=True)
 ]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit of a hub id")]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
@@ -208,6 +227,19 @@ def compress(
     of: OfOption = Scope.experts,
     setting: SettingOption = Setting.improved,
     set_: SetOption = None,
+    statistics: Annotated[
+        Path | None,
+        typer.Option("--statistics", metavar="FOLDER", help="what `calibrate` gathered, to weigh errors by"),
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option("--text", metavar="PATH", help="calibrate on these texts first, into OUTPUT.statistics"),
+    ] = None,
+    sequences: CalibrationOption = 128,
+    length: LengthOption = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="with --text: calibrate each layer behind the compressed ones")
+    ] = False,
     export: ExportOption = Export.factored,
     seed: Annotated[int, typer.Option("--seed", help="of everything random")] = 0,
     layers: Annotated[str | None, typer.Option("--layers", metavar="A:B", help="work on layers A to B-1 only")] = None,
@@ -236,9 +268,73 @@ def compress(
             layers=span,
             resume=resume,
             command=shlex.join(["jaxmoe", *sys.argv[1:]]),
+            statistics=_statistics(opened, output, statistics, text, sequences, length, sequential, span, on_event),
             on_event=on_event,
         )
     _emit(report, as_json, error_table(report["layers"]), *size_tables(report))
+
+
+def _statistics(opened, output, statistics, text, sequences, length, sequential, span, on_event):
+    """Return the statistics that `compress` is to use, None without any; texts are calibrated on first."""
+    if statistics is not None and text:
+        raise JaxmoeError("both --statistics and --text: give the statistics, or the texts to gather them from")
+    if sequential and (not text or span is not None):
+        raise JaxmoeError("--sequential goes from the first layer to the last with --text: give that, and no --layers")
+    if statistics is not None:
+        from jaxmoe.calibration.folder import Statistics
+
+        return Statistics.open(statistics).check(opened)
+    if not text:
+        return None
+    from jaxmoe.calibration.checkpoint import calibrate_checkpoint, sequential_statistics
+
+    if sequential:
+        return sequential_statistics(opened.folder, text, output, sequences=sequences, length=length)
+    folder = output.with_name(f"{output.name}.statistics")
+    return calibrate_checkpoint(
+        opened.folder, text, folder, sequences=sequences, length=length, on_event=on_event
+    ).check(opened)
+
+
+@command
+def calibrate(
+    checkpoint: CheckpointArgument,
+    statistics: Annotated[Path, typer.Argument(metavar="STATISTICS", help="the folder to create")],
+    text: TextOption,
+    sequences: CalibrationOption = 128,
+    length: LengthOption = None,
+    gradients: Annotated[
+        Gradients | None,
+        typer.Option("--gradients", help="keep the Fisher information too, of each sequence's or each token's loss"),
+    ] = None,
+    moments: Annotated[Moments, typer.Option("--moments", help="which second moments to keep")] = Moments.weighted,
+    layers: Annotated[str | None, typer.Option("--layers", metavar="A:B", help="keep layers A to B-1 only")] = None,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="go on with an unfinished run")] = True,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Gather from texts what every expert sees and does, for methods that use it."""
+    from jaxmoe.calibration.checkpoint import calibrate_checkpoint
+    from jaxmoe.calibration.summary import summary
+    from jaxmoe.report.progress import progress
+    from jaxmoe.report.tables import calibration_table
+
+    with progress(0, as_json=as_json, doing="calibrating") as on_event:
+        found = calibrate_checkpoint(
+            checkpoint,
+            text,
+            statistics,
+            sequences=sequences,
+            length=length,
+            gradients=None if gradients is None else gradients.value,
+            moments=moments.value,
+            layers=_layers(layers),
+            resume=resume,
+            revision=revision,
+            on_event=on_event,
+        )
+    record = summary(found)
+    _emit(record, as_json, calibration_table(record), f"written: {statistics}")
 
 
 @command
@@ -270,10 +366,7 @@ def evaluate(
     against: Annotated[
         str | None, typer.Option("--against", metavar="CHECKPOINT", help="the original: KL divergence, agreement")
     ] = None,
-    length: Annotated[
-        int | None,
-        typer.Option("--length", help="tokens in a window; by default 256 where the context is up to 2048, else 2048"),
-    ] = None,
+    length: LengthOption = None,
     sequences: Annotated[int | None, typer.Option("--sequences", help="windows of each text; by default all")] = None,
     generate: Annotated[
         int | None,

@@ -106,6 +106,7 @@ def compress(
             )
         entries = {index: workspace.entry(index, key) for index, key in keys.items()}
         report = _report(checkpoint, output, plan, export, seed, command, entries, time.perf_counter() - begun)
+        report["calibration"] = None if statistics is None else statistics.describe()
         if not report["complete"]:
             # Another run may have finished the last layer and published while this one was still counting.
             if (done := _finished(output, run)) is not None:
@@ -225,6 +226,9 @@ def _compress_layer(checkpoint, plan, planned, export, seed, statistics, workspa
             Planned(f"{source.module}.{name}", array.dtype, array.shape, partial(np.asarray, array))
             for name, array in layer.tensors().items()
         ]
+    if statistics is not None:
+        # Before the journal says that the layer is done: a run that goes on finds everything behind it.
+        statistics.follow(source.index, layer)
     checksum = write_tensors(workspace.folder / layer_file(source.index), tensors)
     checkpoint.release()
     record = {

@@ -109,7 +109,7 @@ def make_plan(
         settings: an instance of `method.settings`.
         ratio: removed fraction, between 0 and 1.
         of: what the ratio is a fraction of, one of `SCOPES`.
-        weighted: whether second moments will weigh the errors: the same sizes, more memory.
+        weighted: whether second moments will weigh the errors: equal size, other shapes of terms, more memory.
 
     Raises:
         JaxmoeError: the ratio is not a fraction, or out of reach: the message names the reachable range.
@@ -120,7 +120,9 @@ def make_plan(
         raise JaxmoeError(f"ratio {ratio} is not a removed fraction: give a number between 0 and 1, such as 0.4")
 
     def slots(kept: float) -> list[tuple[Slot, ...]]:
-        return [method.slots(layer.shape, layer.dtype, settings, kept) for layer in checkpoint.layers]
+        return [
+            method.slots(layer.shape, layer.dtype, settings, kept, weighted=weighted) for layer in checkpoint.layers
+        ]
 
     def numbers(layer: MoELayer, target: str) -> int:
         return int(np.prod(layer.shape.of(target)))

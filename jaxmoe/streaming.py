@@ -146,8 +146,10 @@ def run_layer(
         JaxmoeError: hidden states are not finite; the message names the layer and the experts.
     """
     source = states.open(index)
+    # Without the experts, whose shapes may differ from layer to layer: one program attends for all.
+    attending = {name: array for name, array in parameters.items() if not name.startswith("experts")}
     for windows in states.batches(part):
-        state = _attended(jnp.asarray(source[windows]), parameters, spec=spec)
+        state = _attended(jnp.asarray(source[windows]), attending, spec=spec)
         given = None if extra is None else extra[windows]
         x, observed = _finish(state, parameters, given, spec=spec, shape=block_shape(state, spec), observe=observe)
         x = np.asarray(x)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from jaxmoe.factors import LayerShape
+from jaxmoe.factors import CompressedLayer, LayerShape
 from jaxmoe.methods.method import Outcome
 from jaxmoe.solvers.second_moment import FLOOR, expert_moments, starved
 
@@ -31,10 +31,15 @@ class LayerSums(Protocol):
 
 
 class Sums(Protocol):
-    """Calibrated statistics: one layer at a time, when asked for, and what tells them from all others."""
+    """Calibrated statistics: one layer at a time, when asked for, and what tells them from all others.
+
+    `follow` is told of every layer as soon as it is compressed; `describe` is what the report says of them.
+    """
 
     def layer(self, index: int) -> LayerSums: ...
+    def follow(self, index: int, layer: CompressedLayer) -> None: ...
     def fingerprint(self) -> Any: ...
+    def describe(self) -> dict[str, Any]: ...
 
 
 def moments(layer: LayerSums | None, target: str, *, floor: float = FLOOR) -> np.ndarray | None:

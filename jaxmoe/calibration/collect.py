@@ -41,7 +41,7 @@ def calibrate(
     folder: str | Path,
     *,
     tokenizer: str | None = None,
-    moments: str = "expert",
+    moments: str = "weighted",
     gradients: str | None = None,
     layers: tuple[int, int] | None = None,
     resume: bool = True,
@@ -56,7 +56,7 @@ def calibrate(
         texts: its windows, a domain each, of one length.
         folder: the statistics folder to create.
         tokenizer: fingerprint of what made the windows, None if unknown.
-        moments: which second moments to keep: "none", "pooled" or "expert".
+        moments: which second moments to keep: "none", "pooled", "expert" or "weighted".
         gradients: whether to keep the Fisher information, of each "sequence" or "token"; None for none.
         layers: `(first, end)`: keep the decoder layers first <= index < end only; None for all.
         resume: whether to go on with an unfinished run.
@@ -67,7 +67,7 @@ def calibrate(
     Raises:
         JaxmoeError: the folder holds something else, activations are not finite, or no layer with experts is chosen.
     """
-    record = _record(model, texts, tokenizer, moments, gradients, layers)
+    record = make_record(model, texts, tokenizer, moments=moments, gradients=gradients, layers=layers)
     writer = StatisticsWriter(folder, record)
     if (done := writer.finished()) is not None:
         return done
@@ -79,7 +79,16 @@ def calibrate(
         return writer.publish()
 
 
-def _record(model: StoredModel, texts, tokenizer, moments, gradients, layers) -> Record:
+def make_record(
+    model: StoredModel,
+    texts: Sequence[Windows],
+    tokenizer: str | None,
+    *,
+    moments: str = "weighted",
+    gradients: str | None = None,
+    layers: tuple[int, int] | None = None,
+) -> Record:
+    """Return what the statistics of these texts will say of themselves; the arguments are those of `calibrate`."""
     first, end = layers or (0, len(model.spec.layers))
     chosen = [index for index in sorted(model.shapes) if first <= index < end]
     if not chosen:
@@ -147,15 +156,8 @@ class _Run:
                 for _ in run_layer(index, parameters, spec, states, out, part=part):
                     pass
                 continue
-            sums: Sums = {}
-            for position, summing in enumerate(_passes(self.writer.record, index, self.limit)):
-                written = out if position == 0 else None
-                arrays = _zeros(summing)
-                for step in run_layer(
-                    index, parameters, spec, states, written, part=part, observe=summing, extra=self.counted
-                ):
-                    _add(arrays, step.observed)
-                _place(sums, arrays, summing)
+            record, counted = self.writer.record, self.counted
+            sums = gather(record, index, parameters, spec, states, counted, limit=self.limit, out=out, part=part)
             self._write(domain, index, sums)
         if out is not None:
             states.finish(index + 1)
@@ -174,7 +176,7 @@ class _Run:
     def _report(self, index: int) -> None:
         total = len(self.writer.record.layers)
         left = len([layer for layer in self.missing if layer > index])
-        self.on_event({"event": "layer", "layer": index, "done": total - left, "total": total})
+        self.on_event({"event": "calibrated", "layer": index, "done": total - left, "total": total})
 
     def backward(self, mode: str) -> None:
         """Visit the layers from the last to the first, after a forward pass that keeps what enters every layer."""
@@ -239,6 +241,40 @@ class _Run:
                 self._write(domain, index, sums)
         gradients.finish(index)
         self._report(index)
+
+
+def gather(
+    record: Record,
+    index: int,
+    parameters: dict[str, Any],
+    spec: LayerSpec,
+    states: HiddenStates,
+    counted: np.ndarray,
+    *,
+    limit: int,
+    out: np.ndarray | None = None,
+    part: slice = slice(None),
+) -> Sums:
+    """Return the sums of one layer on some windows, in as many visits as their size asks for.
+
+    Args:
+        record: what to keep.
+        index: of the layer.
+        parameters: its arrays, on the device.
+        spec: what it computes.
+        states: the windows' hidden states.
+        counted: which tokens count.
+        limit: bytes that the second moments of the experts may take in memory.
+        out: where the states that leave the layer are written, see `streaming.run_layer`.
+        part: the windows.
+    """
+    sums: Sums = {}
+    for position, summing in enumerate(_passes(record, index, limit)):
+        arrays, written = _zeros(summing), out if position == 0 else None
+        for step in run_layer(index, parameters, spec, states, written, part=part, observe=summing, extra=counted):
+            _add(arrays, step.observed)
+        _place(sums, arrays, summing)
+    return sums
 
 
 def _passes(record: Record, index: int, limit: int) -> Iterator[Summing]:

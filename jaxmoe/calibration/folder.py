@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from jaxmoe.calibration.record import Record
 from jaxmoe.calibration.statistics import FIELDS, LayerStatistics, kept, merge_arrays
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.tensor_file import CODES, TensorEntry, listing, read_header
+from jaxmoe.checkpoint.workspace import fingerprint
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.texts import tokenizer_fingerprint
 
@@ -78,6 +80,17 @@ class Statistics:
     def layers(self) -> tuple[int, ...]:
         """The indices of the layers."""
         return tuple(sorted(self.record.layers))
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 that changes with the model, the texts and what was kept of them."""
+        return fingerprint(self.record.as_json())
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a report says of these statistics."""
+        return {"sequential": False, **self.record.describe()}
+
+    def follow(self, index: int, layer: Any) -> None:
+        """Do nothing: these sums are of the original model, whatever becomes of its layers."""
 
     def layer(self, index: int, domains: Iterable[str] | None = None) -> LayerStatistics:
         """Return the record of one layer.

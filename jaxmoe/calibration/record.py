@@ -1,7 +1,7 @@
 """What a statistics folder says of itself in `statistics.json`: of which model, from which texts, what was kept.
 
     {"schema": 1, "jaxmoe": "0.1.0", "model": SHA-256, "tokenizer": SHA-256, "ties": "lowest index first",
-     "moments": "expert", "gradients": null,
+     "moments": "weighted", "gradients": null,
      "domains": {"code": [{"fingerprint": SHA-256, "sequences": 128, "length": 256, "tokens": 32640}]},
      "layers": {"3": {"experts": 64, "hidden": 2048, "intermediate": 1024, "gated": true}}}
 
@@ -62,7 +62,7 @@ class Record:
     tokenizer: str | None
     domains: Mapping[str, tuple[Source, ...]]
     layers: Mapping[int, LayerShape]
-    moments: str = "expert"
+    moments: str = "weighted"
     gradients: str | None = None
 
     def __post_init__(self):
@@ -83,6 +83,14 @@ class Record:
     def sequences(self, domain: str) -> int:
         """Return how many sequences of a domain ran."""
         return sum(source.sequences for source in self.domains[domain])
+
+    def describe(self) -> dict[str, Any]:
+        """Return in few words what a report says of the statistics: tokens of each domain, and in all."""
+        return {
+            "domains": {name: self.tokens(name) for name in self.domains},
+            "tokens": sum(map(self.tokens, self.domains)),
+            "moments": self.moments,
+        }
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of `statistics.json`."""

@@ -4,6 +4,7 @@ For the tokens t that an expert e is chosen for, with the row x_t that its modul
 the model uses it, h = act(gate x) * up x and the output f_e(x) = down h (biases included), not multiplied by w:
 
     input_moments[e] = sum_t x x'        intermediate_moments[e] = sum_t h h'      (neither weighted by w)
+    weighted_input_moments[e] = sum_t w^2 x x', and so of h: an error's square in them is that of the layer's output
     output_norms[e] = sum_t |f_e(x)|     weighted_output_norms[e] = sum_t w |f_e(x)|       (REAP, arXiv 2510.13999)
     channel_energies[e] = sum_t (w h)^2  channel_peaks[e] = max_t (w h)^2                  (CAMERA, arXiv 2508.02322)
 
@@ -19,8 +20,9 @@ import numpy as np
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
 
-MOMENTS = ("none", "pooled", "expert")
-"""Which second moments a record keeps: none, those of all tokens together, or those of every expert as well."""
+MOMENTS = ("none", "pooled", "expert", "weighted")
+"""Which second moments a record keeps: none, those of all tokens together, those of every expert as well, or also those
+that weigh a token by the square of its router weight."""
 
 
 class Field(NamedTuple):
@@ -30,7 +32,7 @@ class Field(NamedTuple):
         axes: names of `LayerShape`'s sizes.
         dtype: in memory.
         stored: in files.
-        group: "always", or what has to be asked for: "pooled" and "expert" moments, "fisher".
+        group: "always", or what has to be asked for: "pooled", "expert" and "weighted" moments, "fisher".
     """
 
     axes: tuple[str, ...]
@@ -57,6 +59,8 @@ FIELDS: dict[str, Field] = {
     "input_moment": Field((_D, _D), stored="float32", group="pooled"),
     "input_moments": Field((_E, _D, _D), stored="float32", group="expert"),
     "intermediate_moments": Field((_E, _F, _F), stored="float32", group="expert"),
+    "weighted_input_moments": Field((_E, _D, _D), stored="float32", group="weighted"),
+    "weighted_intermediate_moments": Field((_E, _F, _F), stored="float32", group="weighted"),
     "fisher_gate": Field((_E, _F, _D), stored="float32", group="fisher"),
     "fisher_up": Field((_E, _F, _D), stored="float32", group="fisher"),
     "fisher_down": Field((_E, _D, _F), stored="float32", group="fisher"),
@@ -64,7 +68,7 @@ FIELDS: dict[str, Field] = {
 """The arrays of a record, in the order of its fields."""
 
 
-def kept(shape: LayerShape, *, moments: str = "expert", gradients: bool = False) -> tuple[str, ...]:
+def kept(shape: LayerShape, *, moments: str = "weighted", gradients: bool = False) -> tuple[str, ...]:
     """Return the names of the arrays that a record keeps.
 
     Args:
@@ -104,6 +108,8 @@ class LayerStatistics:
         input_moment: x x' of every token once, `[D, D]`; None if it was not kept.
         input_moments: x x' of an expert's tokens, `[E, D, D]`, for gate and up alike; None if not kept.
         intermediate_moments: h h' of an expert's tokens, `[E, F, F]`, for down; None if not kept.
+        weighted_input_moments: w² x x' of an expert's tokens, `[E, D, D]`; None if not kept.
+        weighted_intermediate_moments: w² h h' of an expert's tokens, `[E, F, F]`; None if not kept.
         fisher_gate: squared gradients, `[E, F, D]`; None if not kept, or if the layer has no gate.
         fisher_up: the same of up, `[E, F, D]`.
         fisher_down: the same of down, `[E, D, F]`.
@@ -129,6 +135,8 @@ class LayerStatistics:
     input_moment: np.ndarray | None = None
     input_moments: np.ndarray | None = None
     intermediate_moments: np.ndarray | None = None
+    weighted_input_moments: np.ndarray | None = None
+    weighted_intermediate_moments: np.ndarray | None = None
     fisher_gate: np.ndarray | None = None
     fisher_up: np.ndarray | None = None
     fisher_down: np.ndarray | None = None
@@ -143,7 +151,7 @@ class LayerStatistics:
             raise JaxmoeError(f"not the statistics of a layer of {self.shape}: {'; '.join(wrong)}")
 
     @classmethod
-    def zeros(cls, shape: LayerShape, *, moments: str = "expert", gradients: bool = False) -> "LayerStatistics":
+    def zeros(cls, shape: LayerShape, *, moments: str = "weighted", gradients: bool = False) -> "LayerStatistics":
         """Return the record of no tokens.
 
         Args:

@@ -39,7 +39,7 @@ class Summing:
     first: int = 0
 
     def __call__(self, seen: Intermediates, counted: Bool[Array, "sequence position"]) -> dict[str, Array]:
-        """Return the sums of a batch by name, in float32 and int32; per-expert ones have only the chosen experts' rows."""
+        """Return the sums of a batch by name, in float32 and int32; of per-expert ones only the chosen rows."""
         assert seen.routes is not None
         counted = counted.reshape(-1)
         sums = {}
@@ -119,8 +119,10 @@ _PRODUCTS = {
     "channel_peaks": lambda row: jnp.max(row.energies, 0),
     "input_moments": lambda row: _gram(row.inputs),
     "intermediate_moments": lambda row: _gram(row.intermediate),
+    "weighted_input_moments": lambda row: _gram(row.weights * row.inputs),
+    "weighted_intermediate_moments": lambda row: _gram(row.weights * row.intermediate),
 }
 """What the rows of one block add to an expert's sums; peaks are merged by the maximum."""
 
-PER_EXPERT_MOMENTS = ("input_moments", "intermediate_moments")
+PER_EXPERT_MOMENTS = tuple(name for name, field in FIELDS.items() if field.group in ("expert", "weighted"))
 """The sums that may be too large to be held for all experts at once."""

@@ -78,6 +78,12 @@ class StoredModel:
         """The architecture's name in the config."""
         return str(self.config["model_type"])
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens that the model takes at once, None where its config does not say."""
+        longest = self.config.get("max_position_embeddings")
+        return longest if type(longest) is int else None
+
     def prefix(self, index: int) -> str:
         """Return what the names of a layer's tensors on disk begin with."""
         return f"model.layers.{index}."

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.checkpoint.families import lookup
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.evaluation.evaluate import evaluate
@@ -14,9 +13,8 @@ from jaxmoe.evaluation.generation import IN_MEMORY
 from jaxmoe.evaluation.probe import probe
 from jaxmoe.evaluation.records import Evaluation
 from jaxmoe.evaluation.windows import Event
-from jaxmoe.texts import Tokenizer, text_windows
+from jaxmoe.texts import Tokenizer, text_windows, window_length
 
-SHORT, LONG = 256, 2048
 GENERATED = 32
 
 
@@ -38,7 +36,7 @@ def evaluate_checkpoint(
         source: a folder or a hub id.
         texts: as `jaxmoe.texts.read_texts` takes them.
         against: the original to compare with.
-        length: tokens in a window; None for what `default_length` says.
+        length: tokens in a window; None for what `texts.window_length` says.
         sequences: so many windows of each text, evenly spread over it; all if None.
         generate: tokens by which to continue each text; None for 32 where the checkpoint is at most 2 GB, else 0.
         work: folder on whose disk the hidden states lie; that for temporary files if None.
@@ -52,10 +50,9 @@ def evaluate_checkpoint(
     original = None if against is None else StoredModel(against)
     if original is not None:
         _check_same(tokenizer, Tokenizer.open(original.folder))
-    length = default_length(_longest(model)) if length is None else length
-    for each in (model, original or model):
-        if (longest := _longest(each)) is not None and length > longest:
-            raise JaxmoeError(f"windows of {length} tokens: {each.folder} takes {longest}; give a smaller length")
+    length = window_length(model.longest, length)
+    if original is not None:
+        window_length(original.longest, length)
     new = _generated(model) if generate is None else generate
     if new < 0:
         raise JaxmoeError(f"{new} tokens to generate: give a number of tokens, or 0 for none")
@@ -67,24 +64,6 @@ def evaluate_checkpoint(
     if original is None or result.against is None:
         return result
     return replace(result, against=_with_generation(result.against, probe(original, cut, tokenizer, new)))
-
-
-def default_length(longest: int | None) -> int:
-    """Return how many tokens a window has by default: 256 for models of a context up to 2048, else 2048.
-
-    Args:
-        longest: `max_position_embeddings` of the config; None where it is not there.
-
-    Example:
-        >>> default_length(2048), default_length(32768), default_length(None), default_length(128)
-        (256, 2048, 2048, 128)
-    """
-    return LONG if longest is None or longest > LONG else min(SHORT, longest)
-
-
-def _longest(model: StoredModel) -> int | None:
-    longest = lookup(model.config, "max_position_embeddings")
-    return longest if type(longest) is int else None
 
 
 def _generated(model: StoredModel) -> int:

@@ -17,7 +17,7 @@ from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.evaluation.nameless import NamelessStates
 from jaxmoe.evaluation.scoring import Comparison, Scores, Side, compare, score
-from jaxmoe.streaming import on_device, stream
+from jaxmoe.streaming import TOKENS, on_device, stream
 
 ROWS = 1024
 """Tokens that the head is applied to together."""
@@ -44,12 +44,26 @@ def walk(model: StoredModel, ids: np.ndarray, *, work: Path | None = None, on_ev
     Raises:
         JaxmoeError: activations are not finite, or the disk is full.
     """
-    states = NamelessStates(ids, model.spec.hidden, work=work)
+    batch = _even(len(ids), max(1, TOKENS // ids.shape[1]))
+    # Windows are repeated to fill the last batch, so that one program does for all.
+    filled = np.pad(ids, ((0, -len(ids) % batch), (0, 0)), mode="edge")
+    states = NamelessStates(filled, model.spec.hidden, work=work, tokens=batch * ids.shape[1])
     total = len(model.spec.layers)
     for index, step in stream(model, states):
-        if step.windows.stop == len(ids):
+        if step.windows.stop == len(filled):
             on_event({"event": "forward", "model": model.folder.name, "done": index + 1, "total": total})
-    return Walked(model, states.open(total))
+    return Walked(model, states.open(total)[: len(ids)])
+
+
+def _even(count: int, most: int) -> int:
+    """Return the size of as few batches as possible that are nearly full.
+
+    Example:
+        >>> _even(60, 16), _even(17, 16)
+        (15, 9)
+    """
+    batches = -(-count // most)
+    return -(-count // batches)
 
 
 def score_windows(walked: Walked, ids: np.ndarray) -> Scores:

@@ -63,6 +63,7 @@ def model_card(report: Mapping[str, Any]) -> str:
         "## How it was made",
         "",
         f"- method: {report['method']}, settings: {_settings(report['settings'])}, seed {report['seed']}",
+        f"- calibration: {_calibration(report.get('calibration'))}",
         f"- command: `{report['command']}`" if report["command"] else "- made through the Python interface",
         f"- time {report['layer_seconds']:.1f} s for the layers, peak memory {report['peak_bytes'] / 1e6:.0f} MB",
         f"- jaxmoe {report['jaxmoe']}",
@@ -90,6 +91,14 @@ def _error_row(layer: Mapping[str, Any]) -> str:
 
 def _settings(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+
+
+def _calibration(calibration: Mapping[str, Any] | None) -> str:
+    if calibration is None:
+        return "none, the weights alone decided"
+    texts = ", ".join(f"{name} {tokens:,}" for name, tokens in calibration["domains"].items())
+    behind = ", each layer behind the compressed ones" if calibration["sequential"] else ""
+    return f"{calibration['tokens']:,} tokens ({texts}){behind}"
 
 
 def _outcome(outcome: Mapping[str, Any]) -> str:

@@ -75,9 +75,9 @@ class Method(NamedTuple):
         name: as the command line spells it.
         summary: one line for the help text.
         settings: a frozen dataclass of keyword-only settings, validated in `__post_init__`.
-        slots: `(shape, dtype, settings, kept) -> slots`: which targets are replaced and which sizes they can take when
+        slots: `(shape, dtype, settings, kept, *, weighted) -> slots`: which targets are replaced and which sizes they can take when
             targets of weight 1 are to keep a fraction `kept` of their numbers; neither targets nor weights may depend
-            on it. Targets that are not named stay dense.
+            on it, nor on whether second moments will weigh the errors. Targets that are not named stay dense.
         fit: `(weight, template, settings, *, moment, key) -> Fit`: the numbers of one target, `[expert, out, in]`,
             shaped like the abstract term `template`; `moment` is the second moment of the inputs `[1|expert, in, in]`
             or None. Its scale is an expert's say where experts share something.

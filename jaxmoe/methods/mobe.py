@@ -73,16 +73,16 @@ class MoBESettings:
             raise JaxmoeError(f"bases={self.bases}, rank={self.rank}: give one of them, the ratio decides the other")
 
 
-def slots(shape: LayerShape, dtype, settings: MoBESettings, kept: float) -> tuple[Slot, ...]:
+def slots(shape: LayerShape, dtype, settings: MoBESettings, kept: float, *, weighted: bool = False) -> tuple[Slot, ...]:
     """Return a ladder of bases or ranks for every target."""
     if settings.setting == "paper":
         targets = tuple(name for name in shape.projections if name != "down")
     else:
         targets = ("gate_up", "down") if shape.gated else shape.projections
-    return tuple(_slot(shape.of(target), target, dtype, settings, kept) for target in targets)
+    return tuple(_slot(shape.of(target), target, dtype, settings, kept, weighted) for target in targets)
 
 
-def _slot(sizes: tuple[int, int, int], target: str, dtype, settings: MoBESettings, kept: float) -> Slot:
+def _slot(sizes: tuple[int, int, int], target: str, dtype, settings: MoBESettings, kept: float, weighted: bool) -> Slot:
     experts, out, in_ = sizes
     weight = DOWN_WEIGHT if target == "down" else 1.0
     rows, columns = min(out, in_), max(out, in_)
@@ -104,7 +104,9 @@ def _slot(sizes: tuple[int, int, int], target: str, dtype, settings: MoBESetting
             raise JaxmoeError(f"rank {rank}: the matrices of {target} are {out} x {in_}; give 1 to {rows}")
         high = min(experts, (most - experts * rows * rank) // (rank * columns + experts))
         return Slot(target, lambda bases: at(bases, rank), 1, max(1, high), weight)
-    bases = settings.bases or choose_bases(sizes, share(kept, weight))
+    # Inputs that lie along the rows are served by coefficients of their own.
+    bases_weighted = weighted and not lies_transposed(out, in_)
+    bases = settings.bases or choose_bases(sizes, share(kept, weight), weighted=bases_weighted)
     if bases > experts:
         raise JaxmoeError(f"{bases} bases for {experts} experts: give 1 to {experts}")
     high = min(rows, (most - experts * bases) // (experts * rows + bases * columns))

@@ -49,7 +49,7 @@ def break_even(shape: tuple[int, int, int]) -> int:
     return (out * in_ - 1) // (out + in_)
 
 
-def slots(shape: LayerShape, dtype, settings: SVDSettings, kept: float) -> tuple[Slot, ...]:
+def slots(shape: LayerShape, dtype, settings: SVDSettings, kept: float, *, weighted: bool = False) -> tuple[Slot, ...]:
     """Return a ladder of ranks for every target."""
     joined = settings.setting == "improved" and shape.gated
     targets = ("gate_up", "down") if joined else shape.projections

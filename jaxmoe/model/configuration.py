@@ -46,7 +46,8 @@ def decoder_spec(config: Mapping[str, Any], shapes: Shapes) -> DecoderSpec:
             f"model_type {model_type!r}: jaxmoe runs {', '.join(sorted(BUILDERS))}; statistics of others can be"
             " gathered through PyTorch (`jaxmoe.torch.statistics`)"
         )
-    settings = Settings(config)
+    given = {name: value for name, value in config.items() if value is not None}
+    settings = Settings({**DEFAULTS.get(model_type, {}), **given})
     spec = BUILDERS[model_type](settings, shapes)
     settings.finish()
     return spec
@@ -64,7 +65,6 @@ def _build(
     shared_gate: bool = False,
     expert_bias: bool = False,
     mlp_bias: bool = False,
-    tied: bool = False,
     layer: Mapping[str, Any] | None = None,
     **ends: Any,
 ) -> DecoderSpec:
@@ -102,7 +102,7 @@ def _build(
         hidden=hidden,
         layers=layers,
         norm=norm,
-        tied=s.take("tie_word_embeddings", tied),
+        tied=s.take("tie_word_embeddings", False),
         **ends,
     )
 
@@ -137,7 +137,7 @@ def _grouped(
 
     def build(s: Settings, index: int, layer_norm: Norm) -> Attention:
         heads, hidden = s.take("num_attention_heads"), s.take("hidden_size")
-        head = s.take("head_dim", None) or hidden // heads
+        head = s.take("head_dim|attention_head_dim", None) or hidden // heads
         inputs = s.take(bias, False) if isinstance(bias, str) else bias
         output = inputs if output_bias is None else output_bias
         return Attention(
@@ -237,7 +237,7 @@ def _deepseek_v2_router(s: Settings, index: int) -> Router:
 
 
 def _deepseek_v3_router(s: Settings, index: int) -> Router:
-    s.expect("scoring_func", "sigmoid")
+    s.expect("scoring_func", "sigmoid", "noaux_tc")
     s.expect("topk_method", "noaux_tc")
     return Router(
         experts=s.take("n_routed_experts|num_experts|num_local_experts"),
@@ -275,8 +275,7 @@ def _qwen3_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
 
 
 def _olmoe(s: Settings, shapes: Shapes) -> DecoderSpec:
-    router, attention = _softmax(normalize="norm_topk_prob"), _grouped(norm="all")
-    return _build(s, shapes, router=router, attention=attention, norm=Norm(epsilon=s.take("rms_norm_eps", 1e-5)))
+    return _build(s, shapes, router=_softmax(normalize="norm_topk_prob"), attention=_grouped(norm="all"))
 
 
 def _flex_olmo(s: Settings, shapes: Shapes) -> DecoderSpec:
@@ -291,7 +290,7 @@ def _phimoe(s: Settings, shapes: Shapes) -> DecoderSpec:
         shapes,
         router=_softmax(score="sparse_mixer", jitter=s.take("router_jitter_noise", 0.01)),
         attention=_grouped(sliding=_everywhere),
-        norm=Norm(kind="layer", epsilon=s.take("rms_norm_eps", 1e-5), bias=True),
+        norm=Norm(kind="layer", epsilon=s.take("rms_norm_eps"), bias=True),
         head_bias=s.take("lm_head_bias", False),
     )
 
@@ -333,7 +332,9 @@ def _minimax_m2(s: Settings, shapes: Shapes) -> DecoderSpec:
     s.expect("scoring_func", "sigmoid")
     s.expect("use_qk_norm", True)
     s.expect("qk_norm_type", "per_layer")
-    s.take("use_routing_bias", None)
+    s.expect("use_routing_bias", True)
+    s.expect("attn_type_list", [1] * s.take("num_hidden_layers"))
+    s.expect("shared_intermediate_size", 0)
     router = _softmax(score="sigmoid", selection_bias=True, normalize=True)
     return _build(s, shapes, router=router, attention=_grouped(bias=False, norm="all"))
 
@@ -368,11 +369,14 @@ def _ernie4_5_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
         attention=_grouped(bias=bias, interleaved=True),
         shared=s.take("moe_num_shared_experts", 0) * s.take("moe_intermediate_size"),
         mlp_bias=bias,
-        tied=True,
     )
 
 
 def _hunyuan_v1_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
+    for name in ("qk_norm", "use_qk_norm", "use_mixed_mlp_moe", "norm_topk_prob"):
+        s.expect(name, True)
+    s.expect("routed_scaling_factor", False, 1.0)
+    s.expect("num_shared_expert", 1, [1] * s.take("num_hidden_layers"))
     return _build(
         s,
         shapes,
@@ -407,6 +411,24 @@ def _bailing_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
         head_norm=s.take("norm_head", False),
     )
 
+
+_DEEPSEEK_V3 = {"n_group": 8, "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "mixtral": {"rope_theta": 1e6, "rms_norm_eps": 1e-5},
+    "olmoe": {"rms_norm_eps": 1e-5},
+    "flex_olmo": {"rope_theta": 5e5},
+    "phimoe": {"rope_theta": 1e6, "rms_norm_eps": 1e-5},
+    "deepseek_v3": _DEEPSEEK_V3,
+    "kimi_k2": _DEEPSEEK_V3,
+    "glm4_moe": {"rms_norm_eps": 1e-5, "norm_topk_prob": True},
+    "dots1": {"norm_topk_prob": False},
+    "minimax_m2": {"rope_theta": 5e6},
+    "gpt_oss": {"rope_theta": 150000.0, "rms_norm_eps": 1e-5, "attention_bias": True},
+    "ernie4_5_moe": {"rope_theta": 5e5, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
+    "hunyuan_v1_moe": {"rms_norm_eps": 1e-5},
+}
+"""What a config means where it says nothing, as far as it differs from the usual and tensors do not tell."""
 
 BUILDERS: dict[str, Builder] = {
     "mixtral": _mixtral,

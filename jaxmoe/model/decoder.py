@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.model.layer import layer
@@ -30,7 +29,7 @@ def head(
     x = normalize(x, parameters, "norm", spec.norm)
     weight = parameters["embedding.weight" if spec.tied else "head.weight"].astype(x.dtype)
     if spec.head_norm:
-        weight = weight * lax.rsqrt(jnp.sum(weight * weight, -1, keepdims=True))
+        weight = weight / (jnp.linalg.norm(weight, axis=0, keepdims=True) + 1e-7)
     ends = {"head.weight": weight}
     if spec.head_bias:
         ends["head.bias"] = parameters["head.bias"]

@@ -21,10 +21,29 @@ HARMLESS = frozenset(
     moe_layer_start_index moe_layer_end_index moe_layer_interval num_dense_layers num_experts num_local_experts
     n_routed_experts moe_num_experts im_end_id im_newline_id im_start_id image_token_id text_start_id
     text_end_id video_start_id video_end_id eod_id sft_max_length initial_context_length rope_ratio
-    moe_router_enable_expert_bias
+    moe_router_enable_expert_bias output_dropout moe_dropout_prob moe_capacity moe_drop_tokens mask_init_id
+    org_vocab_size pad_id num_media_embeds add_classification_head class_num dense_list pool_type skip_cls_token
+    vit_input_resolution vit_mapping_type vit_norm_type vit_patch vit_path vit_token vit_type mtp_transformer_layers
+    num_mtp_modules use_mtp mlp_intermediate_size shared_moe_mode cla_share_factor
     """.split()  # noqa: SIM905
 )
 """What does not change what the model computes, or what the tensors on disk say for certain."""
+
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "use_rmsnorm": (True,),
+    "norm_type": ("rms",),
+    "use_rotary_pos_emb": (True,),
+    "moe_gate": ("topk",),
+    "moe_use_aux_free": (True,),
+    "compression_ratio": (1.0,),
+    "layernorm_full_attention_alpha": (1.0,),
+    "layernorm_full_attention_beta": (1.0,),
+    "layernorm_linear_attention_alpha": (1.0,),
+    "layernorm_linear_attention_beta": (1.0,),
+    "layernorm_mlp_alpha": (1.0,),
+    "layernorm_mlp_beta": (1.0,),
+}
+"""What has these values in every published checkpoint, so that nothing else was ever needed."""
 
 
 class Settings:
@@ -70,7 +89,9 @@ class Settings:
     def finish(self) -> None:
         """Raise if there is an attribute that was not read and is not known to be harmless; all are listed."""
         left = {
-            k: v for k, v in self.config.items() if k not in self.read | HARMLESS and v not in (None, False, {}, [])
+            name: value
+            for name, value in self.config.items()
+            if name not in self.read | HARMLESS and value not in (None, False, {}, [], *NEUTRAL.get(name, ()))
         }
         if left:
             listed = ", ".join(f"{name} ({value!r})" for name, value in sorted(left.items()))

@@ -214,7 +214,7 @@ class DecoderSpec:
         logit_scale: factor of the logits.
         tied: whether the head is the embedding.
         head_bias: whether the head has a bias.
-        head_norm: whether the rows of the head are divided by their lengths.
+        head_norm: whether the head's columns, one per hidden number, are divided by their lengths (Ling).
     """
 
     vocabulary: int

@@ -35,7 +35,7 @@ def progress(total: int, *, as_json: bool, doing: str = "compressing") -> Iterat
         task = bar.add_task(doing, total=total)
 
         def show(event: dict[str, Any]) -> None:
-            if event["event"] in ("layer", "forward"):
+            if event["event"] in ("layer", "forward", "calibrated"):
                 bar.update(task, completed=event["done"], total=event["total"])
             else:
                 bar.console.print(describe(event), highlight=False)
@@ -54,6 +54,8 @@ def describe(event: dict[str, Any]) -> str:
         errors = ", ".join(f"{name} {record['error']:.4f}" for name, record in event["projections"].items())
         how = "kept from an earlier run" if event["resumed"] else f"{event['seconds']:.1f} s"
         return f"layer {event['layer']} ({event['done']} of {event['total']}, {how}): relative error {errors}"
+    if event["event"] == "calibrated":
+        return f"layer {event['layer']} calibrated ({event['done']} of {event['total']})"
     if event["event"] == "forward":
         return f"{event['model']}: forward through layer {event['done']} of {event['total']}"
     if event["event"] == "waiting":

@@ -107,6 +107,23 @@ def error_table(layers: Iterable[Mapping[str, Any]]) -> Table:
     return table(("layer", *names), rows, title="relative error, mean over experts (worst)")
 
 
+def calibration_table(record: Mapping[str, Any]) -> Table:
+    """Return how evenly the experts of each layer were used, and which saw too little."""
+    rows = (
+        (
+            layer["layer"],
+            layer["experts"],
+            f"{layer['busiest']:.1%} (even: {layer['even']:.1%})",
+            len(layer["starved"]),
+            len(layer["never_routed"]),
+        )
+        for layer in record["layers"]
+    )
+    texts = ", ".join(f"{domain['name']} {domain['tokens']:,}" for domain in record["domains"])
+    title = f"{record['tokens']:,} tokens ({texts})"
+    return table(("layer", "experts", "busiest expert's share", "starved", "never routed"), rows, title=title)
+
+
 def evaluation_tables(record: Mapping[str, Any]) -> list[Any]:
     """Return what `evaluate` prints: the loss on every text, how the model goes on, and its speed."""
     before = record.get("against")

@@ -2,7 +2,7 @@
 
 from jaxmoe.texts.reading import Text, read_texts
 from jaxmoe.texts.tokenizer import Tokenizer, tokenizer_fingerprint
-from jaxmoe.texts.windows import Tokens, Windows, text_windows, tokenize, windows
+from jaxmoe.texts.windows import Tokens, Windows, text_windows, tokenize, window_length, windows
 
 __all__ = [
     "Text",
@@ -13,5 +13,6 @@ __all__ = [
     "text_windows",
     "tokenize",
     "tokenizer_fingerprint",
+    "window_length",
     "windows",
 ]

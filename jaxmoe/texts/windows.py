@@ -105,6 +105,28 @@ def windows(
     )
 
 
+def window_length(longest: int | None, asked: int | None = None) -> int:
+    """Return how many tokens a window has: what is asked for, else 256 for a context of up to 2048, else 2048.
+
+    Args:
+        longest: context of the model, `max_position_embeddings` in its config; None where it is not there.
+        asked: a length; None for the default.
+
+    Raises:
+        JaxmoeError: the model takes fewer tokens.
+
+    Example:
+        >>> window_length(2048), window_length(32768), window_length(None), window_length(128), window_length(128, 64)
+        (256, 2048, 2048, 128, 64)
+    """
+    if asked is None:
+        return _LONG if longest is None or longest > _LONG else min(_USUAL, longest)
+    if longest is not None and asked > longest:
+        raise JaxmoeError(f"windows of {asked} tokens: the model takes {longest}; give a smaller length")
+    return asked
+
+
+_USUAL, _LONG = 256, 2048
 _SHORT = "give a longer text or a smaller length"
 
 

@@ -27,7 +27,7 @@ def statistics(
     model: Any,
     batches: Iterable[Any],
     *,
-    moments: str = "expert",
+    moments: str = "weighted",
     gradients: bool = False,
     layers: Collection[int] | None = None,
 ) -> dict[int, LayerStatistics]:
@@ -194,6 +194,10 @@ class _Watcher:
             if "input_moments" in sums:
                 sums["input_moments"][expert] += _numpy(inputs.T @ inputs)
                 sums["intermediate_moments"][expert] += _numpy(inner.T @ inner)
+            if "weighted_input_moments" in sums:
+                weighted_inputs, weighted_inner = weight * inputs, weight * inner
+                sums["weighted_input_moments"][expert] += _numpy(weighted_inputs.T @ weighted_inputs)
+                sums["weighted_intermediate_moments"][expert] += _numpy(weighted_inner.T @ weighted_inner)
         return total
 
     def _compare(self, total: torch.Tensor, output: torch.Tensor) -> None:

@@ -24,12 +24,17 @@ def test_zeros_is_neutral():
     assert all(np.array_equal(same.arrays()[name], array) for name, array in record.arrays().items())
 
 
+EXPERT = {"input_moments", "intermediate_moments"}
+WEIGHTED = {"weighted_input_moments", "weighted_intermediate_moments"}
+
+
 @pytest.mark.parametrize(
     ("moments", "gradients", "absent"),
     [
-        ("none", False, {"input_moment", "input_moments", "intermediate_moments"}),
-        ("pooled", True, {"input_moments", "intermediate_moments"}),
-        ("expert", True, set()),
+        ("none", False, {"input_moment", *EXPERT, *WEIGHTED}),
+        ("pooled", True, {*EXPERT, *WEIGHTED}),
+        ("expert", True, WEIGHTED),
+        ("weighted", True, set()),
     ],
 )
 def test_what_was_not_asked_for_is_none(moments, gradients, absent):

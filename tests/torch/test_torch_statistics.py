@@ -102,6 +102,8 @@ def oracle(model, family, batches):
                     sums["channel_peaks"][e] = np.maximum(sums["channel_peaks"][e], (w * h) ** 2)
                     sums["input_moments"][e] += np.outer(x, x)
                     sums["intermediate_moments"][e] += np.outer(h, h)
+                    sums["weighted_input_moments"][e] += w * w * np.outer(x, x)
+                    sums["weighted_intermediate_moments"][e] += w * w * np.outer(h, h)
                     for other in chosen:
                         sums["coactivation"][e, other] += 1
         found[int(name.split(".")[2])] = shape, sums

@@ -1,0 +1,100 @@
+"""Statistics of every layer behind the already compressed ones, gathered while a checkpoint is being compressed.
+
+What a layer sees then is what it will see in the compressed model: its fit can make up for the errors before it. The
+original layer runs on these hidden states once for its sums; once it is compressed, the states move on through its
+factors. They lie in a folder, so that a run that was stopped goes on.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmoe.calibration.collect import BYTES, gather, make_record
+from jaxmoe.calibration.statistics import LayerStatistics
+from jaxmoe.checkpoint.stored_model import StoredModel
+from jaxmoe.checkpoint.workspace import fingerprint
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors import CompressedLayer
+from jaxmoe.streaming import TOKENS, HiddenStates, on_device, run_layer, start
+from jaxmoe.texts import Windows
+
+
+class Sequential:
+    """Statistics that follow a compression from layer to layer.
+
+    Args:
+        model: the original.
+        texts: windows of the texts, which count together.
+        folder: where the hidden states lie; whoever owns the folder removes it in the end.
+        tokenizer: fingerprint of what made the windows, None if unknown.
+        tokens: that go through a layer together.
+        limit: bytes that the second moments of a layer's experts may take in memory.
+    """
+
+    def __init__(
+        self,
+        model: StoredModel,
+        texts: Sequence[Windows],
+        folder: Path,
+        *,
+        tokenizer: str | None = None,
+        tokens: int = TOKENS,
+        limit: int = BYTES,
+    ):
+        self.model, self.limit = model, limit
+        self.record = make_record(model, texts, tokenizer)
+        ids, self.counted = (np.concatenate([getattr(text, name) for text in texts]) for name in ("ids", "counted"))
+        self.states = HiddenStates(ids, folder, model.spec.hidden, tokens=tokens)
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 that changes with the model and the texts."""
+        return fingerprint({"sequential": True, **self.record.as_json()})
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a report says of these statistics."""
+        return {"sequential": True, **self.record.describe()}
+
+    def layer(self, index: int) -> LayerStatistics:
+        """Return what a layer's experts see and do behind the compressed layers.
+
+        Raises:
+            JaxmoeError: the hidden states that enter it are gone.
+        """
+        parameters = self._walk(index)
+        spec = self.model.spec.layers[index]
+        return LayerStatistics(
+            shape=self.model.shapes[index],
+            tokens=int(self.counted.sum()),
+            sequences=int(self.counted.any(1).sum()),
+            **gather(self.record, index, parameters, spec, self.states, self.counted, limit=self.limit),
+        )
+
+    def follow(self, index: int, layer: CompressedLayer) -> None:
+        """Move the hidden states on through a layer with its experts compressed."""
+        if index == max(self.model.shapes):
+            return
+        self._run(index, {**on_device(self.model.layer(index)), "experts": on_device(layer)})
+
+    def _walk(self, index: int) -> dict[str, Any]:
+        """Bring the hidden states to a layer, and return its arrays."""
+        begin = next((i for i in range(index, -1, -1) if self.states.path(i).exists()), None)
+        if begin is None:
+            begin = 0
+            start(self.model, self.states)
+        if between := [i for i in range(begin, index) if i in self.model.shapes]:
+            raise JaxmoeError(
+                f"the hidden states behind layer {between[-1]} are gone from {self.states.folder}: start over with"
+                " --no-resume; sequential calibration compresses all layers in one run"
+            )
+        for before in range(begin, index):
+            self._run(before, on_device(self.model.layer(before)))
+        return on_device(self.model.layer(index))
+
+    def _run(self, index: int, parameters: dict[str, Any]) -> None:
+        out = self.states.create(index + 1)
+        for _ in run_layer(index, parameters, self.model.spec.layers[index], self.states, out):
+            pass
+        self.states.finish(index + 1)
+        self.states.remove(index)
