@@ -31,14 +31,20 @@ def layer(seed=0, counts=COUNTS, **changes):
 
 
 class Recorded:
-    """Statistics that note which layers were asked for."""
+    """Statistics that note which layers were asked for, and which were done."""
 
     def __init__(self, seed=0, **changes):
-        self.seed, self.changes, self.asked = seed, changes, []
+        self.seed, self.changes, self.asked, self.followed = seed, changes, [], []
 
     def layer(self, index):
         self.asked.append(index)
         return layer(self.seed + index, **self.changes)
+
+    def follow(self, index, compressed):
+        self.followed.append(index)
+
+    def describe(self):
+        return {"tokens": 253, "domains": {"code": 253}, "sequential": False}
 
     def fingerprint(self):
         return f"seed {self.seed}"
@@ -95,7 +101,8 @@ def test_compression_serves_the_calibrated_inputs(tmp_path, name, settings):
     statistics = Recorded()
     aware = run(folder, tmp_path / "aware", statistics, name, **settings)
     plain = run(folder, tmp_path / "plain", None, name, **settings)
-    assert statistics.asked == [0, 1]
+    assert statistics.asked == statistics.followed == [0, 1]
+    assert aware["calibration"]["tokens"] == 253
     assert aware["run"]["statistics"] == "seed 0"
     assert plain["run"]["statistics"] is None
     assert aware["predicted_peak_bytes"] > plain["predicted_peak_bytes"]

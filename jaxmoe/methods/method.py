@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmoe.allocation import Ladder
-from jaxmoe.factors import LayerShape, Term
+from jaxmoe.factors import Term
 
 
 class Slot(NamedTuple):
@@ -75,9 +75,10 @@ class Method(NamedTuple):
         name: as the command line spells it.
         summary: one line for the help text.
         settings: a frozen dataclass of keyword-only settings, validated in `__post_init__`.
-        slots: `(shape, dtype, settings, kept, *, weighted) -> slots`: which targets are replaced and which sizes they can take when
-            targets of weight 1 are to keep a fraction `kept` of their numbers; neither targets nor weights may depend
-            on it, nor on whether second moments will weigh the errors. Targets that are not named stay dense.
+        slots: `(shape, dtype, settings, kept, *, weighted) -> slots`: which targets are replaced and which sizes they
+            can take when targets of weight 1 are to keep a fraction `kept` of their numbers; neither targets nor
+            weights may depend on it. Targets that are not named stay dense. `weighted` says whether second moments will
+            weigh the errors.
         fit: `(weight, template, settings, *, moment, key) -> Fit`: the numbers of one target, `[expert, out, in]`,
             shaped like the abstract term `template`; `moment` is the second moment of the inputs `[1|expert, in, in]`
             or None. Its scale is an expert's say where experts share something.
@@ -87,6 +88,6 @@ class Method(NamedTuple):
     name: str
     summary: str
     settings: type
-    slots: Callable[[LayerShape, Any, Any, float], tuple[Slot, ...]]
+    slots: Callable[..., tuple[Slot, ...]]
     fit: Callable[..., Fit]
     working_bytes: Callable[[Any], int]

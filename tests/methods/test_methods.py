@@ -153,7 +153,7 @@ def test_a_method_is_added_in_ten_lines(weights):
     class Settings:
         setting: str = "improved"
 
-    def slots(shape, dtype, settings, kept):
+    def slots(shape, dtype, settings, kept, *, weighted=False):
         return tuple(
             Slot(p, lambda rank, p=p: LowRank.abstract(shape.of(p), dtype, rank=rank), 1, break_even(shape.of(p)))
             for p in shape.projections

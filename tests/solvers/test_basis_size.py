@@ -37,3 +37,8 @@ def test_the_choice_is_near_the_best_of_all():
         fit = variable_projection(weight, bases=bases, rank=min(rank, rows), steps=150)
         errors[bases] = float(np.sqrt(np.mean(np.square(fit.error))))
     assert errors[choose_bases(shape, kept)] < 1.04 * min(errors.values()), errors
+
+
+def test_fewer_bases_where_moments_weigh_them():
+    assert [choose_bases((16, 128, 128), kept, weighted=True) for kept in (0.8, 0.53)] == [3, 4]
+    assert choose_bases((16, 64, 128), 0.95, weighted=True) == choose_bases((16, 64, 128), 0.95)
