@@ -19,7 +19,7 @@ RECORD = Record(
 )
 
 
-def random_record(seed, shape=SHAPE, moments="expert", gradients=True):
+def random_record(seed, shape=SHAPE, moments="weighted", gradients=True):
     rng = np.random.default_rng(seed)
     arrays = {}
     for name in kept(shape, moments=moments, gradients=gradients):

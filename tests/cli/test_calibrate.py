@@ -1,0 +1,177 @@
+"""Calibration, and compression with it, as a user runs them: results, stops, and what bad input gets."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from program import ENVIRONMENT, checksums, command, jaxmoe
+
+from jaxmoe.data import demo_checkpoint, demo_texts
+
+TEXT = demo_texts()[0].parent
+QUICK = ("--sequences", "4", "--length", "64")
+
+
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory) -> Path:
+    """Return a small statistics folder of the bundled checkpoint."""
+    folder = tmp_path_factory.mktemp("calibrated") / "statistics"
+    done = jaxmoe("calibrate", demo_checkpoint(), folder, "--text", TEXT, *QUICK, "--json")
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)
+    assert record["tokens"] == 5 * 4 * 63
+    assert [layer["layer"] for layer in record["layers"]] == [0, 1, 2, 3]
+    assert all(0 < layer["busiest"] <= 1 for layer in record["layers"])
+    return folder
+
+
+def compress(output: Path, *options):
+    return jaxmoe("compress", demo_checkpoint(), output, "--method", "svd", "--ratio", "0.4", *options, "--json")
+
+
+def report(done) -> dict:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_weighing_lowers_the_weighted_error(statistics, tmp_path):
+    plain = report(compress(tmp_path / "plain"))
+    weighted = report(compress(tmp_path / "weighted", "--statistics", statistics))
+    assert plain["calibration"] is None
+    assert weighted["calibration"]["tokens"] == 5 * 4 * 63
+    assert weighted["achieved"] == plain["achieved"]
+    for before, after in zip(plain["layers"], weighted["layers"], strict=True):
+        for name, record in after["projections"].items():
+            assert before["projections"][name]["weighted_error"] is None
+            assert record["weighted_error"] < record["error"]
+            assert before["projections"][name]["error"] < record["error"]
+    assert "1,260 tokens" in (tmp_path / "weighted" / "README.md").read_text()
+
+
+def test_texts_are_calibrated_on_first(statistics, tmp_path):
+    report(compress(tmp_path / "out", "--text", TEXT, *QUICK))
+    assert checksums(tmp_path / "out.statistics") == checksums(statistics)
+    report(compress(tmp_path / "again", "--statistics", tmp_path / "out.statistics"))
+    assert checksums(tmp_path / "again") == checksums(tmp_path / "out")
+
+
+def test_behind_the_compressed_layers(tmp_path):
+    options = ("--text", TEXT, *QUICK, "--sequential")
+    first = report(compress(tmp_path / "out", *options))
+    assert first["calibration"]["sequential"]
+    assert not list(tmp_path.rglob("*.f32"))
+    plain = report(compress(tmp_path / "plain", "--text", TEXT, *QUICK))
+    same, different = ([layer["projections"]["gate"]["error"] for layer in each["layers"]] for each in (first, plain))
+    assert same[0] == pytest.approx(different[0], rel=1e-6), "nothing stands before the first layer"
+    assert all(abs(a - b) > 1e-5 for a, b in zip(same[1:], different[1:], strict=True))
+
+    running = subprocess.Popen(
+        [
+            *command("compress", demo_checkpoint(), tmp_path / "cut", "--method", "svd", "--ratio", "0.4"),
+            *map(str, options),
+        ],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    journal = tmp_path / "cut.partial" / ".jaxmoe"
+    while not (journal / "layer00001.json").exists() and running.poll() is None:
+        time.sleep(0.02)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    report(compress(tmp_path / "cut", *options))
+    assert checksums(tmp_path / "cut") == checksums(tmp_path / "out")
+
+
+@pytest.mark.parametrize("gradients", [(), ("--gradients", "token")])
+def test_a_killed_calibration_goes_on(gradients, tmp_path):
+    arguments = ("calibrate", demo_checkpoint(), tmp_path / "s", "--text", TEXT, *QUICK, *gradients)
+    for seconds in (3.0, 4.5, 6.0):
+        running = subprocess.Popen(
+            command(*arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        try:
+            running.wait(seconds)
+        except subprocess.TimeoutExpired:
+            assert not (tmp_path / "s").exists()
+            running.kill()
+            running.wait()
+    assert jaxmoe(*arguments).returncode == 0
+    whole = jaxmoe("calibrate", demo_checkpoint(), tmp_path / "whole", "--text", TEXT, *QUICK, *gradients)
+    assert whole.returncode == 0, whole.stderr
+    assert checksums(tmp_path / "s") == checksums(tmp_path / "whole")
+    again = jaxmoe(*arguments, "--json")
+    assert again.returncode == 0
+    assert again.stderr == "", "a finished calibration is only shown"
+
+
+BAD = {
+    "no such text": (("--text", "nowhere.txt"), "nowhere.txt does not exist"),
+    "empty text": (("--text", "empty.txt"), "empty.txt is empty"),
+    "binary text": (("--text", "binary.txt"), "binary.txt is binary"),
+    "short text": (("--text", "short.txt"), "fewer than 256 tokens in short.txt"),
+    "too long windows": (("--text", TEXT, "--length", "99999"), "windows of 99999 tokens: the model takes 2048"),
+    "windows of one token": (("--text", TEXT, "--length", "1"), "give a length of at least 2"),
+    "no windows": (("--text", TEXT, "--sequences", "0"), "give at least 1"),
+    "layers out of order": (("--text", TEXT, "--layers", "3:1"), "give FIRST:END with FIRST < END"),
+    "layers without experts": (("--text", TEXT, "--layers", "7:9"), "layers 7:9 hold no routed experts"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_calibration(name, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "binary.txt").write_bytes(b"ab\0cd")
+    (tmp_path / "short.txt").write_text("a few words")
+    arguments, message = BAD[name]
+    done = jaxmoe("calibrate", demo_checkpoint(), "s", *arguments, "--json", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert message in json.loads(done.stdout)["error"]
+    assert not (tmp_path / "s").exists()
+
+
+def edited(tmp_path: Path, change) -> Path:
+    """Return a copy of the bundled checkpoint with its config changed."""
+    folder = shutil.copytree(demo_checkpoint(), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(change(config)))
+    return folder
+
+
+def test_a_tokenizer_that_does_not_match(tmp_path):
+    folder = shutil.copytree(demo_checkpoint(), tmp_path / "model")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 5000, "content": "<odd>"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    done = jaxmoe("calibrate", folder, tmp_path / "s", "--text", TEXT, *QUICK)
+    assert done.returncode == 1
+    assert "the tokenizer does not match the model" in done.stderr
+
+
+def test_an_attribute_that_nobody_knows(tmp_path):
+    folder = edited(tmp_path, lambda config: {**config, "shiny_new_trick": 2, "another_one": "x"})
+    done = jaxmoe("calibrate", folder, tmp_path / "s", "--text", TEXT, *QUICK)
+    assert done.returncode == 1
+    assert "another_one ('x'), shiny_new_trick (2)" in done.stderr
+
+
+def test_statistics_that_do_not_serve(statistics, tmp_path):
+    other = edited(tmp_path, lambda config: {**config, "rms_norm_eps": 1e-5})
+    done = jaxmoe("compress", other, tmp_path / "o", "--method", "svd", "--ratio", "0.4", "--statistics", statistics)
+    assert done.returncode == 1
+    assert "is of another model than" in done.stderr
+    both = compress(tmp_path / "o", "--statistics", statistics, "--text", TEXT)
+    assert "both --statistics and --text" in json.loads(both.stdout)["error"]
+    none = compress(tmp_path / "o", "--statistics", tmp_path / "none")
+    assert "has no statistics.json" in json.loads(none.stdout)["error"]
+    part = tmp_path / "part"
+    assert jaxmoe("calibrate", demo_checkpoint(), part, "--text", TEXT, *QUICK, "--layers", "0:2").returncode == 0
+    missing = compress(tmp_path / "o", "--statistics", part)
+    assert "has no layer 2, 3" in json.loads(missing.stdout)["error"]
+    alone = compress(tmp_path / "o", "--sequential")
+    assert "--sequential goes from the first layer to the last with --text" in json.loads(alone.stdout)["error"]
+    assert not (tmp_path / "o").exists()
