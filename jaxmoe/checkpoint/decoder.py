@@ -6,7 +6,7 @@ that the table does not name is an error: all offenders are listed.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -200,25 +200,30 @@ def _latent(spec: LatentAttention, hidden: int) -> Iterator[tuple[str, tuple[int
 
 
 def read(pieces: Mapping[str, Piece], matrices: Mapping[str, Matrix]) -> dict[str, np.ndarray]:
-    """Return the arrays, views of the files where they are stored plainly.
+    """Return the arrays, views of the files where they are stored plainly."""
+    return {
+        # A selection bias may be stored as a row.
+        name: matrices[piece.tensor].read()[piece.rows].reshape(piece.shape)
+        for name, piece in pieces.items()
+    }
 
-    Raises:
-        JaxmoeError: tensors are missing or have other shapes than the config says; all are listed.
-    """
-    problems, arrays = [], {}
-    for piece in pieces.values():
-        if piece.tensor not in matrices:
-            problems.append(f"{piece.tensor} is missing")
-    for name, piece in pieces.items() if not problems else ():
-        array = matrices[piece.tensor].read()[piece.rows]
-        if array.size != np.prod(piece.shape):
-            problems.append(f"{piece.tensor}: shape {list(array.shape)}, config.json says {list(piece.shape)}")
+
+def check_fit(pieces: Iterable[Piece], matrices: Mapping[str, Matrix]) -> None:
+    """Raise if tensors are missing, or have other shapes or more rows than the config says; all are listed."""
+    wanted: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        wanted.setdefault(piece.tensor, []).append(piece)
+    problems = []
+    for tensor, own in wanted.items():
+        if tensor not in matrices:
+            problems.append(f"{tensor} is missing")
             continue
-        # A selection bias may be stored as a row; any other shape of equal size is the same numbers in order.
-        arrays[name] = array.reshape(piece.shape)
+        whole = own[0].shape if own[0].rows == slice(None) else (max(x.rows.stop for x in own), *own[0].shape[1:])
+        found = tuple(matrices[tensor].shape)
+        if [size for size in found if size != 1] != [size for size in whole if size != 1]:
+            problems.append(f"{tensor}: shape {list(found)}, config.json says {list(whole)}")
     if problems:
-        raise JaxmoeError(f"the decoder's tensors do not fit its config: {listing(problems)}")
-    return arrays
+        raise JaxmoeError(f"the decoder's tensors do not fit its config: {listing(sorted(problems))}")
 
 
 def check_all_known(names: set[str], used: set[str]) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxmoe.checkpoint import files, hub
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
-from jaxmoe.checkpoint.decoder import Piece, check_all_known, end_pieces, expert_biases, layer_pieces, read
+from jaxmoe.checkpoint.decoder import Piece, check_all_known, check_fit, end_pieces, expert_biases, layer_pieces, read
 from jaxmoe.checkpoint.families import Family, decoder_config, find_family
 from jaxmoe.checkpoint.names import layer_number
 from jaxmoe.checkpoint.quantization import Matrix
@@ -141,19 +141,14 @@ class StoredModel:
 
     def _check(self) -> None:
         """Raise if tensors are missing, misshapen, or there for something that jaxmoe does not compute."""
-        wanted = {piece.tensor for piece in end_pieces(self.spec, self.model_type).values()}
-        expected: dict[str, Piece] = {}
+        pieces = [*end_pieces(self.spec, self.model_type).values()]
+        biases: set[str] = set()
         for index, layer in enumerate(self.spec.layers):
-            pieces = self._pieces(index)
-            expected |= {f"{index}.{name}": piece for name, piece in pieces.items()}
+            pieces += self._pieces(index).values()
             if isinstance(layer.feed_forward, ExpertBlock) and layer.feed_forward.bias:
-                wanted |= set(self._biases(index))
-        wanted |= {piece.tensor for piece in expected.values()}
-        missing = sorted(wanted - self.matrices.keys())
-        if missing:
-            raise JaxmoeError(
-                f"the decoder's tensors are not all there: {', '.join(missing[:8])} ({len(missing)} missing)"
-            )
+                biases |= set(self._biases(index))
+        check_fit(pieces, self.matrices)
+        wanted = biases | {piece.tensor for piece in pieces}
         check_all_known(self._decoder_tensors(), wanted)
 
     def _decoder_tensors(self) -> set[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
+from jaxmoe.model.experts import ACTIVATIONS
 from jaxmoe.model.rotary import mscale, rotary
 from jaxmoe.model.settings import Settings
 from jaxmoe.model.spec import (
@@ -72,6 +73,8 @@ def _build(
     hidden, depth = s.take("hidden_size"), s.take("num_hidden_layers")
     norm = norm or Norm(epsilon=s.take("rms_norm_eps", 1e-6))
     gate = gate or Gate(activation=s.take("hidden_act", "silu"))
+    if gate.activation not in (*ACTIVATIONS, "scaled_swish"):
+        raise JaxmoeError(f"config.json: activation {gate.activation!r}: jaxmoe runs {', '.join(sorted(ACTIVATIONS))}")
     intermediate = s.take("intermediate_size", 0)
     s.take("moe_intermediate_size", 0)
 
@@ -109,16 +112,17 @@ def _build(
 
 def _rope(s: Settings, head: int, *, interleaved: bool = False, partial: float = 1.0) -> Rotary:
     """Return the position embedding, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    theta = s.take("rope_theta", 10000.0)
-    scaling = s.take("rope_scaling", {})
-    parameters = {"rope_theta": theta, **scaling, **s.take("rope_parameters", {})}
+    parameters = {"rope_theta": s.take("rope_theta", 10000.0), **s.take("rope_parameters|rope_scaling", {})}
     share = s.take("partial_rotary_factor", None)
     share = parameters.get("partial_rotary_factor", partial if share is None else share)
+    longest = s.take("max_position_embeddings", 0)
     original = s.take("original_max_position_embeddings", None)
     if original is not None:
-        parameters.setdefault("original_max_position_embeddings", original)
+        parameters["original_max_position_embeddings"] = original
+    elif longest:
+        parameters.setdefault("original_max_position_embeddings", longest)
     size = s.take("rotary_dim", None) or int(head * share)
-    return rotary(parameters, size, interleaved=interleaved, positions=s.take("max_position_embeddings", 0))
+    return rotary(parameters, size, interleaved=interleaved, positions=longest)
 
 
 def _grouped(
@@ -168,7 +172,7 @@ def _latent(*, interleaved: bool | None = None):
         s.take("head_dim|qk_head_dim", None)
         s.take("num_key_value_heads", None)
         pairs = s.take("rope_interleave", True) if interleaved is None else interleaved
-        rope = {**s.take("rope_scaling", {}), **s.take("rope_parameters", {})}
+        rope = s.take("rope_parameters|rope_scaling", {})
         scale = (plain + rotated) ** -0.5
         if rope.get("rope_type", rope.get("type", "default")) != "default" and rope.get("mscale_all_dim"):
             scale *= mscale(rope["factor"], rope["mscale_all_dim"]) ** 2
@@ -202,6 +206,8 @@ def _by_layer(s: Settings, index: int) -> int | None:
         behind = index >= s.take("max_window_layers", 0)
         return window if s.take("use_sliding_window", False) and behind else None
     s.take("use_sliding_window", None)
+    if len(kinds) != s.take("num_hidden_layers"):
+        raise JaxmoeError(f"config.json: layer_types names {len(kinds)} layers of {s.take('num_hidden_layers')}")
     if kinds[index] not in ("full_attention", "sliding_attention"):
         raise JaxmoeError(f"layer {index} has {kinds[index]}: jaxmoe runs full_attention and sliding_attention")
     return window if kinds[index] == "sliding_attention" else None
@@ -424,7 +430,17 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "glm4_moe": {"rms_norm_eps": 1e-5, "norm_topk_prob": True},
     "dots1": {"norm_topk_prob": False},
     "minimax_m2": {"rope_theta": 5e6},
-    "gpt_oss": {"rope_theta": 150000.0, "rms_norm_eps": 1e-5, "attention_bias": True},
+    "gpt_oss": {
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "truncate": False,
+        },
+        "rms_norm_eps": 1e-5,
+        "attention_bias": True,
+    },
     "ernie4_5_moe": {"rope_theta": 5e5, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
     "hunyuan_v1_moe": {"rms_norm_eps": 1e-5},
 }

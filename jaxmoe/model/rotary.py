@@ -16,6 +16,22 @@ from jaxtyping import Array, Float
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.model.spec import Rotary
 
+NEEDED: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": (),
+    "yarn": ("original_max_position_embeddings",),
+    "longrope": ("original_max_position_embeddings", "long_factor", "short_factor"),
+    "llama3": ("original_max_position_embeddings", "factor", "low_freq_factor", "high_freq_factor"),
+}
+"""The rules by name, and what each cannot do without."""
+
+_KNOWN = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "alpha", "attention_factor", "factor", "truncate"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "long_mscale", "short_mscale"),
+    *(name for names in NEEDED.values() for name in names),
+}
+
 
 def rotary(parameters: Mapping[str, Any], size: int, *, interleaved: bool = False, positions: int = 0) -> Rotary:
     """Return the embedding that a config's `rope_parameters` describe.
@@ -27,13 +43,14 @@ def rotary(parameters: Mapping[str, Any], size: int, *, interleaved: bool = Fals
         positions: `max_position_embeddings`, for types that compare with it.
 
     Raises:
-        JaxmoeError: the type is unknown.
+        JaxmoeError: the type is unknown, or lacks something, or has something that is unknown.
 
     Example:
         >>> rotary({"rope_theta": 100.0}, 4).frequencies
         (1.0, 0.1)
     """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
+    _check(kind, {name: value for name, value in parameters.items() if value is not None})
     theta = float(parameters["rope_theta"])
     if kind == "dynamic" and parameters.get("alpha"):
         theta *= float(parameters["alpha"]) ** (size / (size - 2))
@@ -58,8 +75,6 @@ def rotary(parameters: Mapping[str, Any], size: int, *, interleaved: bool = Fals
         plain = plain / np.asarray(parameters["short_factor"], float)
         far_scale = float(parameters.get("long_mscale") or scale)
         scale = float(parameters.get("short_mscale") or scale)
-    elif kind != "default":
-        raise JaxmoeError(f"rope_type {kind!r}: jaxmoe computes default, linear, dynamic, yarn, longrope and llama3")
     return Rotary(
         frequencies=_numbers(plain),
         scale=float(scale),
@@ -68,6 +83,16 @@ def rotary(parameters: Mapping[str, Any], size: int, *, interleaved: bool = Fals
         long_frequencies=far,
         long_scale=far_scale,
     )
+
+
+def _check(kind: str, parameters: Mapping[str, Any]) -> None:
+    if kind not in NEEDED:
+        raise JaxmoeError(f"config.json: rope_type {kind!r}: jaxmoe computes {', '.join(NEEDED)}")
+    if missing := [name for name in NEEDED[kind] if name not in parameters]:
+        raise JaxmoeError(f"config.json: rope_type {kind!r} needs {', '.join(missing)}: fetch the checkpoint again")
+    if unknown := sorted(parameters.keys() - _KNOWN):
+        listed = ", ".join(f"{name} ({parameters[name]!r})" for name in unknown)
+        raise JaxmoeError(f"config.json: jaxmoe does not know what {listed} does to the position embedding")
 
 
 def _numbers(frequencies: np.ndarray) -> tuple[float, ...]:

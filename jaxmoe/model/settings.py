@@ -20,7 +20,7 @@ HARMLESS = frozenset(
     decoder_sparse_step mlp_only_layers first_k_dense_replace moe_layer_freq mlp_layer_types
     moe_layer_start_index moe_layer_end_index moe_layer_interval num_dense_layers num_experts num_local_experts
     n_routed_experts moe_num_experts im_end_id im_newline_id im_start_id image_token_id text_start_id
-    text_end_id video_start_id video_end_id eod_id sft_max_length initial_context_length rope_ratio
+    text_end_id video_start_id video_end_id eod_id sft_max_length initial_context_length
     moe_router_enable_expert_bias output_dropout moe_dropout_prob moe_capacity moe_drop_tokens mask_init_id
     org_vocab_size pad_id num_media_embeds add_classification_head class_num dense_list pool_type skip_cls_token
     vit_input_resolution vit_mapping_type vit_norm_type vit_patch vit_path vit_token vit_type mtp_transformer_layers
@@ -58,8 +58,8 @@ class Settings:
         8
         >>> settings.finish()
         Traceback (most recent call last):
-        ...
-        jaxmoe.errors.JaxmoeError: config.json: jaxmoe does not know what new_trick (True) does to the model ...
+            ...
+        jaxmoe.errors.JaxmoeError: config.json: jaxmoe does not know what new_trick (True) does to the model, ...
     """
 
     def __init__(self, config: Mapping[str, Any]):
