@@ -139,7 +139,8 @@ def run_layer(
         out: where the states that leave the layer are written, as `states.create(index + 1)` returns it; None for
             nowhere.
         part: the windows to move.
-        observe: pure function of the layer's intermediates and of a batch of `extra`; jitted with the layer.
+        observe: pure function of the layer's intermediates and of a batch of `extra`, itself a pytree; jitted with the
+            layer.
         extra: an array with a row for every window, of which each batch goes to `observe`.
 
     Raises:
@@ -151,7 +152,7 @@ def run_layer(
     for windows in states.batches(part):
         state = _attended(jnp.asarray(source[windows]), attending, spec=spec)
         given = None if extra is None else extra[windows]
-        x, observed = _finish(state, parameters, given, spec=spec, shape=block_shape(state, spec), observe=observe)
+        x, observed = _finish(state, parameters, given, observe, spec=spec, shape=block_shape(state, spec))
         x = np.asarray(x)
         if not np.isfinite(x).all():
             raise JaxmoeError(_not_finite(index, x, state))
@@ -195,8 +196,8 @@ def _attended(x, parameters, spec):
         return attended(x, parameters, spec)
 
 
-@partial(jax.jit, static_argnames=("spec", "shape", "observe"))
-def _finish(state, parameters, extra, spec, shape, observe):
+@partial(jax.jit, static_argnames=("spec", "shape"))
+def _finish(state, parameters, extra, observe, spec, shape):
     with jax.default_matmul_precision("float32"):
         x, seen = finish(state, parameters, spec, shape=shape)
         return x, None if observe is None else observe(seen, extra)

@@ -19,7 +19,7 @@ from jaxmoe.calibration.fisher import layer_backward, loss_gradients
 from jaxmoe.calibration.folder import Statistics, layer_arrays
 from jaxmoe.calibration.record import Record, Source
 from jaxmoe.calibration.statistics import FIELDS, LayerStatistics, merge_arrays
-from jaxmoe.calibration.sums import PER_EXPERT_MOMENTS, Summing
+from jaxmoe.calibration.sums import POOLED, Summing
 from jaxmoe.calibration.writer import StatisticsWriter
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import JOURNAL
@@ -28,8 +28,8 @@ from jaxmoe.model.spec import LayerSpec
 from jaxmoe.streaming import TOKENS, HiddenStates, Prefetched, on_device, run_layer, start
 from jaxmoe.texts import Windows
 
-BYTES = 4 << 30
-"""Bytes that the second moments of a layer's experts may take in memory, in float64."""
+LEAST = 512 << 20
+"""Bytes that the sums of a layer's experts may always take in memory."""
 
 Event = Callable[[dict[str, Any]], None]
 Sums = dict[str, np.ndarray]
@@ -46,7 +46,7 @@ def calibrate(
     layers: tuple[int, int] | None = None,
     resume: bool = True,
     tokens: int = TOKENS,
-    limit: int = BYTES,
+    limit: int | None = None,
     on_event: Event = lambda event: None,
 ) -> Statistics:
     """Gather the statistics of a model's routed experts on some texts.
@@ -61,7 +61,8 @@ def calibrate(
         layers: `(first, end)`: keep the decoder layers first <= index < end only; None for all.
         resume: whether to go on with an unfinished run.
         tokens: that go through a layer together.
-        limit: bytes that the second moments of a layer's experts may take in memory.
+        limit: bytes that the sums of a layer's experts may take in memory; None for as much as its matrices take in
+            float32, at least 512 MB.
         on_event: called with a small record after every layer.
 
     Raises:
@@ -120,7 +121,9 @@ def make_record(
 class _Run:
     """One calibration: what its steps share."""
 
-    def __init__(self, model: StoredModel, texts, states: HiddenStates, counted, writer, limit: int, on_event: Event):
+    def __init__(
+        self, model: StoredModel, texts, states: HiddenStates, counted, writer, limit: int | None, on_event: Event
+    ):
         self.model, self.states, self.counted = model, states, counted
         self.writer, self.limit, self.on_event = writer, limit, on_event
         self.names = [text.name for text in texts]
@@ -228,7 +231,7 @@ class _Run:
                 arrays = _zeros(summing, fisher=position == 0) if summing else {}
                 for windows in self.states.batches(part):
                     given = (jnp.asarray(a[windows]) for a in (source, left, self.counted))
-                    entered, observed = _back(*given, parameters, spec=spec, mode=mode, summing=summing)
+                    entered, observed = _back(*given, parameters, summing, spec=spec, mode=mode)
                     entered = np.asarray(entered)
                     if not np.isfinite(entered).all():
                         raise JaxmoeError(f"layer {index}: the gradient is not finite on {domain}: check the weights")
@@ -236,7 +239,7 @@ class _Run:
                         out[windows] = entered
                     _add(arrays, {name: observed[name] for name in arrays})
                 if summing:
-                    _place(sums, arrays, summing)
+                    _place(sums, arrays, summing, self.states.folder)
             if wanted:
                 self._write(domain, index, sums)
         gradients.finish(index)
@@ -251,7 +254,7 @@ def gather(
     states: HiddenStates,
     counted: np.ndarray,
     *,
-    limit: int,
+    limit: int | None,
     out: np.ndarray | None = None,
     part: slice = slice(None),
 ) -> Sums:
@@ -264,7 +267,7 @@ def gather(
         spec: what it computes.
         states: the windows' hidden states.
         counted: which tokens count.
-        limit: bytes that the second moments of the experts may take in memory.
+        limit: see `calibrate`.
         out: where the states that leave the layer are written, see `streaming.run_layer`.
         part: the windows.
     """
@@ -273,34 +276,30 @@ def gather(
         arrays, written = _zeros(summing), out if position == 0 else None
         for step in run_layer(index, parameters, spec, states, written, part=part, observe=summing, extra=counted):
             _add(arrays, step.observed)
-        _place(sums, arrays, summing)
+        _place(sums, arrays, summing, states.folder)
     return sums
 
 
-def _passes(record: Record, index: int, limit: int) -> Iterator[Summing]:
-    """Yield what to sum in each visit of a layer: everything, or the largest sums for some experts at a time."""
+def _passes(record: Record, index: int, limit: int | None) -> Iterator[Summing]:
+    """Yield what to sum in each visit of a layer: everything, or the sums of some experts at a time."""
     shape = record.layers[index]
     names = tuple(name for name in layer_arrays(record, index) if not name.startswith("fisher_"))
-    large = tuple(name for name in names if name in PER_EXPERT_MOMENTS)
-    each = sum(8 * int(np.prod(FIELDS[name].shape(shape)[1:])) for name in large)
-    at_once = max(1, limit // each) if each else shape.experts
-    if at_once >= shape.experts:
-        yield Summing(shape=shape, names=names, experts=shape.experts)
-        return
-    small = tuple(name for name in names if name not in large)
-    yield Summing(shape=shape, names=small, experts=shape.experts)
+    own = tuple(name for name in names if name not in POOLED)
+    each = sum(8 * int(np.prod(FIELDS[name].shape(shape)[1:])) for name in own)
+    limit = max(LEAST, 4 * shape.numbers) if limit is None else limit
+    visits = -(-shape.experts // max(1, limit // each))
+    at_once = -(-shape.experts // visits)
     for first in range(0, shape.experts, at_once):
-        yield Summing(shape=shape, names=large, first=first, experts=min(at_once, shape.experts - first))
-
-
-def _rows(name: str, summing: Summing) -> tuple[int, ...]:
-    shape = FIELDS[name].shape(summing.shape)
-    return (summing.experts, *shape[1:]) if name in PER_EXPERT_MOMENTS else shape
+        some = min(at_once, shape.experts - first)
+        yield Summing(shape=shape, names=names if first == 0 else own, experts=some, first=first)
 
 
 def _zeros(summing: Summing, *, fisher: bool = False) -> Sums:
     names = [*summing.names, *(f"fisher_{p}" for p in summing.shape.projections if fisher)]
-    return {name: np.zeros(_rows(name, summing), FIELDS[name].dtype) for name in names}
+    shapes = {name: FIELDS[name].shape(summing.shape) for name in names}
+    for name in set(summing.names) - {*POOLED}:
+        shapes[name] = (summing.experts, *shapes[name][1:])
+    return {name: np.zeros(shape, FIELDS[name].dtype) for name, shape in shapes.items()}
 
 
 def _add(arrays: Sums, observed: dict[str, Any]) -> None:
@@ -309,15 +308,16 @@ def _add(arrays: Sums, observed: dict[str, Any]) -> None:
         merge_arrays(name, array, np.asarray(observed[name]), out=array)
 
 
-def _place(sums: Sums, arrays: Sums, summing: Summing) -> None:
-    """Put the rows of some experts where they belong."""
+def _place(sums: Sums, arrays: Sums, summing: Summing, folder: Path) -> None:
+    """Put the rows of some experts where they belong; what does not fit into memory at once lies in mapped files."""
     for name, array in arrays.items():
         whole = FIELDS[name].shape(summing.shape)
         if array.shape == whole:
             sums[name] = array
         else:
-            total = sums.setdefault(name, np.zeros(whole, FIELDS[name].dtype))
-            total[summing.first : summing.first + summing.experts] = array
+            if name not in sums:
+                sums[name] = np.memmap(folder / f"{name}.sums", FIELDS[name].dtype, "w+", shape=whole)
+            sums[name][summing.first : summing.first + summing.experts] = array
 
 
 @partial(jax.jit, static_argnames="spec")
@@ -326,8 +326,8 @@ def _head_gradient(x, ids, counted, ends, spec):
         return loss_gradients(x, ids, counted, ends, spec)
 
 
-@partial(jax.jit, static_argnames=("spec", "mode", "summing"))
-def _back(x, gradient, counted, parameters, spec: LayerSpec, mode: str, summing: Summing | None):
+@partial(jax.jit, static_argnames=("spec", "mode"))
+def _back(x, gradient, counted, parameters, summing: Summing | None, spec: LayerSpec, mode: str):
     with jax.default_matmul_precision("float32"):
         entered, fisher, seen = layer_backward(x, gradient, parameters, spec, mode=mode)
         observed = {} if summing is None else summing(seen, counted)

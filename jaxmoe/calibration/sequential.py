@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.calibration.collect import BYTES, gather, make_record
+from jaxmoe.calibration.collect import gather, make_record
 from jaxmoe.calibration.statistics import LayerStatistics
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import fingerprint
@@ -30,7 +30,7 @@ class Sequential:
         folder: where the hidden states lie; whoever owns the folder removes it in the end.
         tokenizer: fingerprint of what made the windows, None if unknown.
         tokens: that go through a layer together.
-        limit: bytes that the second moments of a layer's experts may take in memory.
+        limit: bytes that the sums of a layer's experts may take in memory, see `calibrate`.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Sequential:
         *,
         tokenizer: str | None = None,
         tokens: int = TOKENS,
-        limit: int = BYTES,
+        limit: int | None = None,
     ):
         self.model, self.limit = model, limit
         self.record = make_record(model, texts, tokenizer)

@@ -9,17 +9,19 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.calibration.statistics import FIELDS
 from jaxmoe.factors import LayerShape
+from jaxmoe.factors.term import pytree
 from jaxmoe.model.grouped import BlockShape, arrange, block_rows, most_blocks
 from jaxmoe.model.layer import Intermediates
 
 
+@pytree(static=("shape", "names", "experts"))
 @dataclass(frozen=True, kw_only=True)
 class Summing:
-    """What to sum, as a function that hashes by what it computes, so that equal ones share a compiled program.
+    """What to sum, as a function that is a pytree: all that differ in `first` alone share a compiled program.
 
     Args:
         shape: of the layer.
@@ -28,9 +30,8 @@ class Summing:
         experts: how many experts' rows are returned.
 
     Example:
-        >>> Summing(shape=LayerShape(4, 8, 6), names=("counts",), experts=4) == Summing(
-        ...     shape=LayerShape(4, 8, 6), names=("counts",), experts=4)
-        True
+        >>> jax.tree.leaves(Summing(shape=LayerShape(4, 8, 6), names=("counts",), experts=2, first=2))
+        [2]
     """
 
     shape: LayerShape
@@ -43,11 +44,10 @@ class Summing:
         assert seen.routes is not None
         counted = counted.reshape(-1)
         sums = {}
-        if {"counts", "coactivation", "input_moment"} & {*self.names}:
+        if {*POOLED} & {*self.names}:
             hits = jnp.any(seen.routes.experts[:, :, None] == jnp.arange(self.shape.experts), 1) & counted[:, None]
             # Whole numbers below 2^24 are exact.
             sums["coactivation"] = _gram(hits.astype(jnp.float32)).astype(jnp.int32)
-            sums["counts"] = jnp.diagonal(sums["coactivation"])
             sums["input_moment"] = _gram(jnp.where(counted[:, None], seen.inputs, 0))
         if any(name not in sums for name in self.names):
             sums |= self._by_expert(seen, counted)
@@ -64,7 +64,12 @@ class Summing:
         blocks = arrange(local, self.experts + 1, BlockShape(rows, most_blocks(chosen.size, self.experts + 1, rows)))
         used = jnp.sum(blocks.expert < self.experts)
         names = [name for name in self.names if name in _PRODUCTS]
-        start = {name: jnp.zeros((self.experts, *FIELDS[name].shape(self.shape)[1:]), jnp.float32) for name in names}
+        start = {
+            name: jnp.zeros(
+                (self.experts, *FIELDS[name].shape(self.shape)[1:]), jnp.int32 if name == "counts" else jnp.float32
+            )
+            for name in names
+        }
 
         def add(index, sums):
             assignment, expert = blocks.assignment[index], blocks.expert[index]
@@ -72,6 +77,7 @@ class Summing:
             token = jnp.minimum(assignment // chosen.shape[1], len(chosen) - 1)
             place = jnp.minimum(assignment, chosen.size - 1)
             row = _Rows(
+                real=real.astype(jnp.int32),
                 inputs=jnp.where(real, seen.inputs[token], 0),
                 weights=jnp.where(real, weights.reshape(-1)[place][:, None], 0),
                 intermediate=jnp.where(real, _flat(seen.intermediate)[place], 0),
@@ -87,6 +93,7 @@ class Summing:
 
 @dataclass(frozen=True)
 class _Rows:
+    real: Int[Array, "row 1"]
     inputs: Float[Array, "row hidden"]
     weights: Float[Array, "row 1"]
     intermediate: Float[Array, "row intermediate"]
@@ -110,6 +117,7 @@ def _flat(values) -> Array:
 
 
 _PRODUCTS = {
+    "counts": lambda row: jnp.sum(row.real),
     "weight_sums": lambda row: jnp.sum(row.weights),
     "input_sums": lambda row: jnp.sum(row.inputs, 0),
     "output_sums": lambda row: jnp.sum(row.outputs, 0),
@@ -124,5 +132,5 @@ _PRODUCTS = {
 }
 """What the rows of one block add to an expert's sums; peaks are merged by the maximum."""
 
-PER_EXPERT_MOMENTS = tuple(name for name, field in FIELDS.items() if field.group in ("expert", "weighted"))
-"""The sums that may be too large to be held for all experts at once."""
+POOLED = ("coactivation", "input_moment")
+"""The sums that have no row for each expert."""

@@ -87,13 +87,22 @@ class StatisticsWriter:
         self._check(domain, index, statistics)
         arrays = statistics.arrays()
         tensors = [
-            Planned(name, FIELDS[name].stored, array.shape, partial(array.astype, FIELDS[name].stored))
+            Planned(name, FIELDS[name].stored, array.shape, partial(self._stored, array, FIELDS[name].stored))
             for name, array in arrays.items()
         ]
         path = self.workspace.folder / layer_path(domain, index)
         path.parent.mkdir(exist_ok=True)
         checksum = write_tensors(path, tensors)
         self.workspace.finish((domain, index), self._key, checksum, {"domain": domain, "layer": index})
+
+    def _stored(self, array: np.ndarray, dtype: str) -> np.ndarray:
+        """Return an array in the dtype in which it is stored, in a mapped file if it came in one."""
+        if not isinstance(array, np.memmap):
+            return array.astype(dtype)
+        stored = np.memmap(self.workspace.journal / "stored.sums", dtype, "w+", shape=array.shape)
+        for row, part in enumerate(array):
+            stored[row] = part
+        return stored
 
     def publish(self) -> Statistics:
         """Give the complete folder its name, and return it opened.

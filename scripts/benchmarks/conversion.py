@@ -78,10 +78,10 @@ def _anonymous(pid: int) -> int:
 
 
 def names_and_shapes(
-    layers: int, experts: int, hidden: int, intermediate: int
+    layers: int, experts: int, hidden: int, intermediate: int, vocabulary: int = 1024
 ) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the tensors of a Qwen3-MoE checkpoint with four small attention heads, in the hub's names and order."""
-    yield "model.embed_tokens.weight", (1024, hidden)
+    yield "model.embed_tokens.weight", (vocabulary, hidden)
     for layer in range(layers):
         block = f"model.layers.{layer}"
         for name, rows, columns in (("q", 64, hidden), ("k", 32, hidden), ("v", 32, hidden), ("o", hidden, 64)):
@@ -99,11 +99,18 @@ def names_and_shapes(
         yield f"{block}.input_layernorm.weight", (hidden,)
         yield f"{block}.post_attention_layernorm.weight", (hidden,)
     yield "model.norm.weight", (hidden,)
-    yield "lm_head.weight", (1024, hidden)
+    yield "lm_head.weight", (vocabulary, hidden)
 
 
 def generate(
-    folder: Path, *, layers: int, experts: int, hidden: int, intermediate: int, shard_bytes: int = 1 << 28
+    folder: Path,
+    *,
+    layers: int,
+    experts: int,
+    hidden: int,
+    intermediate: int,
+    vocabulary: int = 1024,
+    shard_bytes: int = 1 << 28,
 ) -> int:
     """Write a random sharded checkpoint and return the bytes of its tensors."""
     rng = np.random.default_rng(0)
@@ -113,7 +120,7 @@ def generate(
 
     folder.mkdir(parents=True)
     shards: list[list[Planned]] = [[]]
-    for name, shape in names_and_shapes(layers, experts, hidden, intermediate):
+    for name, shape in names_and_shapes(layers, experts, hidden, intermediate, vocabulary):
         # At most 8192 tensors in a file, as large checkpoints have it.
         if sum(t.bytes for t in shards[-1]) >= shard_bytes or len(shards[-1]) == 8192:
             shards.append([])
@@ -133,7 +140,7 @@ def generate(
         "num_experts_per_tok": 2,
         "hidden_size": hidden,
         "moe_intermediate_size": intermediate,
-        "vocab_size": 1024,
+        "vocab_size": vocabulary,
         "head_dim": 16,
     }
     (folder / "config.json").write_text(json.dumps(config | sizes, indent=2))

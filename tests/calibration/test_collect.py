@@ -87,9 +87,9 @@ def test_few_experts_at_a_time_give_the_same(tmp_path):
     save_tiny("mixtral", tmp_path / "model")
     model, text = StoredModel(tmp_path / "model"), random_windows()
     whole = calibrate(model, [text], tmp_path / "whole")
-    parts = calibrate(model, [text], tmp_path / "parts", limit=3 * 8 * (64 * 64 + 24 * 24))
+    parts = calibrate(model, [text], tmp_path / "parts", limit=3 * 8 * 2 * (64 * 64 + 24 * 24))
     for index in whole.layers:
-        close(parts.layer(index), whole.layer(index), 1e-7)
+        close(parts.layer(index), whole.layer(index), 1e-6)
 
 
 def test_an_interrupted_run_goes_on(tmp_path):
