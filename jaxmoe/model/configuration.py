@@ -375,6 +375,7 @@ def _ernie4_5_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
         attention=_grouped(bias=bias, interleaved=True),
         shared=s.take("moe_num_shared_experts", 0) * s.take("moe_intermediate_size"),
         mlp_bias=bias,
+        head_bias=bias,
     )
 
 
