@@ -27,6 +27,7 @@ import jaxmoe.torch  # noqa: E402, F401  registers the factored architectures
 from jaxmoe.checkpoint.stored_model import StoredModel  # noqa: E402
 from jaxmoe.data import demo_checkpoint, demo_texts  # noqa: E402
 from jaxmoe.evaluation.windows import score_windows, walk  # noqa: E402
+from jaxmoe.model.spec import ExpertBlock  # noqa: E402
 from jaxmoe.texts import Tokenizer, text_windows  # noqa: E402
 
 BATCH = 8
@@ -104,8 +105,8 @@ def matrices(stored: StoredModel):
                 and getattr(array, "ndim", 0) == 2
             ):
                 yield array.shape
-        if "experts" in arrays:
-            shape = arrays["experts"].sizes
+        if isinstance(spec.feed_forward, ExpertBlock):
+            shape = stored.shapes[index]
             for projection in shape.projections:
                 yield from [shape.of(projection)[1:]] * spec.feed_forward.router.top_k
 
