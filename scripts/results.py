@@ -1,10 +1,11 @@
 """The README's results table: perplexity of compressed checkpoints, for methods, settings and ratios.
 
-    python scripts/results.py CHECKPOINT... --text FOLDER [--into README.md]
+    python scripts/results.py CHECKPOINT... --text FOLDER [--into README.md] [--check 3]
 
-Every combination runs `jaxmoe compress` into a folder of its own, as its users run it, and is then evaluated through
-PyTorch on every `*.txt` of the text folder. An interrupted run goes on where it stopped. Beside the table,
-`results.json` keeps every number and the command behind it.
+Every combination runs `jaxmoe compress` into a folder of its own, as its users run it, and then `jaxmoe evaluate` on
+every `*.txt` of the text folder. An interrupted run goes on where it stopped. Beside the table, `results.json` keeps
+every number and the command behind it. `--check N` repeats N cells, spread evenly over the table, and every original
+through transformers and PyTorch, prints how far they are apart, and ends with an error if that is more than 0.1 %.
 """
 
 import argparse
@@ -20,6 +21,9 @@ from typing import Any
 
 VARIANTS = ("svd:paper", "svd:improved", "mobe:paper", "mobe:improved")
 RATIOS = ("0.166", "0.25", "0.4", "0.6", "0.8")
+TOLERANCE = 1e-3
+"""Relative difference of perplexities that are said to be the same."""
+
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
@@ -48,12 +52,15 @@ def main() -> None:
     records = []
     for checkpoint in arguments.checkpoints:
         base = evaluate(checkpoint, texts, arguments, arguments.output / checkpoint.name / "original.json")
-        records.append({"checkpoint": checkpoint.name, "method": "original", "evaluation": base})
+        original = {"checkpoint": checkpoint.name, "method": "original", "folder": str(checkpoint)}
+        records.append({**original, "evaluation": base})
         for case in cases(checkpoint, arguments):
             records.append(measure(case, texts, arguments))
             write(arguments.output, records)
     table = "\n\n".join([perplexities(records), *errors(records)])
     print(table)
+    if arguments.check is not None:
+        check(records, texts, arguments)
     if arguments.into:
         insert(arguments.into, f"`{shlex.join(['python', *sys.argv])}` gave:\n\n{table}")
 
@@ -68,6 +75,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="METHOD:SETTING:NAME=VALUE", dest="settings")
     parser.add_argument("--length", type=int, default=256, help="tokens in a window")
     parser.add_argument("--windows", type=int, help="so many windows of each text instead of all")
+    parser.add_argument("--check", type=int, metavar="N", help="repeat the originals and N cells in PyTorch")
     parser.add_argument("--into", type=Path, help=f"file in which to replace what stands between {BEGIN} and {END}")
     return parser.parse_args()
 
@@ -86,10 +94,10 @@ def measure(case: Case, texts: list[Path], arguments: argparse.Namespace) -> dic
         "checkpoint": case.checkpoint.name,
         "method": f"{case.method} {case.setting}",
         "ratio": float(case.ratio),
+        "folder": str(folder),
         "command": shlex.join(["jaxmoe", *command]),
     }
-    print(record["command"], file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, "-m", "jaxmoe", *command, "--json"], stdout=subprocess.PIPE, text=True)
+    done = jaxmoe(command)
     if done.returncode:
         reason = json.loads(done.stdout)["error"] if done.returncode == 1 else ""
         if "out of reach" not in reason:
@@ -102,8 +110,9 @@ def measure(case: Case, texts: list[Path], arguments: argparse.Namespace) -> dic
 
 def evaluate(checkpoint: Path, texts: list[Path], arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
     """Return the evaluation of a checkpoint, from the cache where one of the same windows and texts stands there."""
-    from jaxmoe.torch.perplexity import perplexity
-
+    command = ["evaluate", str(checkpoint), "--length", str(arguments.length), "--generate", "0"]
+    command += [part for path in texts for part in ("--text", str(path))]
+    command += ["--sequences", str(arguments.windows)] if arguments.windows else []
     question = {
         "length": arguments.length,
         "windows": arguments.windows,
@@ -112,10 +121,38 @@ def evaluate(checkpoint: Path, texts: list[Path], arguments: argparse.Namespace,
     }
     if cache.exists() and (known := json.loads(cache.read_text()))["question"] == question:
         return known["evaluation"]
-    result = perplexity(checkpoint, texts, length=arguments.length, windows=arguments.windows).as_json()
+    done = jaxmoe(command)
+    if done.returncode:
+        raise SystemExit(f"jaxmoe evaluate {checkpoint} ended with {done.returncode}")
+    result = json.loads(done.stdout)
     cache.parent.mkdir(parents=True, exist_ok=True)
     cache.write_text(json.dumps({"question": question, "evaluation": result}, indent=1))
     return result
+
+
+def jaxmoe(command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command as its users do, and say so."""
+    print(shlex.join(["jaxmoe", *command]), file=sys.stderr, flush=True)
+    return subprocess.run([sys.executable, "-m", "jaxmoe", *command, "--json"], stdout=subprocess.PIPE, text=True)
+
+
+def check(records: list[dict[str, Any]], texts: list[Path], arguments: argparse.Namespace) -> None:
+    """Repeat some evaluations in PyTorch; end the program if one is more than the tolerance away."""
+    from jaxmoe.torch.perplexity import perplexity
+
+    cells = [record for record in records if "ratio" in record and "evaluation" in record]
+    count = min(arguments.check, len(cells))
+    chosen = [record for record in records if record["method"] == "original"]
+    chosen += [cells[(2 * i + 1) * len(cells) // (2 * count)] for i in range(count)]
+    apart = []
+    for record in chosen:
+        ours = record["evaluation"]["geometric_mean_perplexity"]
+        repeated = perplexity(record["folder"], texts, length=arguments.length, windows=arguments.windows)
+        theirs = repeated.geometric_mean_perplexity
+        apart.append(abs(ours / theirs - 1))
+        print(f"{record['folder']}: {ours:.5f}, in PyTorch {theirs:.5f}, apart {apart[-1]:.1e}", file=sys.stderr)
+    if max(apart) > TOLERANCE:
+        raise SystemExit(f"jaxmoe and PyTorch are {max(apart):.1e} apart, more than {TOLERANCE:.1e}")
 
 
 def perplexities(records: list[dict[str, Any]]) -> str:

@@ -27,12 +27,16 @@ def test_table_holds_what_was_measured(tmp_path):
         tmp_path / "out",
     ]
     command += ["--variants", "svd:improved,mobe:paper", "--ratios", "0.166,0.8", "--windows", "4"]
-    command += ["--set", "mobe:paper:steps=20", "--into", readme]
+    command += ["--set", "mobe:paper:steps=20", "--into", readme, "--check", "2"]
 
     def run():
-        return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=600).stdout
+        return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=600)
 
-    printed = run()
+    first = run()
+    printed = first.stdout
+    apart = [float(line.rsplit(" ", 1)[1]) for line in first.stderr.splitlines() if "in PyTorch" in line]
+    assert len(apart) == 3, "the original and two cells"
+    assert max(apart) < 1e-4
     records = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     by_method = {(r["method"], r.get("ratio")): r for r in records}
     assert "out of reach" in by_method["mobe paper", 0.8]["infeasible"]
@@ -49,4 +53,4 @@ def test_table_holds_what_was_measured(tmp_path):
     assert text.endswith("<!-- end of results -->\nafter\n")
     assert printed.strip() in text
     assert "\nold\n" not in text
-    assert run() == printed, "a second run measures nothing anew and prints the same"
+    assert run().stdout == printed, "a second run measures nothing anew and prints the same"
