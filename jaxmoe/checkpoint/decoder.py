@@ -27,6 +27,7 @@ _LAYER = {
     "attention.query_norm": "self_attn.q_norm",
     "attention.key_norm": "self_attn.k_norm",
     "attention.sinks": "self_attn.sinks",
+    "attention.gate": "self_attn.gate_proj",
     "attention.query_down": "self_attn.q_a_proj",
     "attention.query_down_norm": "self_attn.q_a_layernorm",
     "attention.query_up": "self_attn.q_b_proj",
@@ -48,6 +49,12 @@ _ENDS = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_he
 
 _OTHERWISE: dict[str, dict[str, str]] = {
     "flex_olmo": {"input_norm": "post_attention_layernorm", "post_norm": "post_feedforward_layernorm"},
+    "afmoe": {
+        "input_norm_after": "post_attention_layernorm",
+        "post_norm": "pre_mlp_layernorm",
+        "post_norm_after": "post_mlp_layernorm",
+    },
+    "mimo_v2_flash": {"attention.sinks": "self_attn.attention_sink_bias"},
     "hunyuan_v1_moe": {
         "attention.query_norm": "self_attn.query_layernorm",
         "attention.key_norm": "self_attn.key_layernorm",
@@ -130,7 +137,7 @@ def end_pieces(spec: DecoderSpec, model_type: str) -> dict[str, Piece]:
 
 
 def _shapes(spec: LayerSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    for name in ("input_norm", "post_norm"):
+    for name in ("input_norm",) if spec.parallel else ("input_norm", "post_norm"):
         yield from _norm(name, spec.hidden, spec.norm)
         if spec.before and spec.after:
             yield from _norm(f"{name}_after", spec.hidden, spec.norm)
@@ -183,6 +190,8 @@ def _grouped(spec: Attention, hidden: int) -> Iterator[tuple[str, tuple[int, ...
         yield from _norm("attention.key_norm", keys if whole else spec.head, spec.norm)
     if spec.sinks:
         yield "attention.sinks", (spec.heads,)
+    if spec.gated:
+        yield "attention.gate.weight", (spec.heads * spec.value, hidden)
 
 
 def _latent(spec: LatentAttention, hidden: int) -> Iterator[tuple[str, tuple[int, ...]]]:

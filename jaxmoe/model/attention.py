@@ -45,7 +45,7 @@ def _grouped(x, parameters: Parameters, spec: Attention):
         query, key, value = (jnp.clip(part, -spec.clip, spec.clip) for part in (query, key, value))
     query = query.reshape(*x.shape[:2], spec.heads, spec.head)
     key = key.reshape(*x.shape[:2], spec.kv_heads, spec.head)
-    value = value.reshape(*x.shape[:2], spec.kv_heads, spec.value)
+    value = value.reshape(*x.shape[:2], spec.kv_heads, spec.value) * spec.value_scale
 
     def turned(part, name):
         if spec.rotary is not None and spec.norm_after_rotary:
@@ -58,6 +58,8 @@ def _grouped(x, parameters: Parameters, spec: Attention):
 
     sinks = parameters["attention.sinks"] if spec.sinks else None
     mixed = _mix(turned(query, "query"), turned(key, "key"), value, spec.scale, spec.window, sinks)
+    if spec.gated:
+        mixed = mixed * jax.nn.sigmoid(linear(x, parameters, "attention.gate"))
     return linear(mixed, parameters, "attention.output")
 
 

@@ -1,6 +1,6 @@
 """One decoder layer as a pure function, and its two halves.
 
-    x + attention(norm(x)), then x + feed_forward(norm(x))
+    x + attention(norm(x)), then x + feed_forward(norm(x)), or both from one norm(x)
 
 The halves meet where the routing is known: a program that streams a model counts the assignments there, on the host,
 and chooses blocks of the right size for the second half. In between everything is a pytree of arrays.
@@ -73,9 +73,11 @@ def layer(
 
 def attended(x: Float[Array, "sequence position hidden"], parameters: Parameters, spec: LayerSpec) -> Attended:
     """Run the first half of a layer: attention, the normalisation behind it, and the routing."""
-    added = attend(_before(x, parameters, "input_norm", spec), parameters, spec.attention)
+    first = _before(x, parameters, "input_norm", spec)
+    added = attend(first, parameters, spec.attention)
     x = x + _after(added, parameters, "input_norm", spec) * spec.multiplier
-    inputs = _before(x, parameters, "post_norm", spec).reshape(-1, spec.hidden)
+    second = first if spec.parallel else _before(x, parameters, "post_norm", spec)
+    inputs = second.reshape(-1, spec.hidden)
     routes = route(inputs, parameters, spec.feed_forward.router) if isinstance(spec.feed_forward, ExpertBlock) else None
     return Attended(x, inputs, routes)
 
@@ -101,6 +103,7 @@ def finish(
         seen = Intermediates(inputs, routes, rows.intermediate, rows.output)
         if block.shared is not None:
             added = added + _shared(inputs, parameters, block)
+        added = added * block.scale
     added = _after(added.reshape(x.shape), parameters, "post_norm", spec)
     return x + added * spec.multiplier, seen
 

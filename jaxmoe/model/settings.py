@@ -25,6 +25,8 @@ HARMLESS = frozenset(
     org_vocab_size pad_id num_media_embeds add_classification_head class_num dense_list pool_type skip_cls_token
     vit_input_resolution vit_mapping_type vit_norm_type vit_patch vit_path vit_token vit_type mtp_transformer_layers
     num_mtp_modules use_mtp mlp_intermediate_size shared_moe_mode cla_share_factor
+    enable_moe_fp32_combine sliding_window_pattern global_attn_every_n_layers n_shared_experts
+    load_balance_coeff use_grouped_mm
     """.split()  # noqa: SIM905
 )
 """What does not change what the model computes, or what the tensors on disk say for certain."""

@@ -58,6 +58,8 @@ class Attention:
         output_bias: of the output projection.
         sinks: whether each head has a learned score that takes probability and adds nothing.
         clip: bound of queries, keys and values, None without.
+        value_scale: factor of the values.
+        gated: whether a sigmoid of the token scales what goes into the output projection, number by number.
     """
 
     heads: int
@@ -74,6 +76,8 @@ class Attention:
     output_bias: bool = False
     sinks: bool = False
     clip: float | None = None
+    value_scale: float = 1.0
+    gated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +178,7 @@ class ExpertBlock:
         bias: whether the routed experts have biases.
         shared: what all tokens use beside the routed experts, None for nothing.
         shared_gate: whether a sigmoid of the token scales that.
+        scale: factor of what routed and shared experts give together.
     """
 
     shape: LayerShape
@@ -182,6 +187,7 @@ class ExpertBlock:
     bias: bool = False
     shared: DenseBlock | None = None
     shared_gate: bool = False
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +195,7 @@ class LayerSpec:
     """One decoder layer: attention, then the feed-forward block, each added to what came in.
 
     `before` and `after` say whether the normalisations stand before the blocks or behind them; `multiplier` scales
-    what a block adds.
+    what a block adds. With `parallel`, both blocks read the same normalised input, and there is one normalisation.
     """
 
     hidden: int
@@ -199,6 +205,7 @@ class LayerSpec:
     before: bool = True
     after: bool = False
     multiplier: float = 1.0
+    parallel: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,6 +143,7 @@ REFUSED = {
     "cross-layer attention": ("hunyuan-a13b", {"use_cla": True}, "use_cla"),
     "two shared experts": ("hunyuan-a13b", {"num_shared_expert": [2] * 32}, "num_shared_expert"),
     "another gate": ("ernie-4.5-21b-a3b", {"moe_gate": "top2_fused"}, "moe_gate"),
+    "which layers slide": ("gpt-oss-20b", {"layer_types": None}, "nothing of layer_types"),
     "number of layer types": ("gpt-oss-20b", {"layer_types": ["full_attention"]}, "layer_types"),
 }
 

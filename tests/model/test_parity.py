@@ -32,6 +32,13 @@ FAMILIES = (
     "hunyuan_v1_moe",
     "granitemoe",
     "granitemoeshared",
+    "glm4_moe_lite",
+    "solar_open",
+    "exaone_moe",
+    "hy_v3",
+    "afmoe",
+    "mimo_v2_flash",
+    "cohere2_moe",
 )
 IDS = np.arange(48).reshape(2, 24) * 7 % 120 + 3
 
@@ -66,6 +73,33 @@ VARIANTS = {
     "alpha": (
         "hunyuan_v1_moe",
         {"rope_parameters": {"rope_type": "dynamic", "alpha": 50.0, "factor": 1.0, "rope_theta": 10000.0}},
+    ),
+    "positions in windows alone": ("exaone_moe", {"sliding_window": 6}),
+    "positions everywhere": ("exaone_moe", {"sliding_window": None, "layer_types": ["full_attention"] * 3}),
+    "scaled embeddings": ("afmoe", {"sliding_window": 6, "mup_enabled": True, "num_shared_experts": 2}),
+    "windows with sinks": ("mimo_v2_flash", {"sliding_window": 6, "attention_value_scale": 0.5}),
+    "parallel blocks": (
+        "cohere2_moe",
+        {
+            "sliding_window": 6,
+            "expert_selection_fn": "sigmoid",
+            "shared_expert_combination_strategy": "sum",
+            "mlp_layer_types": ["dense", "sparse"],
+            "layer_types": ["full_attention", "sliding_attention"],
+            "prefix_dense_intermediate_size": 56,
+            "rms_norm_eps": 1e-5,
+            "logit_scale": 0.5,
+        },
+    ),
+    "positions in dense layers": (
+        "cohere2_moe",
+        {
+            "num_shared_experts": 2,
+            "mlp_layer_types": ["dense", "sparse"],
+            "prefix_dense_intermediate_size": 56,
+            "prefix_dense_sliding_window_pattern": 2,
+            "layer_types": ["full_attention", "full_attention"],
+        },
     ),
     "llama3": (
         "mixtral",

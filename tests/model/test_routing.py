@@ -35,6 +35,13 @@ ROUTERS: dict[str, tuple[str, dict]] = {
     "hunyuan_v1_moe": ("mlp.gate", {"moe_topk": 4}),
     "granitemoe": ("block_sparse_moe.router", {}),
     "granitemoeshared": ("block_sparse_moe.router", {}),
+    "glm4_moe_lite": ("mlp.gate", {**_GROUPS, "routed_scaling_factor": 1.8}),
+    "solar_open": ("mlp.gate", _GROUPS),
+    "exaone_moe": ("mlp.gate", _GROUPS),
+    "hy_v3": ("mlp.gate", {"router_scaling_factor": 2.826}),
+    "mimo_v2_flash": ("mlp.gate", _GROUPS),
+    "cohere2_moe": ("mlp.gate", {"expert_selection_fn": "sigmoid"}),
+    "afmoe": ("mlp.router", {"route_scale": 2.5}),
 }
 
 
@@ -58,9 +65,11 @@ def test_equals_transformers(family, tmp_path):
 
     path = ROUTERS[family][0]
     layer = load_tiny(tmp_path, dtype="float32").model.layers[last]
-    extra = (layer.mlp.e_score_correction_bias,) if family == "minimax_m2" else ()
+    biases = {"minimax_m2": "e_score_correction_bias", "hy_v3": "e_score_correction_bias", "afmoe": "expert_bias"}
+    extra = (getattr(layer.mlp, biases[family]),) if family in biases else ()
+    tokens = torch.tensor(x)[None] if family == "afmoe" else torch.tensor(x)
     with torch.no_grad():
-        _, weights, experts = layer.get_submodule(path)(torch.tensor(x), *extra)
+        _, weights, experts = layer.get_submodule(path)(tokens, *extra)
 
     found = jax.jit(route, static_argnames="spec")(x, stored.layer(last), spec=spec)
     expected, order = np.sort(experts.numpy(), -1), np.argsort(experts.numpy(), -1)
