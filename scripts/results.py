@@ -1,9 +1,10 @@
 """The README's results table: perplexity of compressed checkpoints, for methods, settings and ratios.
 
-    python scripts/results.py CHECKPOINT... --text FOLDER [--into README.md] [--check 3]
+    python scripts/results.py CHECKPOINT... --text FOLDER [--calibration FOLDER] [--into README.md] [--check 3]
 
 Every combination runs `jaxmoe compress` into a folder of its own, as its users run it, and then `jaxmoe evaluate` on
-every `*.txt` of the text folder. An interrupted run goes on where it stopped. Beside the table, `results.json` keeps
+every `*.txt` of the text folder. Variants that end in `:weighted` use what `jaxmoe calibrate` gathered from the texts
+of the calibration folder, once for each checkpoint. An interrupted run goes on where it stopped. Beside the table, `results.json` keeps
 every number and the command behind it. `--check N` repeats N cells, spread evenly over the table, and every original
 through transformers and PyTorch, prints how far they are apart, and ends with an error if that is more than 0.1 %.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 VARIANTS = ("svd:paper", "svd:improved", "mobe:paper", "mobe:improved")
+WEIGHTED = ("svd:improved:weighted", "mobe:improved:weighted")
 RATIOS = ("0.166", "0.25", "0.4", "0.6", "0.8")
 TOLERANCE = 1e-3
 """Relative difference of perplexities that are said to be the same."""
@@ -29,20 +31,32 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 @dataclass(frozen=True)
 class Case:
-    """One compression: a checkpoint, a method and its setting, and the removed fraction of the experts as written."""
+    """One compression: a checkpoint, `method:setting[:weighted]`, and the removed fraction of the experts as written."""
 
     checkpoint: Path
-    method: str
-    setting: str
+    variant: str
     ratio: str
     settings: tuple[str, ...]
 
+    @property
+    def name(self) -> str:
+        return self.variant.replace(":", " ")
+
+    @property
+    def weighted(self) -> bool:
+        return self.variant.endswith(":weighted")
+
     def folder(self, output: Path) -> Path:
-        return output / self.checkpoint.name / f"{self.method}-{self.setting}-{self.ratio}"
+        return output / self.checkpoint.name / f"{self.variant.replace(':', '-')}-{self.ratio}"
+
+    def statistics(self, output: Path) -> Path:
+        return output / self.checkpoint.name / "statistics"
 
     def command(self, output: Path) -> list[str]:
-        command = ["compress", str(self.checkpoint), str(self.folder(output)), "--method", self.method]
-        command += ["--setting", self.setting, "--ratio", self.ratio, "--of", "experts", "--export", "factored"]
+        method, setting, *_ = self.variant.split(":")
+        command = ["compress", str(self.checkpoint), str(self.folder(output)), "--method", method]
+        command += ["--setting", setting, "--ratio", self.ratio, "--of", "experts", "--export", "factored"]
+        command += ["--statistics", str(self.statistics(output))] if self.weighted else []
         return command + [part for setting in self.settings for part in ("--set", setting)]
 
 
@@ -55,6 +69,8 @@ def main() -> None:
         original = {"checkpoint": checkpoint.name, "method": "original", "folder": str(checkpoint)}
         records.append({**original, "evaluation": base})
         for case in cases(checkpoint, arguments):
+            if case.weighted:
+                calibrate(case, arguments)
             records.append(measure(case, texts, arguments))
             write(arguments.output, records)
     table = "\n\n".join([perplexities(records), *errors(records)])
@@ -70,21 +86,34 @@ def parse() -> argparse.Namespace:
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--text", type=Path, required=True, help="folder of held-out texts, one domain per file")
     parser.add_argument("--output", type=Path, default=Path("out/results"))
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="method:setting, separated by commas")
+    parser.add_argument("--calibration", type=Path, help="folder of the texts to calibrate weighted variants on")
+    parser.add_argument("--variants", help="method:setting[:weighted], separated by commas; by default all")
     parser.add_argument("--ratios", default=",".join(RATIOS), help="removed fractions of the experts")
     parser.add_argument("--set", action="append", default=[], metavar="METHOD:SETTING:NAME=VALUE", dest="settings")
     parser.add_argument("--length", type=int, default=256, help="tokens in a window")
     parser.add_argument("--windows", type=int, help="so many windows of each text instead of all")
     parser.add_argument("--check", type=int, metavar="N", help="repeat the originals and N cells in PyTorch")
     parser.add_argument("--into", type=Path, help=f"file in which to replace what stands between {BEGIN} and {END}")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.variants is None:
+        arguments.variants = ",".join(VARIANTS + WEIGHTED if arguments.calibration else VARIANTS)
+    if ":weighted" in arguments.variants and arguments.calibration is None:
+        parser.error("weighted variants need --calibration FOLDER")
+    return arguments
 
 
 def cases(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Case]:
     for variant, ratio in product(arguments.variants.split(","), arguments.ratios.split(",")):
-        method, setting = variant.split(":")
         extra = tuple(s.removeprefix(f"{variant}:") for s in arguments.settings if s.startswith(f"{variant}:"))
-        yield Case(checkpoint, method, setting, ratio, extra)
+        yield Case(checkpoint, variant, ratio, extra)
+
+
+def calibrate(case: Case, arguments: argparse.Namespace) -> None:
+    """Gather the statistics of a checkpoint, unless they are there."""
+    command = ["calibrate", str(case.checkpoint), str(case.statistics(arguments.output))]
+    done = jaxmoe([*command, "--text", str(arguments.calibration), "--length", str(arguments.length)])
+    if done.returncode:
+        raise SystemExit(f"jaxmoe calibrate {case.checkpoint} ended with {done.returncode}")
 
 
 def measure(case: Case, texts: list[Path], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -92,7 +121,7 @@ def measure(case: Case, texts: list[Path], arguments: argparse.Namespace) -> dic
     folder, command = case.folder(arguments.output), case.command(arguments.output)
     record: dict[str, Any] = {
         "checkpoint": case.checkpoint.name,
-        "method": f"{case.method} {case.setting}",
+        "method": case.name,
         "ratio": float(case.ratio),
         "folder": str(folder),
         "command": shlex.join(["jaxmoe", *command]),

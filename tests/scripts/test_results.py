@@ -26,7 +26,15 @@ def test_table_holds_what_was_measured(tmp_path):
         "--output",
         tmp_path / "out",
     ]
-    command += ["--variants", "svd:improved,mobe:paper", "--ratios", "0.166,0.8", "--windows", "4"]
+    command += ["--calibration", demo_texts()[0].parent]
+    command += [
+        "--variants",
+        "svd:improved,svd:improved:weighted,mobe:paper",
+        "--ratios",
+        "0.166,0.8",
+        "--windows",
+        "4",
+    ]
     command += ["--set", "mobe:paper:steps=20", "--into", readme, "--check", "2"]
 
     def run():
@@ -45,6 +53,8 @@ def test_table_holds_what_was_measured(tmp_path):
     value = svd["geometric_mean_perplexity"]
     cell = f"{value:.2f} (x{value / base['geometric_mean_perplexity']:.3f})"
     assert cell in next(line for line in printed.splitlines() if "| svd improved |" in line)
+    weighted = by_method["svd improved weighted", 0.166]["evaluation"]["geometric_mean_perplexity"]
+    assert base["geometric_mean_perplexity"] < weighted < value
     row = next(line for line in printed.splitlines() if "| mobe paper |" in line)
     assert row.rstrip().endswith("| – |")
 
