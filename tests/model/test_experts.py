@@ -160,7 +160,7 @@ def test_gradient_equals_that_of_dense_products(kind, routed):
     def plain(x, layer):
         gate, up, down = (layer.materialize(name) for name in ("gate", "up", "down"))
         first, second = (jnp.einsum("th,eih->tei", x, w, precision="highest") for w in (gate, up))
-        out = jnp.einsum("tei,ehi->teh", jax.nn.silu(first) * second, down, precision="highest")
+        out = jnp.einsum("tei,eoi->teo", jax.nn.silu(first) * second, down, precision="highest")
         return jnp.sum(jnp.take_along_axis(out, chosen[:, :, None], 1) * target)
 
     found = jax.jit(jax.grad(ours, (0, 1)))(x, layer)
