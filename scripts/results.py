@@ -4,9 +4,10 @@
 
 Every combination runs `jaxmoe compress` into a folder of its own, as its users run it, and then `jaxmoe evaluate` on
 every `*.txt` of the text folder. Variants that end in `:weighted` use what `jaxmoe calibrate` gathered from the texts
-of the calibration folder, once for each checkpoint. An interrupted run goes on where it stopped. Beside the table, `results.json` keeps
-every number and the command behind it. `--check N` repeats N cells, spread evenly over the table, and every original
-through transformers and PyTorch, prints how far they are apart, and ends with an error if that is more than 0.1 %.
+of the calibration folder, once for each checkpoint. An interrupted run goes on where it stopped. Beside the table,
+`results.json` keeps every number and the command behind it. `--check N` repeats N cells, spread evenly over the table,
+and every original through transformers and PyTorch, prints how far they are apart, and ends with an error if that is
+more than 0.1 %.
 """
 
 import argparse
@@ -31,7 +32,7 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 @dataclass(frozen=True)
 class Case:
-    """One compression: a checkpoint, `method:setting[:weighted]`, and the removed fraction of the experts as written."""
+    """One compression: a checkpoint, `method:setting[:weighted]`, and the removed fraction as written."""
 
     checkpoint: Path
     variant: str
