@@ -202,6 +202,7 @@ def plan(
     of: OfOption = Scope.experts,
     setting: SettingOption = Setting.improved,
     set_: SetOption = None,
+    weighted: Annotated[bool, typer.Option("--weighted", help="as with --statistics or --text")] = False,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -212,7 +213,7 @@ def plan(
 
     recipe = methods.get(method)
     chosen = _settings(recipe, setting, set_)
-    planned = make_plan(_open(checkpoint, revision), recipe, chosen, ratio=ratio, of=of.value)
+    planned = make_plan(_open(checkpoint, revision), recipe, chosen, ratio=ratio, of=of.value, weighted=weighted)
     summary = planned.summary()
     peak = f"predicted peak memory beyond the idle program: {size(summary['peak_bytes'], 'B')}"
     _emit(summary, as_json, *plan_tables(summary), peak)
@@ -257,7 +258,8 @@ def compress(
     chosen = _settings(recipe, setting, set_)
     span = _layers(layers)
     opened = _open(checkpoint, revision)
-    planned = make_plan(opened, recipe, chosen, ratio=ratio, of=of.value)
+    weighted = statistics is not None or bool(text)
+    planned = make_plan(opened, recipe, chosen, ratio=ratio, of=of.value, weighted=weighted)
     with progress(len(planned.layers), as_json=as_json) as on_event:
         report = pipeline.compress(
             opened,
