@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.evaluation.scoring import Side, score
-from jaxmoe.evaluation.windows import check_finite
+from jaxmoe.evaluation.windows import check_finite, score_rows
 from jaxmoe.model.decoder import embed
 from jaxmoe.model.layer import layer
 from jaxmoe.streaming import Prefetched, on_device
@@ -47,12 +46,14 @@ def continuations(
     ids = np.zeros((len(prompts), width or int(lengths.max()) + new), np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
-    ends, layers = on_device(model.ends()), _layers(model)
+    table = on_device({"embedding.weight": model.ends()["embedding.weight"]})
+    layers = _layers(model)
+    unknown = jnp.zeros(len(ids), jnp.int32)
     for _ in range(new):
-        x = _embed(ids, ends, spec=model.spec)
+        x = _embed(ids, table, spec=model.spec)
         for index, parameters in layers:
             x = _layer(x, parameters, spec=model.spec.layers[index])
-        scores = _next(x, lengths - 1, ends, spec=model.spec)
+        scores = score_rows(model, unknown, x[np.arange(len(ids)), lengths - 1])
         check_finite(model, np.asarray(scores.nats))
         tokens = np.asarray(scores.top)
         ids[np.arange(len(ids)), lengths] = tokens
@@ -66,18 +67,11 @@ def _layers(model: StoredModel) -> Iterable[tuple[int, dict[str, Any]]]:
 
 
 @partial(jax.jit, static_argnames="spec")
-def _embed(ids, ends, spec):
-    return embed(ids, ends, spec)
+def _embed(ids, table, spec):
+    return embed(ids, table, spec)
 
 
 @partial(jax.jit, static_argnames="spec")
 def _layer(x, parameters, spec):
     with jax.default_matmul_precision("float32"):
         return layer(x, parameters, spec)[0]
-
-
-@partial(jax.jit, static_argnames="spec")
-def _next(x, positions, ends, spec):
-    with jax.default_matmul_precision("float32"):
-        rows = x[jnp.arange(len(x)), positions]
-        return score(Side(rows, ends, spec), jnp.zeros(len(rows), jnp.int32))

@@ -6,14 +6,15 @@ and q the divergence is found in the same walk:
 
     KL(p || q) = E_p[z_p - z_q] - log sum exp z_p + log sum exp z_q      (nats)
 
-Memory: a block of the head in float32 and the logits of some tokens for it, whatever the vocabulary.
+Memory: a block of the head in float32 and the logits of some tokens for it, whatever the vocabulary. The loop over
+blocks is one of the host, so that the head may stay in its file; a caller jits the step.
 """
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.model.decoder import head
@@ -21,8 +22,6 @@ from jaxmoe.model.spec import DecoderSpec
 
 BLOCK = 1024
 """Entries of the vocabulary that the head is applied to at a time: with as many tokens, logits that fit into caches."""
-
-State = TypeVar("State")
 
 
 class Scores(NamedTuple):
@@ -41,14 +40,25 @@ class Comparison(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One model's end: the hidden states that leave its last layer, its arrays, and its spec."""
+    """One model's end: the hidden states that leave its last layer, its arrays, perhaps in a file, and its spec."""
 
     x: Float[Array, "token hidden"]
-    parameters: Mapping[str, Array]
+    parameters: Mapping[str, ArrayLike]
     spec: DecoderSpec
 
+    def blocks(self, size: int) -> Iterator[tuple[int, dict[str, ArrayLike]]]:
+        """Yield where each block of the vocabulary begins, and the head's arrays for it."""
+        for first in range(0, self.spec.vocabulary, size):
+            yield (
+                first,
+                {
+                    name: array if name.startswith("norm.") else array[first : first + size]  # type: ignore[index]
+                    for name, array in self.parameters.items()
+                },
+            )
 
-class _Seen(NamedTuple):
+
+class Seen(NamedTuple):
     """Of the logits seen so far: the largest, its token, the sum of exp(logit - largest), and the target's logit."""
 
     largest: Float[Array, " token"]
@@ -57,13 +67,36 @@ class _Seen(NamedTuple):
     target: Float[Array, " token"]
 
 
-def score(side: Side, targets: Int[Array, " token"], *, block: int = BLOCK) -> Scores:
+class Apart(NamedTuple):
+    """What two models' logits have shown so far; `apart` is the sum of exp(z_p - largest) (z_p - z_q)."""
+
+    seen: Seen
+    original: Seen
+    apart: Float[Array, " token"]
+
+
+def score_block(seen: Seen, x, parameters, targets, first, *, spec: DecoderSpec) -> Seen:
+    """Take the block of the vocabulary that begins at `first` into account."""
+    return _fold(seen, head(x, parameters, spec), targets, first)
+
+
+def compare_block(state: Apart, x, parameters, targets, first, *, spec: tuple[DecoderSpec, DecoderSpec]) -> Apart:
+    """Take a block of the vocabulary into account; `x`, `parameters` and `spec` are those of model and original."""
+    logits, others = (head(*own) for own in zip(x, parameters, spec, strict=True))
+    before, after = state.original, _fold(state.original, others, targets, first)
+    added = jnp.sum(jnp.exp(others - after.largest[:, None]) * (others - logits), -1)
+    apart = state.apart * jnp.exp(before.largest - after.largest) + added
+    return Apart(_fold(state.seen, logits, targets, first), after, apart)
+
+
+def score(side: Side, targets: Int[Array, " token"], *, block: int = BLOCK, step=score_block) -> Scores:
     """Score the tokens that follow.
 
     Args:
         side: the model's end.
         targets: the token that follows each.
         block: entries of the vocabulary that are worked on together.
+        step: `score_block`, perhaps jitted with static `spec`.
 
     Example:
         >>> from jaxmoe.model.spec import DecoderSpec, Norm
@@ -72,14 +105,15 @@ def score(side: Side, targets: Int[Array, " token"], *, block: int = BLOCK) -> S
         >>> float(score(Side(jnp.ones((1, 2)), ends, spec), jnp.array([2]), block=2).nats[0])  # log 3
         1.0986...
     """
+    seen = _nothing(targets)
+    for first, parameters in side.blocks(block):
+        seen = step(seen, side.x, parameters, targets, first, spec=side.spec)
+    return _scores(seen)
 
-    def fold(seen: _Seen, first, size: int) -> _Seen:
-        return _fold(seen, _logits(side, first, size), targets, first)
 
-    return _scores(_over_vocabulary(fold, _nothing(targets), side.spec.vocabulary, block))
-
-
-def compare(side: Side, original: Side, targets: Int[Array, " token"], *, block: int = BLOCK) -> Comparison:
+def compare(
+    side: Side, original: Side, targets: Int[Array, " token"], *, block: int = BLOCK, step=compare_block
+) -> Comparison:
     """Score the tokens that follow by two models of one vocabulary, and measure how far apart the models are.
 
     Args:
@@ -87,44 +121,22 @@ def compare(side: Side, original: Side, targets: Int[Array, " token"], *, block:
         original: the end of the model that it is measured against, for the same tokens.
         targets: the token that follows each.
         block: entries of the vocabulary that are worked on together.
+        step: `compare_block`, perhaps jitted with static `spec`.
     """
-
-    def fold(state, first, size: int):
-        seen, before, apart = state
-        logits, others = _logits(side, first, size), _logits(original, first, size)
-        after = _fold(before, others, targets, first)
-        added = jnp.sum(jnp.exp(others - after.largest[:, None]) * (others - logits), -1)
-        apart = apart * jnp.exp(before.largest - after.largest) + added
-        return _fold(seen, logits, targets, first), after, apart
-
-    begin = _nothing(targets), _nothing(targets), jnp.zeros(targets.shape)
-    seen, other, apart = _over_vocabulary(fold, begin, side.spec.vocabulary, block)
+    state = Apart(_nothing(targets), _nothing(targets), jnp.zeros(targets.shape))
+    for (first, own), (_, other) in zip(side.blocks(block), original.blocks(block), strict=True):
+        state = step(state, (side.x, original.x), (own, other), targets, first, spec=(side.spec, original.spec))
+    seen, other, apart = state
     divergence = apart / other.total - _log_sum(other) + _log_sum(seen)
     return Comparison(_scores(seen), _scores(other), divergence)
 
 
-def _over_vocabulary(fold: Callable[..., State], state: State, vocabulary: int, block: int) -> State:
-    blocks, rest = divmod(vocabulary, block)
-    if blocks:
-        state, _ = lax.scan(lambda s, first: (fold(s, first, block), None), state, jnp.arange(blocks) * block)
-    return fold(state, blocks * block, rest) if rest else state
-
-
-def _logits(side: Side, first, size: int):
-    """Return the logits of `size` entries of the vocabulary, `[token, entry]`."""
-
-    def rows(name: str, array: Array) -> Array:
-        return array if name.startswith("norm.") else lax.dynamic_slice_in_dim(array, first, size)
-
-    return head(side.x, {name: rows(name, array) for name, array in side.parameters.items()}, side.spec)
-
-
-def _nothing(targets) -> _Seen:
+def _nothing(targets) -> Seen:
     zeros = jnp.zeros(targets.shape)
-    return _Seen(zeros - jnp.inf, jnp.zeros(targets.shape, targets.dtype), zeros, zeros)
+    return Seen(zeros - jnp.inf, jnp.zeros(targets.shape, targets.dtype), zeros, zeros)
 
 
-def _fold(seen: _Seen, logits, targets, first) -> _Seen:
+def _fold(seen: Seen, logits, targets, first) -> Seen:
     """Take a block of the vocabulary into account, of equal logits the first as `argmax` does."""
     here = jnp.max(logits, -1)
     largest = jnp.maximum(seen.largest, here)
@@ -134,7 +146,7 @@ def _fold(seen: _Seen, logits, targets, first) -> _Seen:
     # What `argmax` returns, which is many times slower on CPU.
     entries = jnp.arange(logits.shape[1], dtype=seen.top.dtype)
     top = first + jnp.min(jnp.where(logits == here[:, None], entries, logits.shape[1]), -1)
-    return _Seen(
+    return Seen(
         largest,
         jnp.where(here > seen.largest, top, seen.top),
         seen.total * jnp.exp(seen.largest - largest) + jnp.sum(jnp.exp(logits - largest[:, None]), -1),
@@ -142,9 +154,9 @@ def _fold(seen: _Seen, logits, targets, first) -> _Seen:
     )
 
 
-def _log_sum(seen: _Seen):
+def _log_sum(seen: Seen):
     return seen.largest + jnp.log(seen.total)
 
 
-def _scores(seen: _Seen) -> Scores:
+def _scores(seen: Seen) -> Scores:
     return Scores(_log_sum(seen) - seen.target, seen.top)

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from numpy.typing import ArrayLike
 
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.evaluation.nameless import NamelessStates
-from jaxmoe.evaluation.scoring import Comparison, Scores, Side, compare, score
-from jaxmoe.streaming import TOKENS, on_device, stream
+from jaxmoe.evaluation.scoring import Comparison, Scores, Side, compare, compare_block, score, score_block
+from jaxmoe.streaming import TOKENS, stream
 
 ROWS = 1024
 """Tokens that the head is applied to together."""
@@ -79,8 +80,7 @@ def score_windows(walked: Walked, ids: np.ndarray) -> Scores:
     Raises:
         JaxmoeError: logits are not finite.
     """
-    run = partial(_score, parameters=_ends(walked.model), spec=walked.model.spec)
-    scores = _in_chunks(run, ids, walked.x)
+    scores = _in_chunks(partial(score_rows, walked.model), ids, walked.x)
     check_finite(walked.model, scores.nats)
     return scores
 
@@ -102,8 +102,7 @@ def compare_windows(walked: Walked, original: Walked, ids: np.ndarray) -> Compar
             f"{sides[0].folder} has {sides[0].spec.vocabulary} token ids and {sides[1].folder} has"
             f" {sides[1].spec.vocabulary}: their divergence is undefined; compare a model with its own original"
         )
-    parameters, specs = tuple(map(_ends, sides)), tuple(side.spec for side in sides)
-    comparison = _in_chunks(partial(_compare, parameters=parameters, specs=specs), ids, walked.x, original.x)
+    comparison = _in_chunks(partial(_compare_rows, *sides), ids, walked.x, original.x)
     for model, scores in zip(sides, (comparison.scores, comparison.original), strict=True):
         check_finite(model, scores.nats)
     return comparison
@@ -119,9 +118,24 @@ def check_finite(model: StoredModel, nats: ArrayLike) -> None:
         )
 
 
-def _ends(model: StoredModel) -> dict[str, Any]:
+def score_rows(model: StoredModel, targets: Array, x: Array) -> Scores:
+    """Score some tokens, `[token]`, by the hidden states that left the last layer before each, `[token, hidden]`."""
+    return score(_side(model, x), targets, step=_one_by_one(_score))
+
+
+def _compare_rows(model: StoredModel, original: StoredModel, targets: Array, x: Array, other: Array) -> Comparison:
+    return compare(_side(model, x), _side(original, other), targets, step=_one_by_one(_compare))
+
+
+def _one_by_one(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a step that waits for its result: blocks of the head would pile up in memory before it."""
+    return lambda *args, **kwargs: jax.block_until_ready(step(*args, **kwargs))
+
+
+def _side(model: StoredModel, x: Array) -> Side:
+    # The head stays where it is stored; a block of it at a time goes to the device.
     unused = None if model.spec.tied else "embedding.weight"
-    return on_device({name: array for name, array in model.ends().items() if name != unused})
+    return Side(x, {name: array for name, array in model.ends().items() if name != unused}, model.spec)
 
 
 def _in_chunks(run: Callable[..., Any], ids: np.ndarray, *states: np.ndarray) -> Any:
@@ -142,12 +156,12 @@ def _in_chunks(run: Callable[..., Any], ids: np.ndarray, *states: np.ndarray) ->
 
 
 @partial(jax.jit, static_argnames="spec")
-def _score(targets, x, parameters, spec):
+def _score(seen, x, parameters, targets, first, *, spec):
     with jax.default_matmul_precision("float32"):
-        return score(Side(x, parameters, spec), targets)
+        return score_block(seen, x, parameters, targets, first, spec=spec)
 
 
-@partial(jax.jit, static_argnames="specs")
-def _compare(targets, x, other, parameters, specs):
+@partial(jax.jit, static_argnames="spec")
+def _compare(state, x, parameters, targets, first, *, spec):
     with jax.default_matmul_precision("float32"):
-        return compare(Side(x, parameters[0], specs[0]), Side(other, parameters[1], specs[1]), targets)
+        return compare_block(state, x, parameters, targets, first, spec=spec)
