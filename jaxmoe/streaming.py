@@ -158,7 +158,11 @@ def run_layer(
             raise JaxmoeError(_not_finite(index, x, state))
         if out is not None:
             out[windows] = x
-        yield Step(windows, observed)
+        step = Step(windows, observed)
+        # What was observed may be large, and is the caller's alone.
+        del state, x, observed
+        yield step
+        del step
 
 
 def block_shape(state: Attended, spec: LayerSpec) -> BlockShape | None:

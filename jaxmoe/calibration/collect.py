@@ -28,7 +28,7 @@ from jaxmoe.model.spec import LayerSpec
 from jaxmoe.streaming import TOKENS, HiddenStates, Prefetched, on_device, run_layer, start
 from jaxmoe.texts import Windows
 
-LEAST = 512 << 20
+LEAST = 256 << 20
 """Bytes that the sums of a layer's experts may always take in memory."""
 
 Event = Callable[[dict[str, Any]], None]
@@ -62,7 +62,7 @@ def calibrate(
         resume: whether to go on with an unfinished run.
         tokens: that go through a layer together.
         limit: bytes that the sums of a layer's experts may take in memory; None for as much as its matrices take in
-            float32, at least 512 MB.
+            float32, at least 256 MB.
         on_event: called with a small record after every layer.
 
     Raises:
@@ -238,6 +238,7 @@ class _Run:
                     if position == 0:
                         out[windows] = entered
                     _add(arrays, {name: observed[name] for name in arrays})
+                    del entered, observed
                 if summing:
                     _place(sums, arrays, summing, self.states.folder)
             if wanted:
@@ -276,6 +277,8 @@ def gather(
         arrays, written = _zeros(summing), out if position == 0 else None
         for step in run_layer(index, parameters, spec, states, written, part=part, observe=summing, extra=counted):
             _add(arrays, step.observed)
+            # Before the next batch makes as much again.
+            del step
         _place(sums, arrays, summing, states.folder)
     return sums
 

@@ -9,6 +9,7 @@ padding.
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -126,10 +127,21 @@ def block_product(blocks: Blocks):
     """Return the product that a term applies to rows in blocks: each block times the matrix of its expert."""
 
     def product(rows: Float[Array, "block row in"], matrices: Float[Array, "expert out in"]):
-        chosen = matrices[blocks.expert].astype(rows.dtype)
-        return jnp.einsum("bti,boi->bto", rows, chosen, precision=lax.Precision.HIGHEST)
+        def one(parts):
+            own, expert = parts
+            return jnp.einsum("ti,oi->to", own, matrices[expert].astype(own.dtype), precision=lax.Precision.HIGHEST)
+
+        # Every block reads a copy of its matrix: not all copies of large matrices at once.
+        together = max(1, _COPIES // (matrices.shape[1] * matrices.shape[2] * rows.dtype.itemsize))
+        if together >= len(rows):
+            return jax.vmap(one)((rows, blocks.expert))
+        return lax.map(one, (rows, blocks.expert), batch_size=together)
 
     return product
+
+
+_COPIES = 32 << 20
+"""Bytes of matrices that are copied for blocks at a time."""
 
 
 def ragged_product(counts: Int[Array, " expert"]):
