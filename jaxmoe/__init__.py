@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "jaxmoe.allocation": ("Ladder", "allocate"),
+    "jaxmoe.calibration.collect": ("calibrate",),
     "jaxmoe.calibration.folder": ("Statistics",),
     "jaxmoe.calibration.statistics": ("LayerStatistics",),
     "jaxmoe.checkpoint": ("Checkpoint", "MoELayer"),

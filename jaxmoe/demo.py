@@ -79,6 +79,7 @@ def _table(rows):
 def _where(output: Path) -> str:
     first = output / f"{METHODS[-1]}-{RATIOS[0]}"
     return (
-        f"The compressed checkpoints are in {output}; each has its report.json and model card. To load one with PyTorch:\n"
+        f"The compressed checkpoints are in {output}; each has its report.json and model card."
+        " To load one with PyTorch:\n"
         f'  AutoModelForCausalLM.from_pretrained("{first}", trust_remote_code=True)'
     )

@@ -43,9 +43,7 @@ def test_both_doors_agree(family, gradients, tmp_path):
 
     save_tiny(family, tmp_path / "model")
     texts = [random_windows("one"), random_windows("two", windows=3, seed=1)]
-    found = calibrate(
-        StoredModel(tmp_path / "model"), texts, tmp_path / "statistics", gradients=gradients, tokens=32
-    )
+    found = calibrate(StoredModel(tmp_path / "model"), texts, tmp_path / "statistics", gradients=gradients, tokens=32)
     torch_model = load_tiny(tmp_path / "model", dtype="float32")
     for text in texts:
         batches = [(text.ids, text.counted)]
