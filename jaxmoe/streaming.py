@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe.checkpoint.mapped import create_mapped
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.model.decoder import embed
@@ -61,8 +62,7 @@ class HiddenStates:
 
     def create(self, index: int) -> np.ndarray:
         """Return an empty file for the states that enter a layer, mapped; `finish` gives it its name."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        return np.memmap(self.path(index).with_suffix(".part"), np.float32, "w+", shape=self.shape)
+        return create_mapped(self.path(index).with_suffix(".part"), "float32", self.shape)
 
     def finish(self, index: int) -> None:
         """Name the file that `create` began."""

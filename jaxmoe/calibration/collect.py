@@ -21,6 +21,7 @@ from jaxmoe.calibration.record import Record, Source
 from jaxmoe.calibration.statistics import FIELDS, LayerStatistics, merge_arrays
 from jaxmoe.calibration.sums import POOLED, Summing
 from jaxmoe.calibration.writer import StatisticsWriter
+from jaxmoe.checkpoint.mapped import create_mapped
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import JOURNAL
 from jaxmoe.errors import JaxmoeError
@@ -177,9 +178,10 @@ class _Run:
         self.writer.write(domain, index, statistics)
 
     def _report(self, index: int) -> None:
-        total = len(self.writer.record.layers)
-        left = len([layer for layer in self.missing if layer > index])
-        self.on_event({"event": "calibrated", "layer": index, "done": total - left, "total": total})
+        if self.missing.pop(index, None) is not None:
+            total = len(self.writer.record.layers)
+            done = total - len(self.missing)
+            self.on_event({"event": "calibrated", "layer": index, "done": done, "total": total})
 
     def backward(self, mode: str) -> None:
         """Visit the layers from the last to the first, after a forward pass that keeps what enters every layer."""
@@ -319,7 +321,7 @@ def _place(sums: Sums, arrays: Sums, summing: Summing, folder: Path) -> None:
             sums[name] = array
         else:
             if name not in sums:
-                sums[name] = np.memmap(folder / f"{name}.sums", FIELDS[name].dtype, "w+", shape=whole)
+                sums[name] = create_mapped(folder / f"{name}.sums", FIELDS[name].dtype, whole)
             sums[name][summing.first : summing.first + summing.experts] = array
 
 

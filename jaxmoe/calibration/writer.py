@@ -15,6 +15,7 @@ from jaxmoe.calibration.folder import RECORD, Statistics, layer_arrays, layer_pa
 from jaxmoe.calibration.record import Record
 from jaxmoe.calibration.statistics import FIELDS, LayerStatistics
 from jaxmoe.checkpoint.atomic import write_bytes
+from jaxmoe.checkpoint.mapped import create_mapped
 from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
 from jaxmoe.checkpoint.workspace import Unit, Workspace, fingerprint, sweep
 from jaxmoe.errors import JaxmoeError
@@ -99,7 +100,7 @@ class StatisticsWriter:
         """Return an array in the dtype in which it is stored, in a mapped file if it came in one."""
         if not isinstance(array, np.memmap):
             return array.astype(dtype)
-        stored = np.memmap(self.workspace.journal / "stored.sums", dtype, "w+", shape=array.shape)
+        stored = create_mapped(self.workspace.journal / "stored.sums", dtype, array.shape)
         for row, part in enumerate(array):
             stored[row] = part
         return stored

@@ -1,12 +1,11 @@
 """Hidden states in files without names: whatever ends the program, nothing of them remains on disk."""
 
-import os
 from pathlib import Path
-from tempfile import TemporaryFile, gettempdir
+from tempfile import gettempdir
 
 import numpy as np
 
-from jaxmoe.errors import JaxmoeError
+from jaxmoe.checkpoint.mapped import create_mapped
 from jaxmoe.streaming import TOKENS, HiddenStates
 
 
@@ -34,19 +33,7 @@ class NamelessStates(HiddenStates):
         return self._arrays[index]
 
     def create(self, index: int) -> np.ndarray:
-        size = int(np.prod(self.shape)) * np.dtype(np.float32).itemsize
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=self.folder) as file:
-                if hasattr(os, "posix_fallocate"):
-                    # A mapped file without its disk space would end the program when it is written.
-                    os.posix_fallocate(file.fileno(), 0, size)
-                self._arrays[index] = np.memmap(file, np.float32, "r+", shape=self.shape)
-        except OSError as error:
-            raise JaxmoeError(
-                f"{self.folder}: no place for {size / 1e9:.2f} GB of hidden states ({error.strerror or error}):"
-                " name a folder on another disk as working folder, or evaluate fewer or shorter windows"
-            ) from error
+        self._arrays[index] = create_mapped(self.folder, "float32", self.shape, named=False)
         return self._arrays[index]
 
     def finish(self, index: int) -> None:
