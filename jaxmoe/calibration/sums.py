@@ -7,6 +7,7 @@ of the experts can be asked for alone, where those of all would not fit into mem
 
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int

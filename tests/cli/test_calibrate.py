@@ -87,7 +87,7 @@ def test_behind_the_compressed_layers(tmp_path):
     assert checksums(tmp_path / "cut") == checksums(tmp_path / "out")
 
 
-@pytest.mark.parametrize("gradients", [(), ("--gradients", "token")])
+@pytest.mark.parametrize("gradients", [(), pytest.param(("--gradients", "token"), marks=pytest.mark.slow)])
 def test_a_killed_calibration_goes_on(gradients, tmp_path):
     arguments = ("calibrate", demo_checkpoint(), tmp_path / "s", "--text", TEXT, *QUICK, *gradients)
     for seconds in (3.0, 4.5, 6.0):

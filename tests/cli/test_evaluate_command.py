@@ -188,7 +188,14 @@ def test_a_tokenizer_in_another_layout_is_the_same(tmp_path):
 def test_stopped_at_work_leaves_nothing(tmp_path, sent):
     arguments = ("evaluate", demo_checkpoint(), "--text", TEXT.parent, "--work", tmp_path / "work")
     environment = {**ENVIRONMENT, "TMPDIR": str(tmp_path)}
-    process = subprocess.Popen(command(*arguments), env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*arguments),
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Programs in the background of a shell ignore it, and their children with them.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stderr is not None
     assert "layer 1 of 4" in process.stderr.readline(), "it is not at work yet"
     time.sleep(0.2)

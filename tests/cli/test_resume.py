@@ -65,6 +65,7 @@ def hammer(tmp_path, quiet, kills, seed):
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_killed_three_times(tmp_path, quiet):
     hammer(tmp_path, quiet, 3, seed=0)
 
