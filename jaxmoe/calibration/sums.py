@@ -7,7 +7,6 @@ of the experts can be asked for alone, where those of all would not fit into mem
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -31,6 +30,7 @@ class Summing:
         experts: how many experts' rows are returned.
 
     Example:
+        >>> import jax
         >>> jax.tree.leaves(Summing(shape=LayerShape(4, 8, 6), names=("counts",), experts=2, first=2))
         [2]
     """
