@@ -114,7 +114,7 @@ def start(model: StoredModel, states: HiddenStates) -> None:
     parameters = on_device({"embedding.weight": model.ends()["embedding.weight"]})
     out = states.create(0)
     for windows in states.batches():
-        out[windows] = _embed(states.ids[windows], parameters, spec=model.spec)
+        out[windows] = embedded(states.ids[windows], parameters, spec=model.spec)
     states.finish(0)
 
 
@@ -175,7 +175,7 @@ def block_shape(state: Attended, spec: LayerSpec) -> BlockShape | None:
     return BlockShape(rows, blocks_needed(np.bincount(chosen.reshape(-1), minlength=experts), rows))
 
 
-def stream(model: StoredModel, states: HiddenStates, *, observe: Observe | None = None) -> Iterator[tuple[int, Step]]:
+def stream(model: StoredModel, states: HiddenStates) -> Iterator[tuple[int, Step]]:
     """Move all states through all layers, and yield the layer's index with every step.
 
     The states that leave the last layer remain, as those that would enter one more; those before are removed.
@@ -183,14 +183,15 @@ def stream(model: StoredModel, states: HiddenStates, *, observe: Observe | None 
     start(model, states)
     for index, parameters in Prefetched(model, range(len(model.spec.layers))):
         out = states.create(index + 1)
-        for step in run_layer(index, parameters, model.spec.layers[index], states, out, observe=observe):
+        for step in run_layer(index, parameters, model.spec.layers[index], states, out):
             yield index, step
         states.finish(index + 1)
         states.remove(index)
 
 
 @partial(jax.jit, static_argnames="spec")
-def _embed(ids, parameters, spec):
+def embedded(ids, parameters, spec):
+    """Return what `embed` does, compiled once."""
     return embed(ids, parameters, spec)
 
 

@@ -127,9 +127,8 @@ class _Run:
     ):
         self.model, self.states, self.counted = model, states, counted
         self.writer, self.limit, self.on_event = writer, limit, on_event
-        self.names = [text.name for text in texts]
         ends = np.cumsum([0, *(len(text.ids) for text in texts)])
-        self.parts = {name: slice(int(a), int(b)) for name, a, b in zip(self.names, ends, ends[1:])}
+        self.parts = {text.name: slice(int(a), int(b)) for text, a, b in zip(texts, ends, ends[1:])}
         self.missing: dict[int, list[str]] = {}
         for domain, index in writer.missing():
             self.missing.setdefault(index, []).append(domain)
@@ -173,7 +172,7 @@ class _Run:
             shape=record.layers[index],
             tokens=record.tokens(domain),
             sequences=record.sequences(domain),
-            **sums,  # type: ignore[arg-type]
+            **sums,
         )
         self.writer.write(domain, index, statistics)
 

@@ -14,9 +14,8 @@ import numpy as np
 
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.evaluation.windows import check_finite, score_rows
-from jaxmoe.model.decoder import embed
 from jaxmoe.model.layer import layer
-from jaxmoe.streaming import Prefetched, on_device
+from jaxmoe.streaming import Prefetched, embedded, on_device
 
 IN_MEMORY = 2_000_000_000
 """Bytes of a checkpoint up to which all layers stay in memory; those of larger ones are read again for every token."""
@@ -50,7 +49,7 @@ def continuations(
     layers = _layers(model)
     unknown = jnp.zeros(len(ids), jnp.int32)
     for _ in range(new):
-        x = _embed(ids, table, spec=model.spec)
+        x = embedded(ids, table, spec=model.spec)
         for index, parameters in layers:
             x = _layer(x, parameters, spec=model.spec.layers[index])
         scores = score_rows(model, unknown, x[np.arange(len(ids)), lengths - 1])
@@ -64,11 +63,6 @@ def continuations(
 def _layers(model: StoredModel) -> Iterable[tuple[int, dict[str, Any]]]:
     layers = Prefetched(model, range(len(model.spec.layers)))
     return list(layers) if model.checkpoint.bytes <= IN_MEMORY else layers
-
-
-@partial(jax.jit, static_argnames="spec")
-def _embed(ids, table, spec):
-    return embed(ids, table, spec)
 
 
 @partial(jax.jit, static_argnames="spec")

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax.typing import ArrayLike
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.model.decoder import head
@@ -43,16 +43,16 @@ class Side(NamedTuple):
     """One model's end: the hidden states that leave its last layer, its arrays, perhaps in a file, and its spec."""
 
     x: Float[Array, "token hidden"]
-    parameters: Mapping[str, ArrayLike]
+    parameters: Mapping[str, Array | np.ndarray]
     spec: DecoderSpec
 
-    def blocks(self, size: int) -> Iterator[tuple[int, dict[str, ArrayLike]]]:
+    def blocks(self, size: int) -> Iterator[tuple[int, dict[str, Array | np.ndarray]]]:
         """Yield where each block of the vocabulary begins, and the head's arrays for it."""
         for first in range(0, self.spec.vocabulary, size):
             yield (
                 first,
                 {
-                    name: array if name.startswith("norm.") else array[first : first + size]  # type: ignore[index]
+                    name: array if name.startswith("norm.") else array[first : first + size]
                     for name, array in self.parameters.items()
                 },
             )

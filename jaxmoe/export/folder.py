@@ -8,10 +8,12 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxmoe.checkpoint.atomic import atomic_file, write_bytes
-from jaxmoe.checkpoint.tensor_file import Planned, read_header, write_tensors
+from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry, read_header, write_tensors
+
+T = TypeVar("T", Planned, TensorEntry)
 
 SHARD_BYTES = 4 * 1024**3
 INDEX = "model.safetensors.index.json"
@@ -30,18 +32,23 @@ def dump(record: Mapping[str, Any]) -> bytes:
     return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
 
 
+def parts(tensors: Iterable[T], limit: int) -> Iterator[list[T]]:
+    """Cut tensors, in their order, into lists of at most `limit` bytes (or one tensor)."""
+    part: list[T] = []
+    size = 0
+    for tensor in tensors:
+        if part and size + tensor.bytes > limit:
+            yield part
+            part, size = [], 0
+        part.append(tensor)
+        size += tensor.bytes
+    if part:
+        yield part
+
+
 def shards(tensors: Sequence[Planned], limit: int = SHARD_BYTES) -> Iterator[list[Planned]]:
     """Split tensors, in the order of their names, into lists of at most `limit` bytes (or one tensor)."""
-    shard: list[Planned] = []
-    size = 0
-    for tensor in sorted(tensors, key=lambda planned: planned.name):
-        if shard and size + tensor.bytes > limit:
-            yield shard
-            shard, size = [], 0
-        shard.append(tensor)
-        size += tensor.bytes
-    if shard:
-        yield shard
+    return parts(sorted(tensors, key=lambda planned: planned.name), limit)
 
 
 def complete_folder(

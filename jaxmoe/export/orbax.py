@@ -36,7 +36,7 @@ from jaxmoe.checkpoint.tensor_file import (
 )
 from jaxmoe.checkpoint.workspace import Workspace
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.folder import INDEX, WEIGHTS, dump
+from jaxmoe.export.folder import INDEX, WEIGHTS, dump, parts
 
 RECORD, FOLDER = "orbax.json", "weights"
 FORMAT_VERSION = 1
@@ -68,7 +68,7 @@ def to_orbax(source: str | Path, output: str | Path) -> dict[str, Any]:
     with _workspace(folder, output, "orbax") as place:
         # A killed run leaves parts behind.
         shutil.rmtree(place / FOLDER, ignore_errors=True)
-        for number, part in enumerate(parts([entry for entry in _in_order(tensors) if entry.bytes])):
+        for number, part in enumerate(parts((entry for entry in _in_order(tensors) if entry.bytes), PART_BYTES)):
             arrays = {entry.name: entry.view() for entry in part}
             stored |= {name: {"part": number, "sha256": checksum(array)} for name, array in arrays.items()}
             with context:
@@ -107,20 +107,6 @@ def to_safetensors(source: str | Path, output: str | Path) -> dict[str, Any]:
             weight_map = {tensor.name: file for file, planned in written.planned.items() for tensor in planned}
             write_bytes(place / INDEX, dump({**record["index"], "weight_map": dict(sorted(weight_map.items()))}))
     return _report(output, (tensor for planned in written.planned.values() for tensor in planned))
-
-
-def parts(tensors: Sequence[Any], limit: int = PART_BYTES) -> Iterator[list[Any]]:
-    """Cut tensors, in their order, into lists of at most `limit` bytes (or one tensor)."""
-    part: list[Any] = []
-    size = 0
-    for tensor in tensors:
-        if part and size + tensor.bytes > limit:
-            yield part
-            part, size = [], 0
-        part.append(tensor)
-        size += tensor.bytes
-    if part:
-        yield part
 
 
 def checksum(array: np.ndarray) -> str:

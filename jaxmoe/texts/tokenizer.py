@@ -45,7 +45,7 @@ class Tokenizer:
         content = path.read_bytes()
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(content)
-        except Exception as error:  # the library raises nothing narrower
+        except ValueError as error:
             raise JaxmoeError(f"{path} cannot be read ({error}): fetch it again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()

@@ -44,9 +44,11 @@ def cost(checkpoint: Path, windows: int, rounds: int) -> str:
 
     work = {
         "perplexity": lambda: evaluate(model, texts),
-        "calibration": calibrated(),
-        "with the Fisher information of each sequence": calibrated(gradients="sequence"),
-        "of each token": calibrated(gradients="token"),
+        "--moments expert": calibrated(moments="expert"),
+        "--moments weighted": calibrated(),
+        "--moments expert --gradients sequence": calibrated(moments="expert", gradients="sequence"),
+        "--moments weighted --gradients sequence": calibrated(gradients="sequence"),
+        "--moments weighted --gradients token": calibrated(gradients="token"),
     }
     seconds = alternate(work, rounds)
     medians = {name: statistics.median(values) for name, values in seconds.items()}

@@ -7,14 +7,15 @@ import pytest
 from tiny_models import load_tiny, save_tiny
 
 from jaxmoe.calibration.collect import calibrate
-from jaxmoe.calibration.fisher import sequence_loss
+from jaxmoe.calibration.fisher import layer_backward, sequence_loss
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Dense
-from jaxmoe.model import layer
 from jaxmoe.model.decoder import embed
+from jaxmoe.model.layer import Attended, attended, finish, layer
+from jaxmoe.model.routing import Routes
 from jaxmoe.streaming import on_device
 from jaxmoe.texts import Tokenizer, Windows, text_windows
 
@@ -79,6 +80,32 @@ def test_fisher_equals_the_gradient_of_the_whole_model(mode, tmp_path):
             error = np.linalg.norm(array - expected[index][name]) / np.linalg.norm(expected[index][name])
             # Every token by itself is something else, unless no expert has two tokens.
             assert error <= 1e-5 if mode == "sequence" else error > 1e-3
+
+
+@pytest.mark.parametrize("mode", ["sequence", "token"])
+def test_fisher_of_one_layer_equals_a_copy_of_the_experts_for_every_token(mode, tmp_path):
+    save_tiny("qwen3_moe", tmp_path)
+    model = StoredModel(tmp_path)
+    spec, parameters = model.spec.layers[1], on_device(model.layer(1))
+    x, gradient = np.random.default_rng(0).standard_normal((2, 2, 7, 64)).astype(np.float32)
+    _, found, _ = layer_backward(jnp.asarray(x), jnp.asarray(gradient), parameters, spec, mode=mode)
+
+    # Behind attention every token goes its own way: with experts of its own, their gradient is the token's part.
+    residual, inputs, routes = attended(jnp.asarray(x), parameters, spec)
+    weights = {name: parameters["experts"].materialize(name) for name in ("gate", "up", "down")}
+
+    def loss(weights, residual, inputs, experts, scores, gradient):
+        terms = {name: (Dense(weight=weight),) for name, weight in weights.items()}
+        own = {**parameters, "experts": CompressedLayer(terms=terms, sizes=model.shapes[1])}
+        state = Attended(residual[None, None], inputs[None], Routes(experts[None], scores[None]))
+        return jnp.sum(finish(state, own, spec)[0] * gradient)
+
+    tokens = (residual.reshape(14, 64), inputs, *routes, gradient.reshape(14, 64))
+    parts = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0, 0, 0, 0))(weights, *tokens)
+    for name, part in parts.items():
+        whole = np.asarray(part, np.float64).reshape(2, 7, *part.shape[1:])
+        expected = (whole.sum(1) ** 2).sum(0) if mode == "sequence" else (whole**2).sum((0, 1))
+        assert np.linalg.norm(found[name] - expected) <= 1e-5 * np.linalg.norm(expected), name
 
 
 def test_few_experts_at_a_time_give_the_same(tmp_path):
