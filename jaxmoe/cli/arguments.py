@@ -1,0 +1,118 @@
+"""What the commands take: their arguments and options, and how the texts of some become values."""
+
+import sys
+from dataclasses import fields
+from enum import StrEnum
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+from jaxmoe.errors import JaxmoeError
+
+
+class Scope(StrEnum):
+    touched = "touched"
+    experts = "experts"
+    model = "model"
+
+
+class Export(StrEnum):
+    factored = "factored"
+    dense = "dense"
+
+
+class Setting(StrEnum):
+    paper = "paper"
+    improved = "improved"
+
+
+class Moments(StrEnum):
+    none = "none"
+    pooled = "pooled"
+    expert = "expert"
+    weighted = "weighted"
+
+
+class Gradients(StrEnum):
+    sequence = "sequence"
+    token = "token"
+
+
+class Form(StrEnum):
+    dense = "dense"
+    safetensors = "safetensors"
+    orbax = "orbax"
+
+
+CheckpointArgument = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="a folder or a hub id")]
+OutputArgument = Annotated[Path, typer.Argument(metavar="OUTPUT", help="the folder to create")]
+MethodOption = Annotated[str, typer.Option("--method", "-m", help="a method's name, such as svd or mobe")]
+RatioOption = Annotated[float, typer.Option("--ratio", "-r", help="removed fraction, such as 0.4")]
+OfOption = Annotated[Scope, typer.Option("--of", help="what the ratio is a fraction of")]
+SettingOption = Annotated[Setting, typer.Option("--setting", help="as published, or with jaxmoe's improvements")]
+ExportOption = Annotated[Export, typer.Option("--export", help="factored: smaller files; dense: stock files")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a setting of the method; may be repeated")
+]
+TextOption = Annotated[
+    list[Path],
+    typer.Option(
+        "--text", metavar="PATH", help="text file, folder of *.txt or JSON lines with a `text`; may be repeated"
+    ),
+]
+LengthOption = Annotated[
+    int | None,
+    typer.Option("--length", help="tokens in a window; by default 256 where the context is up to 2048, else 2048"),
+]
+CalibrationOption = Annotated[
+    int, typer.Option("--sequences", help="windows of each text, evenly spread over it", show_default=True)
+]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit of a hub id")]
+JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+
+
+def method_settings(method, setting: Setting, given: list[str] | None):
+    """Build a method's settings from `--setting` and `--set NAME=VALUE`."""
+    hints = get_type_hints(method.settings)
+    names = [f.name for f in fields(method.settings) if f.name != "setting"]
+    values: dict[str, Any] = {"setting": setting.value}
+    for text in given or []:
+        name, separator, value = text.partition("=")
+        if not separator or name not in names:
+            known = ", ".join(names) or "none"
+            raise JaxmoeError(f"--set {text}: give NAME=VALUE; the settings of {method.name} are: {known}")
+        values[name] = _parse(method.name, name, value, hints[name])
+    return method.settings(**values)
+
+
+def _parse(method: str, name: str, text: str, hint: Any) -> Any:
+    kinds = get_args(hint) if get_origin(hint) is UnionType or get_args(hint) else (hint,)
+    for kind in kinds:
+        if kind in (int, float, str):
+            try:
+                return kind(text)
+            except ValueError:
+                raise JaxmoeError(f"--set {name}={text}: {method} takes {name} as {kind.__name__}") from None
+    raise JaxmoeError(f"--set {name}={text}: {name} cannot be set from the command line")
+
+
+def layer_span(text: str | None) -> tuple[int, int] | None:
+    """Return the layers that `--layers FIRST:END` names, None if it is not given.
+
+    Example:
+        >>> layer_span("2:5"), layer_span(None)
+        ((2, 5), None)
+    """
+    if text is None:
+        return None
+    first, separator, end = text.partition(":")
+    try:
+        span = int(first or 0), int(end) if end else sys.maxsize
+    except ValueError:
+        separator = ""
+        span = (0, 0)
+    if not separator or not 0 <= span[0] < span[1]:
+        raise JaxmoeError(f"--layers {text}: give FIRST:END with FIRST < END, such as 0:16 (END is not included)")
+    return span
