@@ -12,7 +12,8 @@ because earlier layers were compressed too. In perplexity 0.1 was better than 0.
 on two models, mixtures on one).
 
 Where the sums weigh a token by the square of its router weight, tr(R C_e Rᵀ) is the squared error of what the expert
-adds to the layer's output; that lowers the loss that compression adds by 4 to 10 % against plain sums.
+adds to the layer's output. Against plain sums that lowered the loss that compression adds in most trials on three small
+models, by up to 12 %, and changed nothing where mixtures removed little.
 Source: the shrinkage of D²-MoE, arXiv 2502.17298.
 """
 
