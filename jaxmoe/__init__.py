@@ -1,7 +1,7 @@
 """jaxmoe: compress the experts of Mixture-of-Experts language models, in JAX.
 
 The numbers are pure functions of arrays (`weighted_svd`, `learn_basis`, `variable_projection`, `allocate`); what they
-give is stored in terms (`Dense`, `LowRank`, `SharedBasis`); a method is a short recipe of both (`methods`); `compress`
+give is stored in terms (`Dense`, `LowRank`, `Grouped`, ...); a method is a short recipe of both (`methods`); `compress`
 runs one over a checkpoint. The names below are loaded when they are first used, so that importing jaxmoe costs nothing.
 """
 
@@ -21,7 +21,17 @@ _HOMES = {
     "jaxmoe.errors": ("JaxmoeError",),
     "jaxmoe.evaluation": ("Evaluation", "evaluate", "evaluate_checkpoint"),
     "jaxmoe.export.dense": ("densify",),
-    "jaxmoe.factors": ("CompressedLayer", "Count", "Dense", "LayerShape", "LowRank", "SharedBasis", "Term", "stack"),
+    "jaxmoe.factors": (
+        "CompressedLayer",
+        "Count",
+        "Dense",
+        "Grouped",
+        "LayerShape",
+        "LowRank",
+        "SharedBasis",
+        "Term",
+        "stack",
+    ),
     "jaxmoe.factors.error": ("relative_errors",),
     "jaxmoe.model": ("Decoder",),
     "jaxmoe.pipeline": ("compress",),

@@ -1,6 +1,7 @@
 """What is stored: the terms that stand for the experts' matrices, and the compressed layer that holds them."""
 
 from jaxmoe.factors.dense import Dense
+from jaxmoe.factors.grouped import Grouped
 from jaxmoe.factors.layer import PROJECTIONS, TARGETS, CompressedLayer, LayerShape, stack
 from jaxmoe.factors.low_rank import LowRank
 from jaxmoe.factors.shared_basis import SharedBasis
@@ -12,6 +13,7 @@ __all__ = [
     "CompressedLayer",
     "Count",
     "Dense",
+    "Grouped",
     "LayerShape",
     "LowRank",
     "SharedBasis",

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.dense import Dense
+from jaxmoe.factors.grouped import Grouped
 from jaxmoe.factors.low_rank import LowRank
 from jaxmoe.factors.shared_basis import SharedBasis
 from jaxmoe.factors.term import EVERY, Count, Term, per_expert, pytree
@@ -21,7 +22,7 @@ PROJECTIONS = ("gate", "up", "down")
 TARGETS = {"gate": ("gate",), "up": ("up",), "gate_up": ("gate", "up"), "down": ("down",)}
 """What each target covers, in the order in which the outputs are stacked."""
 
-KINDS: dict[str, type] = {cls.kind: cls for cls in (Dense, LowRank, SharedBasis)}
+KINDS: dict[str, type] = {cls.kind: cls for cls in (Dense, LowRank, SharedBasis, Grouped)}
 """The registered terms by the name that stands in files."""
 
 

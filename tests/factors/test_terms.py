@@ -1,18 +1,23 @@
 """Every term: materialize against numpy, apply against materialize, count against the tensors, file layout."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.special import erf
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank, SharedBasis
+from jaxmoe.factors import CompressedLayer, Dense, Grouped, LayerShape, LowRank, SharedBasis
 from jaxmoe.factors.layer import KINDS
 from jaxmoe.factors.shared_basis import ACTIVATIONS
 
 SIZES = LayerShape(experts=5, hidden=7, intermediate=4)
+SHAPE = (5, 4, 7)
 
 NUMPY = {
     "identity": lambda x: x,
@@ -25,9 +30,23 @@ NUMPY = {
 }
 
 
+ORDER = [3, 0, 4, 2, 1]
+GROUP_RANKS = {1: [3, 0, 2, 1, 2], 2: [3, 1, 2], 5: [3]}
+"""By the size of a group of five experts; the last group of two is shorter."""
+
+
+def integers(term) -> dict[str, list]:
+    """Return values for the whole numbers of an abstract term."""
+    if isinstance(term, Grouped):
+        return {"ranks": [GROUP_RANKS[term.size]], "order": [ORDER]}
+    return {}
+
+
 def filled(term, seed=0):
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), term)
+    whole = {name: jnp.asarray(x, jnp.int32) for name, x in integers(term).items() if getattr(term, name) is not None}
+    drawn = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), term)
+    return replace(drawn, **whole)
 
 
 def terms(shape, dtype="float32"):
@@ -37,6 +56,12 @@ def terms(shape, dtype="float32"):
         "shared_basis": SharedBasis.abstract(shape, dtype, bases=3, rank=2, activation="silu"),
         "transposed": SharedBasis.abstract(shape, dtype, bases=3, rank=2, activation="tanh", transposed=True),
         "mean": SharedBasis.abstract(shape, dtype, bases=2, rank=3, activation="tanh", mean=True),
+        "ragged": Grouped.abstract(shape, dtype, total=8, widest=3),
+        "grouped": Grouped.abstract(shape, dtype, total=6, size=2, rows=10, ordered=True, widest=3),
+        "grouped mixed": Grouped.abstract(
+            shape, dtype, total=6, size=2, rows=10, ordered=True, mixed=True, activation="silu", widest=3
+        ),
+        "one group": Grouped.abstract(shape, dtype, total=3, size=5, activation="tanh", transposed=True),
     }
 
 
@@ -48,6 +73,8 @@ def oracle(term):
         return arrays["weight"]
     if isinstance(term, LowRank):
         return np.stack([arrays["left"][e] @ arrays["right"][e] for e in range(experts)])
+    if isinstance(term, Grouped):
+        return grouped_oracle(term)
     dense = []
     for e in range(experts):
         blend = sum(arrays["mixing"][e, j] * arrays["bases"][j] for j in range(len(arrays["bases"])))
@@ -56,16 +83,39 @@ def oracle(term):
     return np.stack(dense) + (arrays["mean"] if term.mean is not None else 0)
 
 
-@pytest.mark.parametrize("name", list(terms((5, 4, 7))))
+def grouped_oracle(term: Grouped):
+    """Walk through the ragged arrays, group by group and expert by expert."""
+    coefficients, bases = np.asarray(term.coefficients, np.float64), np.asarray(term.bases, np.float64)
+    ranks = np.asarray(term.ranks)[0]
+    order = np.arange(term.experts) if term.order is None else np.asarray(term.order)[0]
+    cut = np.split(bases, np.cumsum(ranks)[:-1])
+    dense, first = [None] * term.experts, 0
+    for position, expert in enumerate(order):
+        group = position // term.size
+        rank = ranks[group]
+        basis = cut[group]
+        if term.mixing is not None:
+            basis = np.zeros((rank, bases.shape[1]))
+            for other, alpha in zip(cut, np.asarray(term.mixing, np.float64)[expert]):
+                shared = min(rank, len(other))
+                basis[:shared] += alpha * other[:shared]
+        matrix = coefficients[first : first + rank].T @ NUMPY[term.activation](basis)
+        dense[expert] = matrix.T if term.transposed else matrix
+        first += rank
+    assert first == len(coefficients)
+    return np.stack(dense)
+
+
+@pytest.mark.parametrize("name", list(terms(SHAPE)))
 class TestTerm:
     def test_materialize(self, name):
-        term = filled(terms((5, 4, 7))[name])
+        term = filled(terms(SHAPE)[name])
         np.testing.assert_allclose(term.materialize(), oracle(term), atol=1e-5)
         np.testing.assert_allclose(term.materialize(slice(1, 3)), term.materialize()[1:3], atol=1e-6)
-        assert term.materialize().shape == term.shape == (5, 4, 7)
+        assert term.materialize().shape == term.shape == SHAPE
 
     def test_apply(self, name):
-        term = filled(terms((5, 4, 7))[name])
+        term = filled(terms(SHAPE)[name])
         rows = np.random.default_rng(1).normal(size=(5, 6, 7)).astype(np.float32)
         np.testing.assert_allclose(
             term.apply(jnp.asarray(rows)), np.einsum("eti,eoi->eto", rows, oracle(term)), atol=2e-5
@@ -76,7 +126,7 @@ class TestTerm:
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_count_and_layout(self, name, dtype):
-        abstract = terms((5, 4, 7), dtype)[name]
+        abstract = terms(SHAPE, dtype)[name]
         term = filled(abstract)
         tensors = {key: np.asarray(value) for key, value in term.tensors().items()}
         assert all(value.ndim == 2 for value in tensors.values())
@@ -92,16 +142,115 @@ class TestTerm:
             np.testing.assert_array_equal(np.asarray(old), np.asarray(new))
 
     def test_is_a_pytree_that_differentiates(self, name):
-        term = filled(terms((5, 4, 7))[name])
-        gradient = jax.grad(lambda t: jnp.sum(t.materialize() ** 2))(term)
+        term = filled(terms(SHAPE)[name])
+        gradient = jax.grad(lambda t: jnp.sum(t.materialize() ** 2), allow_int=True)(term)
         assert type(gradient) is type(term)
-        assert all(bool(jnp.isfinite(x).all()) and bool(jnp.any(x != 0)) for x in jax.tree.leaves(gradient))
+        leaves = [x for x in jax.tree.leaves(gradient) if x.dtype != jax.dtypes.float0]
+        assert leaves
+        assert all(bool(jnp.isfinite(x).all()) and bool(jnp.any(x != 0)) for x in leaves)
 
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_every_activation(activation):
     term = filled(SharedBasis.abstract((5, 4, 7), "float32", bases=2, rank=3, activation=activation))
     np.testing.assert_allclose(term.materialize(), oracle(term), atol=1e-5)
+
+
+@st.composite
+def packed(draw):
+    """Padded arrays with noise beyond the ranks, and what `Grouped.build` takes beside them."""
+    experts, size = draw(st.integers(1, 7)), draw(st.integers(1, 8))
+    ranks = draw(st.lists(st.integers(0, 4), min_size=-(-experts // min(size, experts)), max_size=-(-experts // size)))
+    rng = np.random.default_rng(draw(st.integers(0, 99)))
+    order = rng.permutation(experts) if draw(st.booleans()) else None
+    mixing = rng.normal(size=(experts, len(ranks))) if draw(st.booleans()) else None
+    padded = rng.normal(size=(experts, 3, 4)), rng.normal(size=(len(ranks), 4, 5))
+    options = {
+        "size": size,
+        "order": order,
+        "mixing": mixing,
+        "activation": draw(st.sampled_from(["identity", "silu"])),
+    }
+    return padded, ranks, options
+
+
+@settings(deadline=None, max_examples=25)
+@given(packed())
+def test_grouped_gives_back_what_it_packed(case):
+    """Also where ranks are traced, and where all of them are zero."""
+    (coefficients, bases), ranks, options = case
+    term = Grouped.build(coefficients.astype(np.float32), bases.astype(np.float32), ranks, **options)
+    assert term.group_ranks == tuple(ranks)
+    assert term.widest == max(ranks)
+    order = np.arange(len(coefficients)) if options["order"] is None else options["order"]
+    of_expert = np.zeros(len(order), int)
+    for position, expert in enumerate(order):
+        of_expert[expert] = ranks[position // term.size]
+    numbers = of_expert.sum() * 3 + sum(ranks) * 5 + len(ranks)
+    numbers += (options["order"] is not None) * len(order) + (options["mixing"] is not None) * len(order) * len(ranks)
+    assert term.count().numbers == numbers
+    for read in (lambda t: t.padded(), jax.jit(lambda t: t.padded())):
+        wide, tall = (np.asarray(x) for x in read(term))
+        for expert, rank in enumerate(of_expert):
+            np.testing.assert_array_equal(wide[expert, :, :rank], coefficients[expert, :, :rank].astype(np.float32))
+            assert not wide[expert, :, rank:].any()
+        for group, rank in enumerate(ranks):
+            np.testing.assert_array_equal(tall[group, :rank], bases[group, :rank].astype(np.float32))
+            assert not tall[group, rank:].any()
+    np.testing.assert_allclose(jax.jit(lambda t: t.materialize())(term), oracle(term), atol=1e-5)
+    again = Grouped.build(*term.padded(), ranks, **options)
+    for old, new in zip(jax.tree.leaves(term), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(np.asarray(old), np.asarray(new))
+
+
+def test_grouped_holds_the_other_forms():
+    """One expert a group is low rank, equal ranks blended are shared bases: the same products."""
+    rng = np.random.default_rng(3)
+    low = filled(LowRank.abstract(SHAPE, "float32", rank=2))
+    alone = Grouped.build(low.left, low.right, [2] * 5)
+    np.testing.assert_allclose(alone.materialize(), low.materialize(), atol=1e-6)
+    bases = filled(SharedBasis.abstract(SHAPE, "float32", bases=3, rank=2, activation="silu"))
+    for order in (None, rng.permutation(5)):
+        mixed = Grouped.build(
+            bases.coefficients, bases.bases, [2] * 3, size=2, order=order, mixing=bases.mixing, activation="silu"
+        )
+        np.testing.assert_allclose(mixed.materialize(), bases.materialize(), atol=1e-6)
+
+
+def test_grouped_counts_at_most_what_is_planned_where_the_last_group_is_shorter():
+    planned = Grouped.abstract(SHAPE, "float32", total=6, size=2)
+    exact = Grouped.abstract(SHAPE, "float32", total=6, size=2, rows=10)
+    real = filled(replace(exact, widest=3))
+    assert planned.count().numbers - real.count().numbers == 2 * SHAPE[1]
+    assert exact.count() == real.count()
+    even = Grouped.abstract((6, 4, 7), "bfloat16", total=6, size=2)
+    assert even.count() == (2 * 6 * 4 + 6 * 7 + 3, 2 * (2 * 6 * 4 + 6 * 7) + 4 * 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ranks": [1]}, "1 ranks for 3 groups"),
+        ({"ranks": [1, 4, -1]}, r"ranks \[4, -1\] outside 0 to 3"),
+        ({"order": [0, 1, 2, 3, 3]}, "does not name each"),
+        ({"mixing": np.ones((5, 2))}, r"mixing \(5, 2\) for 5 experts and 3 groups"),
+        ({"size": 3}, r"bases \(3, 3, 6\) for 2 groups of 3 experts"),
+        ({"activation": "mish"}, "unknown activation 'mish'"),
+    ],
+)
+def test_grouped_refuses_what_does_not_fit(change, message):
+    arguments = {"ranks": [1, 2, 3], "size": 2, **change}
+    with pytest.raises(JaxmoeError, match=message):
+        Grouped.build(np.ones((5, 4, 3)), np.ones((3, 3, 6)), **arguments)
+
+
+def test_grouped_from_a_damaged_file():
+    term = filled(terms(SHAPE)["grouped"])
+    tensors = {**term.tensors(), "ranks": np.array([[3, 2, 1]], np.int32)}
+    with pytest.raises(JaxmoeError, match=r"ranks \[3, 2, 1\].*do not add up.*10 of coefficients"):
+        Grouped.from_tensors(tensors, term.spec(), SHAPE)
+    with pytest.raises(JaxmoeError, match="not known yet"):
+        _ = terms(SHAPE)["grouped"].group_ranks
 
 
 def test_published_accounting():
