@@ -87,23 +87,43 @@ def test_behind_the_compressed_layers(tmp_path):
     assert checksums(tmp_path / "cut") == checksums(tmp_path / "out")
 
 
-@pytest.mark.parametrize("gradients", [(), pytest.param(("--gradients", "token"), marks=pytest.mark.slow)])
-def test_a_killed_calibration_goes_on(gradients, tmp_path):
-    arguments = ("calibrate", demo_checkpoint(), tmp_path / "s", "--text", TEXT, *QUICK, *gradients)
-    for seconds in (3.0, 4.5, 6.0):
-        running = subprocess.Popen(
-            command(*arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            running.wait(seconds)
-        except subprocess.TimeoutExpired:
-            assert not (tmp_path / "s").exists()
-            running.kill()
-            running.wait()
-    assert jaxmoe(*arguments).returncode == 0
-    whole = jaxmoe("calibrate", demo_checkpoint(), tmp_path / "whole", "--text", TEXT, *QUICK, *gradients)
+def kill_when(pattern: str, arguments, output: Path) -> bool:
+    """Start a run and kill it when a file appears in the journal of its unfinished output; return whether that hit."""
+    journal = output.with_name(f"{output.name}.partial") / ".jaxmoe"
+    running = subprocess.Popen(
+        command(*arguments), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while running.poll() is None and not any(journal.glob(pattern)):
+        time.sleep(0.002)
+    running.kill()
+    return running.wait() == -signal.SIGKILL
+
+
+FORWARD = ("*-layer00000.json", "*-layer00002.json")
+BACKWARD = ("states/hidden00002.f32", "*-layer00003.json", "*-layer00001.json")
+
+
+@pytest.mark.parametrize(
+    ("gradients", "stops"),
+    [((), FORWARD), pytest.param(("--gradients", "token"), BACKWARD, marks=pytest.mark.slow)],
+)
+def test_a_killed_calibration_goes_on(gradients, stops, tmp_path):
+    options = ("--text", TEXT, *QUICK, *gradients)
+    whole = jaxmoe("calibrate", demo_checkpoint(), tmp_path / "whole", *options)
     assert whole.returncode == 0, whole.stderr
-    assert checksums(tmp_path / "s") == checksums(tmp_path / "whole")
+    expected = checksums(tmp_path / "whole")
+    output = tmp_path / "s"
+    arguments = ("calibrate", demo_checkpoint(), output, *options)
+    hits = []
+    for pattern in stops:
+        hits.append(kill_when(pattern, arguments, output))
+        # A run that was faster than the killer has published everything, and may have left its journal.
+        found = {name: checksum for name, checksum in checksums(output).items() if not name.startswith(".jaxmoe")}
+        assert found == (expected if output.exists() else {})
+        assert hits[-1] or found, "a run that was not killed publishes"
+    assert any(hits)
+    assert jaxmoe(*arguments).returncode == 0
+    assert checksums(output) == expected
     again = jaxmoe(*arguments, "--json")
     assert again.returncode == 0
     assert again.stderr == "", "a finished calibration is only shown"
