@@ -1,5 +1,18 @@
 """Exact integer budgets: who gets how many ranks, bases or channels, one rule in a file."""
 
+from jaxmoe.allocation.importance import floor_ranks, ranks_by_importance
 from jaxmoe.allocation.ladders import Ladder, allocate, common_fraction, reachable, share
+from jaxmoe.allocation.spectral import water_fill
+from jaxmoe.allocation.threshold import ranks_by_threshold
 
-__all__ = ["Ladder", "allocate", "common_fraction", "reachable", "share"]
+__all__ = [
+    "Ladder",
+    "allocate",
+    "common_fraction",
+    "floor_ranks",
+    "ranks_by_importance",
+    "ranks_by_threshold",
+    "reachable",
+    "share",
+    "water_fill",
+]
