@@ -2,9 +2,12 @@
 
 from jaxmoe.factors.dense import Dense
 from jaxmoe.factors.grouped import Grouped
+from jaxmoe.factors.hashed import Hashed
 from jaxmoe.factors.layer import PROJECTIONS, TARGETS, CompressedLayer, LayerShape, stack
 from jaxmoe.factors.low_rank import LowRank
+from jaxmoe.factors.shared import Shared
 from jaxmoe.factors.shared_basis import SharedBasis
+from jaxmoe.factors.sparse import Sparse
 from jaxmoe.factors.term import Count, Term
 
 __all__ = [
@@ -14,9 +17,12 @@ __all__ = [
     "Count",
     "Dense",
     "Grouped",
+    "Hashed",
     "LayerShape",
     "LowRank",
+    "Shared",
     "SharedBasis",
+    "Sparse",
     "Term",
     "stack",
 ]

@@ -24,6 +24,7 @@ class Dense:
     """
 
     kind: ClassVar[str] = "dense"
+    for_all: ClassVar[bool] = False
     weight: Float[Array | Abstract, "expert out in"]
 
     @classmethod

@@ -56,6 +56,7 @@ class Grouped:
     """
 
     kind: ClassVar[str] = "grouped"
+    for_all: ClassVar[bool] = False
     coefficients: Float[Array | Abstract, "coefficient row"]
     bases: Float[Array | Abstract, "total column"]
     ranks: Int[Array | Abstract, "1 group"]

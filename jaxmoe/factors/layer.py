@@ -14,15 +14,18 @@ from jaxtyping import Array, Float
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.dense import Dense
 from jaxmoe.factors.grouped import Grouped
+from jaxmoe.factors.hashed import Hashed
 from jaxmoe.factors.low_rank import LowRank
+from jaxmoe.factors.shared import Shared
 from jaxmoe.factors.shared_basis import SharedBasis
+from jaxmoe.factors.sparse import Sparse
 from jaxmoe.factors.term import EVERY, Count, Term, per_expert, pytree
 
 PROJECTIONS = ("gate", "up", "down")
 TARGETS = {"gate": ("gate",), "up": ("up",), "gate_up": ("gate", "up"), "down": ("down",)}
 """What each target covers, in the order in which the outputs are stacked."""
 
-KINDS: dict[str, type] = {cls.kind: cls for cls in (Dense, LowRank, SharedBasis, Grouped)}
+KINDS: dict[str, type] = {cls.kind: cls for cls in (Dense, LowRank, SharedBasis, Grouped, Shared, Hashed, Sparse)}
 """The registered terms by the name that stands in files."""
 
 

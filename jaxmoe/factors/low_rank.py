@@ -28,6 +28,7 @@ class LowRank:
     """
 
     kind: ClassVar[str] = "low_rank"
+    for_all: ClassVar[bool] = False
     left: Float[Array | Abstract, "expert out rank"]
     right: Float[Array | Abstract, "expert rank in"]
 

@@ -66,6 +66,7 @@ class SharedBasis:
     """
 
     kind: ClassVar[str] = "shared_basis"
+    for_all: ClassVar[bool] = False
     coefficients: Float[Array | Abstract, "expert row rank"]
     bases: Float[Array | Abstract, "base rank column"]
     mixing: Float[Array | Abstract, "expert base"]

@@ -54,9 +54,14 @@ def per_expert(rows: Float[Array, "expert row in"], matrices: Float[Array, "expe
 
 
 class Term(Protocol):
-    """One structured summand of the experts' matrices."""
+    """One structured summand of the experts' matrices.
+
+    kind: the name that stands in files; for_all: whether the matrix is the same for all experts, so that a row need not
+    know its expert: `apply` then takes rows in any order, `[..., in]`.
+    """
 
     kind: ClassVar[str]
+    for_all: ClassVar[bool]
 
     @property
     def shape(self) -> tuple[int, int, int]:

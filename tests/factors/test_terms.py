@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from scipy.special import erf
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors import CompressedLayer, Dense, Grouped, LayerShape, LowRank, SharedBasis
+from jaxmoe.factors import CompressedLayer, Dense, Grouped, Hashed, LayerShape, LowRank, Shared, SharedBasis, Sparse
+from jaxmoe.factors.hashed import bucket_sizes, buckets
 from jaxmoe.factors.layer import KINDS
 from jaxmoe.factors.shared_basis import ACTIVATIONS
 
@@ -39,6 +40,12 @@ def integers(term) -> dict[str, list]:
     """Return values for the whole numbers of an abstract term."""
     if isinstance(term, Grouped):
         return {"ranks": [GROUP_RANKS[term.size]], "order": [ORDER]}
+    if isinstance(term, Shared):
+        return {"kept": [[0, 2, 3][: term.kept.shape[1]] if term.kept is not None else []]}
+    if isinstance(term, Hashed):
+        return {"seed": [[11]], "order": [ORDER]}
+    if isinstance(term, Sparse):
+        return {"indices": [[3, 27, 0, 5, 6, 26, 13]], "counts": [[2, 0, 3, 1, 1]]}
     return {}
 
 
@@ -62,6 +69,14 @@ def terms(shape, dtype="float32"):
             shape, dtype, total=6, size=2, rows=10, ordered=True, mixed=True, activation="silu", widest=3
         ),
         "one group": Grouped.abstract(shape, dtype, total=3, size=5, activation="tanh", transposed=True),
+        "shared": Shared.abstract(shape, dtype),
+        "shared outputs": Shared.abstract(shape, dtype, kept=3),
+        "shared halves": Shared.abstract(shape, dtype, kept=1, parts=2),
+        "shared inputs": Shared.abstract(shape, dtype, kept=3, axis="in"),
+        "hashed": Hashed.abstract(shape, dtype, buckets=9),
+        "hashed groups": Hashed.abstract(shape, dtype, buckets=9, size=2, ordered=True),
+        "hashed draws": Hashed.abstract(shape, dtype, buckets=5, size=2, balanced=False),
+        "sparse": Sparse.abstract(shape, dtype, entries=7),
     }
 
 
@@ -75,6 +90,24 @@ def oracle(term):
         return np.stack([arrays["left"][e] @ arrays["right"][e] for e in range(experts)])
     if isinstance(term, Grouped):
         return grouped_oracle(term)
+    if isinstance(term, Shared):
+        dense = np.zeros(term.shape)
+        kept = range(term.out // term.parts if term.axis == "out" else term.in_)
+        kept = list(kept) if term.kept is None else np.asarray(term.kept)[0].tolist()
+        if term.axis == "in":
+            dense[:, :, kept] = arrays["weight"]
+        else:
+            rows = [part * (term.out // term.parts) + channel for part in range(term.parts) for channel in kept]
+            dense[:, rows] = arrays["weight"]
+        return dense
+    if isinstance(term, Hashed):
+        return hashed_oracle(term)
+    if isinstance(term, Sparse):
+        dense = np.zeros((experts, term.out * term.in_))
+        owners = np.repeat(np.arange(experts), np.asarray(term.counts)[0])
+        for owner, index, value in zip(owners, np.asarray(term.indices)[0], arrays["values"][0], strict=True):
+            dense[owner, index] += value
+        return dense.reshape(term.shape)
     dense = []
     for e in range(experts):
         blend = sum(arrays["mixing"][e, j] * arrays["bases"][j] for j in range(len(arrays["bases"])))
@@ -104,6 +137,42 @@ def grouped_oracle(term: Grouped):
         first += rank
     assert first == len(coefficients)
     return np.stack(dense)
+
+
+def mixed_number(seed: int, number: int) -> int:
+    """Return the hash in Python's integers."""
+
+    def finalized(x):
+        x = ((x ^ (x >> 16)) * 0x85EBCA6B) % 2**32
+        x = ((x ^ (x >> 13)) * 0xC2B2AE35) % 2**32
+        return x ^ (x >> 16)
+
+    return finalized(number ^ finalized((seed + 0x9E3779B9) % 2**32))
+
+
+def projection(entries: int, count: int, seed: int, balanced: bool):
+    """Return P of a group, `[entry, bucket]`, place by place."""
+    chosen = [
+        (t % count + mixed_number(seed, t // count)) % count if balanced else mixed_number(seed, t) % count
+        for t in range(entries)
+    ]
+    ones = np.zeros((entries, count))
+    ones[np.arange(entries), chosen] = 1
+    return ones / np.sqrt(np.maximum(ones.sum(0), 1))
+
+
+def hashed_oracle(term: Hashed):
+    numbers, values = term.out * term.in_, np.asarray(term.values, np.float64)[0]
+    order = np.arange(term.experts) if term.order is None else np.asarray(term.order)[0]
+    dense, first = np.zeros(term.shape), 0
+    for start in range(0, term.experts, term.size):
+        own = order[start : start + term.size]
+        count = term.buckets if len(own) == term.size else term.last
+        matrix = projection(len(own) * numbers, count, int(np.asarray(term.seed)[0, 0]), term.balanced)
+        dense[own] = (matrix @ values[first : first + count]).reshape(len(own), term.out, term.in_)
+        first += count
+    assert first == len(values)
+    return dense
 
 
 @pytest.mark.parametrize("name", list(terms(SHAPE)))
@@ -253,6 +322,88 @@ def test_grouped_from_a_damaged_file():
         _ = terms(SHAPE)["grouped"].group_ranks
 
 
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 60), st.data(), st.integers(0, 2**31 - 1), st.booleans())
+def test_hash_is_one_map_with_orthonormal_columns(entries, data, seed, balanced):
+    """One place in every row, the same in numpy and JAX as in whole numbers; P^T P is the identity of used buckets."""
+    count = data.draw(st.integers(1, entries))
+    matrix = projection(entries, count, seed, balanced)
+    places = np.argmax(matrix, 1)
+    arguments = np.arange(entries, dtype=np.uint32), np.array([seed], np.uint32), np.uint32(count)
+    np.testing.assert_array_equal(buckets(*arguments, balanced=balanced), places)
+    np.testing.assert_array_equal(buckets(*map(jnp.asarray, arguments), balanced=balanced), places)
+    sizes = np.bincount(places, minlength=count)
+    np.testing.assert_array_equal(bucket_sizes(entries, jnp.uint32([seed]), count, balanced=balanced), sizes)
+    np.testing.assert_allclose(matrix.T @ matrix, np.diag((sizes > 0).astype(float)), atol=1e-12)
+    if balanced:
+        assert sizes.max() - sizes.min() <= 1
+        assert sizes.min() >= 1
+
+
+def test_places_of_the_hash_are_spread_evenly():
+    """Runs start anywhere (chi-squared), and independent draws fill buckets like a multinomial."""
+    count, runs = 16, 4000
+    arguments = np.array([5], np.uint32), np.uint32(count)
+    starts = buckets(np.arange(runs, dtype=np.uint32) * np.uint32(count), *arguments)
+    draws = buckets(np.arange(runs, dtype=np.uint32), *arguments, balanced=False)
+    for places in (starts, draws):
+        expected = runs / count
+        statistic = np.sum((np.bincount(places, minlength=count) - expected) ** 2 / expected)
+        assert 3 < statistic < 40  # 0.1 % and 99.9 % of 15 degrees of freedom are 3.5 and 37.7
+
+
+def test_shared_masks_the_channels_that_matter_least_to_the_rows():
+    weight = np.random.default_rng(0).normal(size=(6, 8)).astype(np.float32)
+    whole = Shared.build(jnp.asarray(weight), experts=3, dynamic=3)
+    pruned = Shared.build(jnp.asarray(weight), experts=3, kept=[0, 1, 4, 5, 7], axis="in", dynamic=2)
+    for seed in range(3):
+        rows = np.random.default_rng(seed).normal(size=(2, 4, 8)) * np.random.default_rng(seed + 9).exponential(size=8)
+        scores = np.linalg.norm(weight, axis=0) * np.linalg.norm(rows.reshape(-1, 8), axis=0)
+        alive = np.sort(np.argsort(scores)[3:])
+        found = jax.jit(lambda t, x: t.apply(x))(whole, jnp.asarray(rows, jnp.float32))
+        np.testing.assert_allclose(found, rows[..., alive] @ weight[:, alive].T, atol=1e-5)
+        kept = np.array([0, 1, 4, 5, 7])
+        alive = kept[np.argsort(scores[kept])[2:]]
+        np.testing.assert_allclose(
+            pruned.apply(jnp.asarray(rows, jnp.float32)), rows[..., alive] @ weight[:, alive].T, atol=1e-5
+        )
+    np.testing.assert_array_equal(whole.materialize()[2], weight)
+    assert whole.count() == Shared.build(jnp.asarray(weight), experts=3).count()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kept": [0, 0]}, r"kept channels \[0, 0\] are not different ones of 0 to 5"),
+        ({"kept": [6]}, "not different ones of 0 to 5"),
+        ({"kept": []}, "0 kept channels of 6"),
+        ({"parts": 4}, "6 outputs do not fall into 4"),
+        ({"axis": "both"}, "axis 'both'"),
+        ({"axis": "in", "kept": [1, 2], "dynamic": 2}, "2 masked channels of 2 inputs: mask 0 to 1"),
+    ],
+)
+def test_shared_refuses_what_does_not_fit(change, message):
+    with pytest.raises(JaxmoeError, match=message):
+        Shared.build(np.ones((6, 8)), experts=3, **change)
+
+
+def test_hashed_refuses_what_does_not_fit():
+    with pytest.raises(JaxmoeError, match=r"29 buckets .* for 28"):
+        Hashed.abstract(SHAPE, "float32", buckets=29)
+    with pytest.raises(JaxmoeError, match="take smaller groups"):
+        Hashed.abstract((128, 4096, 4096), "float32", buckets=9, size=128)
+
+
+def test_sparse_from_a_damaged_file():
+    term = filled(terms(SHAPE)["sparse"])
+    for change, message in (
+        ({"counts": np.array([[2, 0, 3, 1, 0]])}, "do not add up to 7"),
+        ({"indices": np.full((1, 7), 28)}, "28 to 28 lie outside matrices of 4 x 7"),
+    ):
+        with pytest.raises(JaxmoeError, match=message):
+            Sparse.from_tensors({**term.tensors(), **change}, term.spec(), SHAPE)
+
+
 def test_published_accounting():
     """Kept fraction of the MoE layer with down untouched: the six models of the MoBE paper (Table 1)."""
     published = [
@@ -324,8 +475,8 @@ def test_wrong_layers_are_refused():
         CompressedLayer(sizes=SIZES, terms={"both": (good,), "down": (down,)}).check()
     with pytest.raises(JaxmoeError, match="shape"):
         CompressedLayer(sizes=SIZES, terms={"gate_up": (down,), "down": (down,)}).check()
-    with pytest.raises(JaxmoeError, match="unknown term 'hashed'"):
-        CompressedLayer.from_tensors({}, {"down": [{"kind": "hashed"}]}, SIZES)
+    with pytest.raises(JaxmoeError, match="unknown term 'folded'"):
+        CompressedLayer.from_tensors({}, {"down": [{"kind": "folded"}]}, SIZES)
 
 
 def test_bfloat16_terms_materialize_in_float32():
