@@ -47,14 +47,16 @@ _HOMES = {
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted([*_HOME, "methods"])
+_MODULES = ("methods", "scores")
+
+__all__ = sorted([*_HOME, *_MODULES])
 
 
 def __getattr__(name: str):
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
-    if name == "methods":
-        return import_module("jaxmoe.methods")
+    if name in _MODULES:
+        return import_module(f"jaxmoe.{name}")
     raise AttributeError(f"module 'jaxmoe' has no attribute {name!r}")
 
 

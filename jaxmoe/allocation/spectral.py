@@ -7,7 +7,7 @@ error falls by as much, and the gains of further ranks only shrink. So the ranks
 taken, whatever unit they belong to: no other ranks of the same cost keep more (Everett 1963). What is left over for the
 next best rank then goes to cheaper ones that fit.
 
-Cost: one sort, O(n log n) for n energies; a million take about a fifth of a second. It assumes that errors of units add
+Cost: one sort, O(n log n) for n energies; a million take about half a second. It assumes that errors of units add
 up and weigh alike: multiply a unit's energies by what its error costs otherwise.
 """
 
