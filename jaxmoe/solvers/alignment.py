@@ -6,8 +6,8 @@ Given the reference R, the best permutation of each expert is a linear assignmen
 the best R is the mean. In turns they give a barycenter: the expert that all others are closest to. Rows of gate and up
 and columns of down move together, so that nothing needs to be stored.
 
-Cost: F^2 K products and F^3 steps of the assignment per expert and turn, on the host in float64: seconds for F = 1000.
-It moves whole neurons, does not mix them, and signs are kept: the activation is not symmetric.
+Cost: F^2 K products and F^3 steps of the assignment per expert and turn, on the host in float64; a third of a second at
+F = 1000, K = 6144. It moves whole neurons, does not mix them, and keeps signs: the activation is not symmetric.
 Source: ResMoE, arXiv 2503.06881, section 4, whose free-support Wasserstein barycenter with uniform weights this is.
 """
 
