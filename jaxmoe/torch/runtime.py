@@ -9,6 +9,9 @@ is the stock model of its architecture in which the experts modules that `config
 The matrix of an expert's projection is the sum of the terms of all targets that cover it: `gate`, `up`, `gate_up` (the
 two stacked along their outputs, gate first) and `down`. All parameters are two-dimensional, experts stacked along the
 rows: serving engines take an experts module whose parameters are all three-dimensional for a stock one and replace it.
+Whole numbers, such as ranks and places, are buffers: casts leave them alone.
+
+A term whose matrix is the same for all experts is applied to every token once, whatever the number of its experts.
 """
 
 from functools import cached_property, reduce
@@ -59,9 +62,13 @@ class Routing:
         stops = self.offsets.tolist()
         return [(group, a, b) for group, (a, b) in enumerate(zip([0, *stops], stops)) if a < b]
 
+    def together(self, rows):
+        """Tell whether one call is to multiply the rows of all groups, instead of a loop."""
+        return _grouped_linear is not None and (rows.device.type != "cpu" or torch.compiler.is_compiling())
+
     def linear(self, rows, weight):
         """Multiply the rows `[row, in]` of each group by its own matrix of `weight`, `[group, out, in]`."""
-        if _grouped_linear is not None and (rows.device.type != "cpu" or torch.compiler.is_compiling()):
+        if self.together(rows):
             return _grouped(rows, weight, self.offsets)
         parts = [F.linear(rows[start:stop], weight[group]) for group, start, stop in self.spans]
         return torch.cat(parts) if parts else rows.new_zeros(0, weight.shape[1])
@@ -77,6 +84,22 @@ def _grouped(rows, weight, offsets):
     return _grouped_linear(rows, weight, offsets)[:, :out]
 
 
+def _visits(rows, routing, numbers):
+    """Cut rows into parts of the experts that have any, as `(experts, rows, routing)`.
+
+    As many experts go together as keep what is formed for them, `numbers` each, below `BLEND_NUMBERS`.
+    """
+    if torch.compiler.is_compiling():  # which experts have rows is not known to a traced program
+        return [(torch.arange(len(routing.offsets), device=rows.device), rows, routing)]
+    parts, at_a_time = [], max(1, BLEND_NUMBERS // max(1, numbers))
+    for first in range(0, len(routing.spans), at_a_time):
+        block = routing.spans[first : first + at_a_time]
+        experts = torch.tensor([expert for expert, _, _ in block], device=rows.device)
+        start, stop = block[0][1], block[-1][2]
+        parts.append((experts, rows[start:stop], Routing(routing.offsets[experts] - start)))
+    return parts
+
+
 class Term(nn.Module):
     """One summand of the experts' matrices `[expert, out, in]`: maps rows sorted by expert.
 
@@ -86,9 +109,23 @@ class Term(nn.Module):
         options: dtype and device of the parameters.
     """
 
+    for_all = False
+    """Whether the matrix is the same for all experts: the rows then may come in any order, without routing."""
+
     def _add(self, name, rows, columns, options):
         # Of use only to train from scratch: loading overwrites it or fails (`Factored.from_pretrained`).
         self.register_parameter(name, nn.Parameter(torch.empty(rows, columns, **options).normal_(std=0.02)))
+
+    def _add_whole(self, name, values, options):
+        # These values too are only a start that fits the sizes.
+        self.register_buffer(name, torch.as_tensor(values, dtype=torch.int32, device=options["device"]).view(1, -1))
+
+    def prepare(self):
+        """Read what has to be known of the whole numbers before anything is traced; called when they are loaded."""
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        super()._load_from_state_dict(*args, **kwargs)
+        self.prepare()
 
 
 class DenseTerm(Term):
@@ -123,49 +160,84 @@ class LowRankTerm(Term):
         return routing.linear(inner, self.left.view(self.experts, -1, self.rank))
 
 
-class SharedBasisTerm(Term):
-    """A_e f(sum_j alpha_ej B_j), optionally plus one constant, optionally transposed (MoBE, arXiv 2508.05257).
+ACTIVATIONS = {
+    "identity": lambda x: x,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "wavelet": lambda x: x * (1 - x * x) / (1 + x * x) ** 3,
+}
+"""The functions of blended bases."""
 
-    f(blend) is formed in float32, a few experts at a time and only for experts that have rows. With `cache` it is
+
+class BlendedTerm(Term):
+    """A term with features f(sum_j alpha_ej B_j) of its experts, `[expert, rank, column]`.
+
+    They are formed in float32, a few experts at a time and only for experts that have rows. With `cache` they are
     formed once for all experts and kept, which costs as much memory as one low-rank factor of every expert; the cache
     serves only where no gradient is recorded and is renewed when a parameter has changed.
     """
 
-    coefficients: nn.Parameter
     bases: nn.Parameter
     mixing: nn.Parameter
-    mean: nn.Parameter
 
-    activations = {  # noqa: RUF012
-        "identity": lambda x: x,
-        "silu": F.silu,
-        "tanh": torch.tanh,
-        "gelu": F.gelu,
-        "relu": F.relu,
-        "sigmoid": torch.sigmoid,
-        "wavelet": lambda x: x * (1 - x * x) / (1 + x * x) ** 3,
-    }
-
-    def __init__(self, spec, shape, options):
+    def __init__(self, spec, shape):
         super().__init__()
-        experts, rows, columns = (shape[0], shape[2], shape[1]) if spec["transposed"] else shape
-        self.experts, self.bases_count, self.rank, self.columns = experts, spec["bases"], spec["rank"], columns
+        self.experts, self.rows, self.columns = (shape[0], shape[2], shape[1]) if spec["transposed"] else shape
         self.transposed, self.cache, self._kept = spec["transposed"], False, None
-        if spec["activation"] not in self.activations:
-            known = ", ".join(self.activations)
+        if spec["activation"] not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
             raise ValueError(f"unknown activation {spec['activation']!r} of a shared basis: this file knows {known}")
         self.activation = spec["activation"]
-        self._add("coefficients", experts * rows, self.rank, options)
-        self._add("bases", self.bases_count * self.rank, columns, options)
-        self._add("mixing", experts, self.bases_count, options)
+
+    def features(self, mixing):
+        """Return f(blend) for some rows of the mixing."""
+        raise NotImplementedError
+
+    def _blend(self, mixing, bases):
+        with torch.autocast(bases.device.type, enabled=False):
+            blend = mixing.float() @ bases.float().flatten(1)
+            return ACTIVATIONS[self.activation](blend).view(-1, *bases.shape[1:]).to(bases.dtype)
+
+    def _of(self, experts):
+        """Return the features of some experts, from the cache where it may serve."""
+        if torch.compiler.is_compiling():
+            return self.features(self.mixing)
+        if self.cache and not torch.is_grad_enabled():
+            return self._cached()[experts]
+        return self.features(self.mixing[experts])
+
+    def _cached(self):
+        # An inference tensor has no version; it cannot be written to outside inference mode either.
+        state = [
+            (p.data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version) for p in (self.mixing, self.bases)
+        ]
+        if self._kept is None or self._kept[0] != state:
+            self._kept = state, self.features(self.mixing)
+        return self._kept[1]
+
+
+class SharedBasisTerm(BlendedTerm):
+    """A_e f(sum_j alpha_ej B_j), optionally plus one constant, optionally transposed (MoBE, arXiv 2508.05257)."""
+
+    coefficients: nn.Parameter
+    mean: nn.Parameter
+
+    activations = ACTIVATIONS
+
+    def __init__(self, spec, shape, options):
+        super().__init__(spec, shape)
+        self.bases_count, self.rank = spec["bases"], spec["rank"]
+        self._add("coefficients", self.experts * self.rows, self.rank, options)
+        self._add("bases", self.bases_count * self.rank, self.columns, options)
+        self._add("mixing", self.experts, self.bases_count, options)
         if spec["mean"]:
             self._add("mean", 1, 1, options)
 
     def features(self, mixing):
-        """Return f(blend) for some rows of the mixing, `[expert, rank, column]`."""
-        with torch.autocast(self.bases.device.type, enabled=False):
-            blend = mixing.float() @ self.bases.float().view(self.bases_count, -1)
-            return self.activations[self.activation](blend).view(-1, self.rank, self.columns).to(self.bases.dtype)
+        return self._blend(mixing, self.bases.view(self.bases_count, self.rank, self.columns))
 
     def forward(self, rows, routing):
         coefficients = self.coefficients.view(self.experts, -1, self.rank)
@@ -179,33 +251,297 @@ class SharedBasisTerm(Term):
         return out
 
     def _multiply(self, rows, routing):
-        if torch.compiler.is_compiling():  # which experts have rows is not known to a traced program
-            return routing.linear(rows, self._oriented(self.features(self.mixing)))
-        if self.cache and not torch.is_grad_enabled():
+        if self.cache and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return routing.linear(rows, self._oriented(self._cached()))
-        parts, at_a_time = [], max(1, BLEND_NUMBERS // (self.rank * self.columns))
-        for first in range(0, len(routing.spans), at_a_time):
-            block = routing.spans[first : first + at_a_time]
-            experts = torch.tensor([expert for expert, _, _ in block], device=rows.device)
-            start, stop = block[0][1], block[-1][2]
-            inner = Routing(routing.offsets[experts] - start)
-            parts.append(inner.linear(rows[start:stop], self._oriented(self.features(self.mixing[experts]))))
+        parts = [
+            inner.linear(own, self._oriented(self._of(experts)))
+            for experts, own, inner in _visits(rows, routing, self.rank * self.columns)
+        ]
         return torch.cat(parts) if parts else rows.new_zeros(0, self.columns if self.transposed else self.rank)
 
     def _oriented(self, features):
         return features.transpose(1, 2) if self.transposed else features
 
-    def _cached(self):
-        # An inference tensor has no version; it cannot be written to outside inference mode either.
-        state = [
-            (p.data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version) for p in (self.mixing, self.bases)
-        ]
-        if self._kept is None or self._kept[0] != state:
-            self._kept = state, self.features(self.mixing)
-        return self._kept[1]
+
+class GroupedTerm(BlendedTerm):
+    """A_e f(B_g(e)) or A_e f(sum_j alpha_ej B_j), each group of experts with a rank of its own.
+
+    Coefficients and bases are stored without padding. The loop over experts multiplies by the stored rows as they are;
+    where all experts' products are one call, they are padded to the largest rank first.
+    """
+
+    coefficients: nn.Parameter
+    ranks: torch.Tensor
+    order: torch.Tensor | None
+
+    def __init__(self, spec, shape, options):
+        super().__init__(spec, shape)
+        self.size, self.total, self.all_ranks = spec["size"], spec["total"], spec["rows"]
+        self.groups = -(-self.experts // self.size)
+        self._add("coefficients", self.all_ranks, self.rows, options)
+        self._add("bases", self.total, self.columns, options)
+        self._add_whole("ranks", self._some_ranks(), options)
+        if spec["mixing"]:
+            self._add("mixing", self.experts, self.groups, options)
+        else:
+            self.register_parameter("mixing", None)
+        if spec["order"]:
+            self._add_whole("order", list(range(self.experts)), options)
+        else:
+            self.register_buffer("order", None)
+        self.widest, self._layout = 0, {}
+
+    def _some_ranks(self):
+        """Return ranks that fit the sizes."""
+        lacking = self.groups * self.size - self.experts
+        # Every expert that the last group lacks saves its rank.
+        last = [(self.size * self.total - self.all_ranks) // lacking] if lacking else []
+        rest = self.groups - len(last)
+        share = self.total - sum(last)
+        return [share // rest + (group < share % rest) for group in range(rest)] + last
+
+    def prepare(self):
+        if self.ranks.is_meta:
+            return
+        ranks = self.ranks.flatten().tolist()
+        order = range(self.experts) if self.order is None else self.order.flatten().tolist()
+        groups = [position // self.size for position in range(self.experts)]
+        if sum(ranks) != self.total or sum(ranks[group] for group in groups) != self.all_ranks or min(ranks) < 0:
+            raise ValueError(
+                f"ranks {ranks} of groups of {self.size} experts do not add up to {self.total} rows of bases and "
+                f"{self.all_ranks} of coefficients. The checkpoint is damaged: fetch or write it again"
+            )
+        layout, first = {}, 0
+        for group, expert in zip(groups, order):
+            start = sum(ranks[:group])
+            layout[expert] = (slice(first, first + ranks[group]), slice(start, start + ranks[group]))
+            first += ranks[group]
+        self.widest, self._layout = max(ranks), layout
+
+    def features(self, mixing):
+        return self._blend(mixing, self._gather(self.bases, *self._starts()))
+
+    def forward(self, rows, routing):
+        if not self._layout:
+            self.prepare()
+        together = routing.together(rows)
+        parts = []
+        for experts, own, inner in _visits(rows, routing, self.widest * (self.columns + self.rows * together)):
+            features = None if self.mixing is None else self._of(experts)
+            if together:
+                parts.append(self._together(own, inner, experts, features))
+            else:
+                numbers = experts.tolist()
+                for place, start, stop in inner.spans:
+                    parts.append(self._alone(own[start:stop], numbers[place], features, place))
+        return torch.cat(parts) if parts else rows.new_zeros(0, self.columns if self.transposed else self.rows)
+
+    def _alone(self, rows, expert, features, place):
+        """Multiply the rows of one expert by what is stored of it."""
+        own, base = self._layout[expert]
+        rank = own.stop - own.start
+        coefficients = self.coefficients[own]
+        basis = self._active(self.bases[base]) if features is None else features[place, :rank]
+        if self.transposed:
+            return F.linear(F.linear(rows, coefficients), basis.T)
+        return F.linear(F.linear(rows, basis), coefficients.T)
+
+    def _together(self, rows, routing, experts, features):
+        """Multiply by padded factors of some experts, or of all."""
+        starts, ranks = self._starts()
+        position = torch.arange(self.experts, device=rows.device)
+        if self.order is not None:
+            position = torch.argsort(self.order.flatten())
+        position = position[experts]
+        group = position // self.size
+        # Only the last group can have fewer experts, so that all groups before any other are full.
+        own = self.size * starts[group] + (position - group * self.size) * ranks[group]
+        coefficients = self._gather(self.coefficients, own, ranks[group])
+        if features is None:
+            features = self._active(self._gather(self.bases, starts[group], ranks[group]))
+        if self.transposed:
+            return routing.linear(routing.linear(rows, coefficients), features.transpose(1, 2))
+        return routing.linear(routing.linear(rows, features), coefficients.transpose(1, 2))
+
+    def _starts(self):
+        ranks = self.ranks.flatten().long()
+        return torch.cumsum(ranks, 0) - ranks, ranks
+
+    def _gather(self, flat, starts, ranks):
+        """Return rows from each start, as many as its rank says, then zeros: `[start, widest, ...]`."""
+        if not self.widest:
+            return flat.new_zeros(len(starts), 0, flat.shape[1])
+        offset = torch.arange(self.widest, device=flat.device)
+        index = torch.clamp(starts[:, None] + offset, max=len(flat) - 1)
+        return torch.where((offset < ranks[:, None])[..., None], flat[index], 0)
+
+    def _active(self, basis):
+        if self.activation == "identity":
+            return basis
+        with torch.autocast(basis.device.type, enabled=False):
+            return ACTIVATIONS[self.activation](basis.float()).to(basis.dtype)
 
 
-TERMS = {"dense": DenseTerm, "low_rank": LowRankTerm, "shared_basis": SharedBasisTerm}
+class SharedTerm(Term):
+    """One matrix for all experts, with or without all channels of an axis; further ones may be masked in every call."""
+
+    weight: nn.Parameter
+    kept: torch.Tensor | None
+    for_all = True
+
+    def __init__(self, spec, shape, options):
+        super().__init__()
+        _, self.out, in_ = shape
+        self.axis, self.parts, self.dynamic = spec["axis"], spec["parts"], spec["dynamic"]
+        rows, columns = self.out, in_
+        if spec["kept"] is None:
+            self.register_buffer("kept", None)
+        else:
+            self._add_whole("kept", list(range(spec["kept"])), options)
+            rows, columns = (rows, spec["kept"]) if self.axis == "in" else (self.parts * spec["kept"], columns)
+        self._add("weight", rows, columns, options)
+
+    def forward(self, rows, routing=None):
+        if self.kept is not None and self.axis == "in":
+            rows = rows[:, self.kept.flatten().long()]
+        if self.dynamic:
+            rows = rows * self._mask(rows)
+        y = F.linear(rows, self.weight)
+        if self.kept is None or self.axis == "in":
+            return y
+        first = torch.arange(self.parts, device=y.device)[:, None] * (self.out // self.parts)
+        places = (first + self.kept.flatten()).flatten()
+        return y.new_zeros(len(y), self.out).index_copy(1, places, y)
+
+    @torch.no_grad()
+    def _mask(self, rows):
+        """Return zeros for the channels that contribute least to these rows."""
+        scores = rows.float().square().sum(0) * self.weight.float().square().sum(0)
+        order = torch.sort(scores, descending=True, stable=True).indices
+        mask = torch.zeros(len(scores), dtype=rows.dtype, device=rows.device)
+        mask[order[: len(scores) - self.dynamic]] = 1
+        return mask
+
+
+class MatrixTerm(Term):
+    """A term whose matrices are formed for the experts that have rows, a few at a time."""
+
+    shape: Any
+    numbers: int
+
+    def matrices(self, experts):
+        """Return the matrices of some experts, `[expert, out, in]`."""
+        raise NotImplementedError
+
+    def forward(self, rows, routing):
+        # What is formed on the way, indices among it, takes several times as much as the matrices.
+        visits = _visits(rows, routing, 8 * self.numbers)
+        parts = [inner.linear(own, self.matrices(experts)) for experts, own, inner in visits]
+        return torch.cat(parts) if parts else rows.new_zeros(0, self.shape[1])
+
+
+class HashedTerm(MatrixTerm):
+    """P eta for each group of experts: few values, each at many places that a hash chooses (arXiv 2602.09316)."""
+
+    values: nn.Parameter
+    seed: torch.Tensor
+    order: torch.Tensor | None
+
+    def __init__(self, spec, shape, options):
+        super().__init__()
+        self.shape, self.numbers = shape, shape[1] * shape[2]
+        self.size, self.buckets, self.last, self.balanced = (
+            spec[key] for key in ("size", "buckets", "last", "balanced")
+        )
+        self.groups = -(-shape[0] // self.size)
+        self._add("values", 1, (self.groups - 1) * self.buckets + self.last, options)
+        self._add_whole("seed", [0], options)
+        if spec["order"]:
+            self._add_whole("order", list(range(shape[0])), options)
+        else:
+            self.register_buffer("order", None)
+
+    def matrices(self, experts):
+        position = experts if self.order is None else torch.argsort(self.order.flatten())[experts]
+        group = position // self.size
+        entries = torch.arange(self.numbers, device=experts.device)
+        entries = entries + ((position - group * self.size) * self.numbers)[:, None]
+        count = torch.where(group == self.groups - 1, self.last, self.buckets)[:, None]
+        places = (group * self.buckets)[:, None] + self._bucket(entries, count)
+        scaled = self.values.flatten().float() * self._scales()
+        return scaled[places].to(self.values.dtype).view(-1, *self.shape[1:])
+
+    def _bucket(self, entries, count):
+        seed = self.seed.flatten().long()
+        if not self.balanced:
+            return _mixed(seed, entries) % count
+        return (entries % count + _mixed(seed, entries // count) % count) % count
+
+    def _scales(self):
+        members = self.shape[0] - (self.groups - 1) * self.size
+        sizes = [self._sizes(self.size * self.numbers, self.buckets)] * (self.groups - 1)
+        counts = torch.cat([*sizes, self._sizes(members * self.numbers, self.last)]).float()
+        return torch.where(counts > 0, counts.clamp(min=1).rsqrt(), 0)
+
+    def _sizes(self, entries, count):
+        """Return how many of a group's entries lie in each bucket."""
+        device = self.values.device
+        if not self.balanced:
+            own = self._bucket(torch.arange(entries, device=device), count)
+            return torch.zeros(count, dtype=torch.int64, device=device).index_add(0, own, torch.ones_like(own))
+        runs, rest = divmod(entries, count)
+        start = _mixed(self.seed.flatten().long(), torch.tensor(runs, device=device)) % count
+        place = (torch.arange(count, device=device) + count - start) % count
+        return runs + (place < rest).long()
+
+
+def _mixed(seed, number):
+    """Return the hash of a seed and a number in 32 bits, which int64 holds; its products may wrap around above them."""
+
+    def finalized(x):
+        x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+        x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+        return x ^ (x >> 16)
+
+    return finalized(number ^ finalized((seed + 0x9E3779B9) & 0xFFFFFFFF))
+
+
+class SparseTerm(MatrixTerm):
+    """Single entries: values, their places in the matrix row by row, and how many each expert has."""
+
+    values: nn.Parameter
+    indices: torch.Tensor
+    counts: torch.Tensor
+
+    def __init__(self, spec, shape, options):
+        super().__init__()
+        self.shape, self.numbers, entries = shape, shape[1] * shape[2], spec["entries"]
+        self._add("values", 1, entries, options)
+        self._add_whole("indices", torch.arange(entries, device=options["device"]) % self.numbers, options)
+        share, more = divmod(entries, shape[0])
+        self._add_whole("counts", [share + (expert < more) for expert in range(shape[0])], options)
+
+    def matrices(self, experts):
+        ends = torch.cumsum(self.counts.flatten().long(), 0)
+        entries = torch.arange(self.values.numel(), device=experts.device)
+        owner = torch.searchsorted(ends, entries, right=True)
+        # Entries of experts that are not asked for go to a matrix behind the last one.
+        row = torch.full((self.shape[0],), len(experts), device=experts.device)
+        row[experts] = torch.arange(len(experts), device=experts.device)
+        place = row[owner] * self.numbers + self.indices.flatten()
+        dense = self.values.new_zeros((len(experts) + 1) * self.numbers)
+        return dense.index_add(0, place, self.values.flatten()).view(-1, *self.shape[1:])[:-1]
+
+
+TERMS = {
+    "dense": DenseTerm,
+    "low_rank": LowRankTerm,
+    "shared_basis": SharedBasisTerm,
+    "grouped": GroupedTerm,
+    "shared": SharedTerm,
+    "hashed": HashedTerm,
+    "sparse": SparseTerm,
+}
 """The terms by the name that stands in `config.jaxmoe`."""
 
 TARGETS = ("gate", "up", "gate_up", "down")
@@ -220,7 +556,8 @@ class FactoredExperts(nn.Module):
         spec: the layer's entry in `config.jaxmoe["experts"]`: `shape` and `terms`.
     """
 
-    down: nn.ModuleList
+    down: Any
+    down_proj_bias: torch.Tensor | None
     act_fn: nn.Module
     post_expert_norm: nn.Module
 
@@ -266,12 +603,20 @@ class FactoredExperts(nn.Module):
         bias = getattr(self, name, None)
         return 0 if bias is None else bias[experts]
 
-    def _activate(self, rows, routing, experts):
-        outs = {target: [term(rows, routing) for term in getattr(self, target, ())] for target in ("gate", "up")}
+    def _activate(self, tokens, token, routing, experts):
+        rows = tokens[token]
+        outs = {
+            target: [
+                # What is the same for all experts is computed once for a token, however many experts it has.
+                term(tokens)[token] if term.for_all else term(rows, routing)
+                for term in getattr(self, target, ())
+            ]
+            for target in ("gate", "up", "gate_up")
+        }
         if not self.gated:
             return self.act_fn(reduce(torch.add, outs["up"]) + self._bias("up_proj_bias", experts))
-        for term in getattr(self, "gate_up", ()):
-            for target, part in zip(("gate", "up"), term(rows, routing).chunk(2, -1)):
+        for both in outs.pop("gate_up"):
+            for target, part in zip(("gate", "up"), both.chunk(2, -1)):
                 outs[target].append(part)
         both = [reduce(torch.add, parts) for parts in outs.values()]
         # The gating rule and its bias see the outputs in the native order: concatenated, or interleaved (gpt_oss).
@@ -285,13 +630,26 @@ class FactoredExperts(nn.Module):
         experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
         ends = torch.searchsorted(experts, torch.arange(self.experts, device=experts.device), right=True)
         routing = Routing(ends.to(torch.int32))
-        inner = self._activate(tokens[order // top_k], routing, experts)
-        out = reduce(torch.add, [term(inner, routing) for term in self.down]) + self._bias("down_proj_bias", experts)
-        if getattr(self, "has_post_expert_norm", False):
-            out = self.post_expert_norm(out)
-        weighted = out * top_k_weights.reshape(-1)[order, None]
-        summed = weighted[torch.argsort(order)].view(-1, top_k, out.shape[-1]).sum(1)
-        return summed.to(hidden_states.dtype).view_as(hidden_states)
+        inner = self._activate(tokens, order // top_k, routing, experts)
+        weights, back = top_k_weights.reshape(-1)[order, None], torch.argsort(order)
+
+        def summed(rows):
+            return (rows * weights)[back].view(-1, top_k, rows.shape[-1]).sum(1)
+
+        normed = getattr(self, "has_post_expert_norm", False)
+        # A matrix of all experts may wait until their activations are one weighted sum, if nothing stands between.
+        once = [] if normed else [term for term in self.down if term.for_all]
+        parts = [term(inner, routing) for term in self.down if normed or not term.for_all]
+        if (bias := getattr(self, "down_proj_bias", None)) is not None:
+            parts.append(bias[experts])
+        outs = []
+        if parts:
+            out = reduce(torch.add, parts)
+            outs.append(summed(self.post_expert_norm(out) if normed else out))
+        if once:
+            entered = summed(inner).to(inner.dtype)
+            outs += [term(entered) for term in once]
+        return reduce(torch.add, outs).to(hidden_states.dtype).view_as(hidden_states)
 
 
 def swap_experts(model, experts):
@@ -320,7 +678,7 @@ def swap_experts(model, experts):
 def cache_blends(model, enabled=True):
     """Keep the blended bases of all experts in memory, or drop them: faster, and larger by a low-rank factor."""
     for module in model.modules():
-        if isinstance(module, SharedBasisTerm):
+        if isinstance(module, BlendedTerm):
             module.cache, module._kept = enabled, None
 
 
@@ -359,6 +717,9 @@ class Factored(PreTrainedModel):
                 f"{len(lost)} tensors of factored experts do not agree with config.json: {', '.join(lost[:20])}"
                 f"{', ...' if len(lost) > 20 else ''}. The checkpoint is damaged or incomplete: fetch or write it again"
             )
+        for module in model.modules():
+            if isinstance(module, Term):
+                module.prepare()
         return (model, info) if output_loading_info else model
 
 

@@ -4,19 +4,22 @@ import ast
 import copy
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from factored_models import Terms, basis_layer, low_rank_layer, mixed_layer, set_dense, shape_of
+from factored_models import NEW, Terms, base_layer, basis_layer, low_rank_layer, mixed_layer, set_dense, shape_of
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from jaxmoe.factors import CompressedLayer
+from jaxmoe.factors import CompressedLayer, Hashed, LayerShape
+from jaxmoe.factors.hashed import buckets
 from jaxmoe.torch import FactoredExperts, cache_blends, runtime, swap_experts
 
 torch.set_num_threads(1)
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 6, 20, 12, 2
-RECIPES = {"low_rank": low_rank_layer, "basis": basis_layer, "mixed": mixed_layer}
+RECIPES = {"low_rank": low_rank_layer, "basis": basis_layer, "mixed": mixed_layer, **NEW}
 
 
 def native_experts(dtype=torch.float32) -> Qwen3MoeExperts:
@@ -71,6 +74,7 @@ def test_grouped_products_equal_the_loop(recipe, dtype, monkeypatch):
         return runtime._grouped(rows, weight, routing.offsets)
 
     monkeypatch.setattr(runtime.Routing, "linear", grouped)
+    monkeypatch.setattr(runtime.Routing, "together", lambda routing, rows: True)
     out = factored(*batch)
     assert calls
     assert any(size % 8 for shape in calls for size in shape[1:]), "no size that has to be filled up"
@@ -101,6 +105,118 @@ def test_traces_without_a_break(recipe):
     batch = routed()
     compiled = torch.compile(factored, fullgraph=True, backend="eager")
     assert close(compiled(*batch), native(*batch))
+
+
+@pytest.mark.parametrize("compiling", [True, False])
+@pytest.mark.parametrize("recipe", NEW)
+def test_padded_products_of_all_experts_or_of_those_with_rows(recipe, compiling, monkeypatch):
+    """As on an accelerator, where one call multiplies for all experts, traced or not."""
+    factored, native, _ = factored_and_native(recipe)
+    padded, original = [], runtime.GroupedTerm._together
+
+    def together(term, rows, routing, experts, features):
+        padded.append(len(experts))
+        return original(term, rows, routing, experts, features)
+
+    monkeypatch.setattr(runtime.GroupedTerm, "_together", together)
+    monkeypatch.setattr(runtime.Routing, "together", lambda routing, rows: True)
+    monkeypatch.setattr(runtime.torch.compiler, "is_compiling", lambda: compiling)
+    batch = torch.randn(3, HIDDEN), torch.tensor([[1, 4], [4, 1], [1, 4]]), torch.rand(3, TOP_K)
+    assert close(factored(*batch), native(*batch))
+    assert set(padded) == {EXPERTS if compiling else 2}
+
+
+@pytest.mark.parametrize("recipe", NEW)
+def test_gradients_equal_those_through_the_matrices(recipe):
+    """d loss / d parameter, against automatic differentiation of JAX's matrices with the stock module's gradients."""
+    factored, native, layer = factored_and_native(recipe)
+    batch = routed()
+    factored(*batch).square().sum().backward()
+    native(*batch).square().sum().backward()
+    gate, up = native.gate_up_proj.grad.chunk(2, 1)
+    dense = {name: x.numpy() for name, x in (("gate", gate), ("up", up), ("down", native.down_proj.grad))}
+
+    def product(own):
+        return sum(jnp.sum(own.materialize(name) * gradient) for name, gradient in dense.items())
+
+    expected = jax.grad(product, allow_int=True)(layer).tensors()
+    for name, parameter in factored.named_parameters():
+        assert close(parameter.grad, torch.tensor(np.asarray(expected[name])), 1e-4), name
+    whole = {name: buffer.dtype for name, buffer in factored.named_buffers()}
+    assert whole == {name: torch.int32 for name, x in layer.tensors().items() if x.dtype == np.int32}
+
+
+def test_base_is_applied_once_for_every_token(monkeypatch):
+    """Before the tokens go to their experts, and behind their weighted sum: no row for every choice."""
+    factored, native, _ = factored_and_native("base")
+    seen, original = [], runtime.SharedTerm.forward
+
+    def forward(term, rows, routing=None):
+        seen.append(len(rows))
+        return original(term, rows, routing)
+
+    monkeypatch.setattr(runtime.SharedTerm, "forward", forward)
+    batch = routed(tokens=17)
+    assert close(factored(*batch), native(*batch))
+    assert seen == [17, 17, 17]
+    # With a norm behind every expert the sum has to wait for it.
+    for module in (factored, native):
+        module.has_post_expert_norm, module.post_expert_norm = True, torch.nn.RMSNorm(HIDDEN)
+    seen.clear()
+    normed = factored(*batch)
+    assert seen == [17, 17 * TOP_K, 17 * TOP_K]
+    inner = native._apply_gate(torch.einsum("th,eoh->teo", batch[0], native.gate_up_proj))
+    out = native.post_expert_norm(torch.einsum("tei,eoi->teo", inner, native.down_proj))
+    chosen = torch.gather(out, 1, batch[1][..., None].expand(-1, -1, HIDDEN))
+    assert close(normed, (chosen * batch[2][..., None]).sum(1))
+
+
+def test_masked_channels_are_those_of_the_core():
+    """The same channels as in JAX, chosen from the tokens before they go to their experts."""
+    draw = Terms(LayerShape(EXPERTS, HIDDEN, INTERMEDIATE))
+    for kept, axis in ((None, "out"), (9, "in"), (4, "out")):
+        term = draw.shared("gate_up", kept, axis, dynamic=5)
+        twin = runtime.SharedTerm(term.spec(), term.shape, {"dtype": torch.float32, "device": "cpu"})
+        twin.load_state_dict({name: torch.tensor(x) for name, x in term.tensors().items()})
+        rows = routed()[0]
+        assert close(twin(rows), torch.tensor(np.asarray(term.apply(jnp.asarray(rows.numpy())))))
+        assert not close(twin(rows), rows @ torch.tensor(np.asarray(term.materialize()))[0].T, 0.01)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+def test_hash_is_that_of_the_core(balanced):
+    """Entry for entry, also where 32 bits overflow and the seed is large."""
+    entries, seed = np.arange(0, 2**31, 12345677, dtype=np.uint32), 2**31 - 5
+    expected = buckets(entries, np.array([seed], np.uint32), np.uint32(1000003), balanced=balanced)
+    term = Hashed.abstract((4, 5, 6), "float32", buckets=7, balanced=balanced)
+    twin = runtime.HashedTerm(term.spec(), term.shape, {"dtype": torch.float32, "device": "cpu"})
+    twin.seed.fill_(seed)
+    found = twin._bucket(torch.tensor(entries.astype(np.int64)), 1000003)
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def test_ranks_that_do_not_add_up_are_refused():
+    factored, _, layer = factored_and_native("base")
+    tensors = {name: torch.tensor(np.asarray(x)) for name, x in layer.tensors().items()}
+    tensors["gate_up.1.ranks"] = tensors["gate_up.1.ranks"] + 1
+    with pytest.raises(ValueError, match=r"ranks \[5, 1, 8, .*fetch or write it again"):
+        factored.load_state_dict(tensors)
+
+
+def test_whole_numbers_fit_the_sizes_before_anything_is_loaded():
+    """So that a model made from a configuration alone runs."""
+    for recipe in NEW.values():
+        native = native_experts()
+        factored = FactoredExperts(native, entry(recipe(Terms(shape_of(native)))))
+        assert torch.isfinite(factored(*routed())).all()
+
+
+def test_autocast():
+    for recipe in NEW:
+        factored, native, _ = factored_and_native(recipe)
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            low = factored(*routed())
+        assert close(low.float(), native(*routed()), 0.03)
 
 
 @pytest.mark.parametrize("recipe", ["low_rank", "basis"])
@@ -197,7 +313,7 @@ def test_swap_on_the_meta_device_allocates_nothing():
 
     with torch.device("meta"):
         model = Holder()
-    layer = mixed_layer(Terms(shape_of(model.experts)))
+    layer = base_layer(Terms(shape_of(model.experts)))
     swap_experts(model, {"model.experts": entry(layer)})  # the base model's paths lack the prefix
     assert isinstance(model.experts, FactoredExperts)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
