@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxmoe
-from jaxmoe.checkpoint import Checkpoint, MoELayer
+from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.atomic import write_bytes
 from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, fingerprint, layer_file, sweep
@@ -29,11 +29,14 @@ from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.card import model_card
 from jaxmoe.export.factored import factored_config, remote_code
 from jaxmoe.export.folder import complete_folder, dump, side_files
-from jaxmoe.factors import TARGETS, CompressedLayer, Dense
+from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense
 from jaxmoe.factors.error import relative_errors
 from jaxmoe.methods import Outcome
+from jaxmoe.methods.method import count
 from jaxmoe.plan import Plan, PlannedLayer, describe
-from jaxmoe.weighing import LayerSums, Sums, moments
+from jaxmoe.reading import read_target
+from jaxmoe.rivalry import behind_svd
+from jaxmoe.weighing import LayerSums, Sums, evidence, moments
 from jaxmoe.weighing import outcomes as weighing_outcomes
 
 EXPORTS = ("factored", "dense")
@@ -79,6 +82,7 @@ def compress(
         raise JaxmoeError(f"export {export!r}: give {' or '.join(EXPORTS)}")
     output = Path(output).absolute()
     begun = time.perf_counter()
+    check_statistics(plan, statistics)
     run = _run_record(checkpoint, plan, export, seed, statistics)
     if (done := _finished(output, run)) is not None:
         on_event({"event": "complete", "output": str(output)})
@@ -114,7 +118,17 @@ def compress(
             on_event({"event": "waiting", "layers": report["missing_layers"]})
             return report
         with workspace.exclusive("publish"):
-            return _publish(checkpoint, plan, export, workspace, run, report, on_event)
+            specs = {index: entry["spec"] for index, entry in entries.items() if entry is not None}
+            return _publish(checkpoint, plan, export, workspace, run, specs, report, on_event)
+
+
+def check_statistics(plan: Plan, statistics: Sums | None) -> None:
+    """Raise if the method needs what the statistics did not keep."""
+    keeps = frozenset() if statistics is None else statistics.keeps
+    if missing := {name: mend for name, mend in plan.method.requires(plan.settings).items() if name not in keeps}:
+        mends = "; ".join(dict.fromkeys(missing.values()))
+        have = "there are no statistics" if statistics is None else f"the statistics lack {', '.join(missing)}"
+        raise JaxmoeError(f"{plan.method.name} with these settings cannot run: {have}; {mends}")
 
 
 def _run_record(checkpoint: Checkpoint, plan: Plan, export: str, seed: int, statistics) -> dict[str, Any]:
@@ -124,6 +138,7 @@ def _run_record(checkpoint: Checkpoint, plan: Plan, export: str, seed: int, stat
         "method": plan.method.name,
         "settings": asdict(plan.settings),
         "requested": plan.requested,
+        "allocation": plan.allocation,
         "terms": fingerprint({str(p.source.index): p.template.spec() for p in plan.layers}),
         "statistics": None if statistics is None else statistics.fingerprint(),
         "export": export,
@@ -163,43 +178,6 @@ def _selected(plan: Plan, layers: tuple[int, int] | None) -> list[PlannedLayer]:
     return chosen
 
 
-def read_target(checkpoint: Checkpoint, layer: MoELayer, target: str) -> np.ndarray:
-    """Return a target's matrices in float32, `[expert, out, in]`, holding one projection beside them at most.
-
-    Raises:
-        JaxmoeError: a weight is NaN or infinite; the message names the tensors.
-    """
-    weight = _aligned(layer.shape.of(target))
-    start = 0
-    for projection in TARGETS[target]:
-        part = checkpoint.projection(layer, projection)
-        weight[:, start : start + part.shape[1]] = part
-        start += part.shape[1]
-    if not np.isfinite(weight).all():
-        raise JaxmoeError(_not_finite(checkpoint, layer, target))
-    return weight
-
-
-def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Return an uninitialised float32 array on a 64-byte boundary: XLA on CPU copies any other, twice at its peak."""
-    size = int(np.prod(shape)) * 4
-    raw = np.empty(size + 63, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(np.float32).reshape(shape)
-
-
-def _not_finite(checkpoint: Checkpoint, layer: MoELayer, target: str) -> str:
-    named = []
-    for name in layer.names:
-        entry = checkpoint.tensors[name]
-        view = entry.view()
-        if view.dtype.kind not in "iu" and not np.isfinite(view.astype(np.float32)).all():
-            named.append(f"{name} in {entry.file}")
-    where = "; ".join(named[:8]) or f"layer {layer.index}, {target}"
-    more = f" and {len(named) - 8} more" if len(named) > 8 else ""
-    return f"NaN or infinite weights in {where}{more}: the checkpoint is damaged, fetch or train it again"
-
-
 def _compress_layer(checkpoint, plan, planned, export, seed, statistics, workspace, key) -> dict[str, Any]:
     start = time.perf_counter()
     source = planned.source
@@ -231,8 +209,11 @@ def _compress_layer(checkpoint, plan, planned, export, seed, statistics, workspa
         statistics.follow(source.index, layer)
     checksum = write_tensors(workspace.folder / layer_file(source.index), tensors)
     checkpoint.release()
+    stored = layer.count()
     record = {
         "layer": source.index,
+        "spec": layer.spec(),
+        "stored": stored._asdict(),
         "projections": projections,
         "outcomes": [{"layer": source.index, **outcome._asdict()} for outcome in outcomes],
         "losses": histories,
@@ -249,25 +230,28 @@ def fit_layer(
     source, template = planned.source, planned.template
     key = jax.random.fold_in(jax.random.key(seed), source.index)
     terms, outcomes, histories = {}, weighing_outcomes(sums, planned.touched, source.shape), {}
-    for position, (target, (abstract,)) in enumerate(template.terms.items()):
+
+    def read(target: str) -> jax.Array:
+        return jax.device_put(read_target(checkpoint, source, target), may_alias=True)
+
+    for position, (target, abstract) in enumerate(template.terms.items()):
         if target not in planned.touched:
             terms[target] = (Dense(weight=checkpoint.projection(source, target)),)
             continue
-        fit = plan.method.fit(
-            jax.device_put(read_target(checkpoint, source, target), may_alias=True),
-            abstract,
-            plan.settings,
-            moment=moments(sums, target),
-            key=jax.random.fold_in(key, position),
-        )
-        for array in jax.tree_util.tree_leaves(fit.term):
+        weight, known = read(target), evidence(sums, target, read)
+        fit = plan.method.fit(weight, abstract, plan.settings, evidence=known, key=jax.random.fold_in(key, position))
+        for array in jax.tree_util.tree_leaves(fit.terms):
             if not bool(jnp.isfinite(array.astype(jnp.float32)).all()):
                 raise JaxmoeError(
                     f"layer {source.index}, {target}: {plan.method.name} gave factors that {source.dtype} cannot hold "
                     "(NaN or overflow); try another setting or seed"
                 )
-        terms[target] = (fit.term,)
+        if count(fit.terms).bytes > count(abstract).bytes:
+            raise RuntimeError(f"{target}: {count(fit.terms)} of {count(abstract)}: a defect of {plan.method.name}")
+        terms[target] = fit.terms
         outcomes += [outcome._replace(target=target) for outcome in fit.outcomes]
+        if (behind := behind_svd(weight, fit.terms, known.moment, target)) is not None:
+            outcomes.append(behind)
         if len(fit.losses):
             thin = max(1, len(fit.losses) // 50)
             histories[target] = [float(x) for x in (*fit.losses[::thin], fit.losses[-1])]
@@ -286,6 +270,7 @@ def _report(checkpoint, output, plan, export, seed, command, entries, seconds) -
         detail = "the files hold the materialised matrices: nothing is saved on disk, the ratios are the factors'"
         outcomes.append({"layer": None, "kind": "dense_export", "target": None, "detail": detail})
     outcomes += [{"layer": None, "kind": "note", "target": None, "detail": note} for note in checkpoint.notes]
+    achieved = plan.with_stored({index: Count(**entry["stored"]) for index, entry in done.items()})
     return {
         "jaxmoe": jaxmoe.__version__,
         "source": str(checkpoint.folder),
@@ -293,7 +278,7 @@ def _report(checkpoint, output, plan, export, seed, command, entries, seconds) -
         "command": command,
         "seed": seed,
         "export": export,
-        **plan.summary(),
+        **achieved.summary(),
         "layers": [
             {name: entry[name] for name in ("layer", "projections", "seconds", "losses")}
             for _, entry in sorted(done.items())
@@ -308,11 +293,13 @@ def _report(checkpoint, output, plan, export, seed, command, entries, seconds) -
     }
 
 
-def _publish(checkpoint, plan, export, workspace, run, report, on_event) -> dict[str, Any]:
+def _publish(checkpoint, plan, export, workspace, run, specs, report, on_event) -> dict[str, Any]:
     if export == "dense":
         config, code = checkpoint.dense_config(), {}
     else:
-        modules = {planned.source.module: planned.template for planned in plan.layers}
+        modules = {
+            planned.source.module: (planned.source.shape, specs[planned.source.index]) for planned in plan.layers
+        }
         config = factored_config(checkpoint.dense_config(), modules, checkpoint.layouts())
         code = remote_code(checkpoint.dense_config())
     stored = complete_folder(
@@ -323,8 +310,8 @@ def _publish(checkpoint, plan, export, workspace, run, report, on_event) -> dict
         code=code,
         beside=side_files(checkpoint.folder),
     )
-    if export == "factored" and stored["bytes"] != plan.bytes["after"]:
-        raise RuntimeError(f"the files hold {stored}, the plan counted {plan.bytes}: a defect of jaxmoe")
+    if export == "factored" and stored["bytes"] != report["bytes"]["after"]:
+        raise RuntimeError(f"the files hold {stored}, the terms counted {report['bytes']}: a defect of jaxmoe")
     report = {**report, "stored": stored, "run": run}
     write_bytes(workspace.folder / "README.md", model_card(report).encode())
     write_bytes(workspace.folder / "report.json", dump(report))

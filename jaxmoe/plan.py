@@ -1,21 +1,25 @@
 """What a ratio means for this model: the size of every term of every layer, before anything runs.
 
 A ratio is the removed fraction of the touched matrices, of all routed experts or of the whole model. It becomes one
-budget of stored numbers, which is spent exactly over all layers and projections.
+budget of stored numbers, which a rule (`allocation.shares`) shares over all layers and targets, and which is spent
+exactly.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxmoe.allocation import allocate, common_fraction, reachable
+from jaxmoe.allocation import Shares, allocate, by_odds, kept_fractions, reachable
 from jaxmoe.checkpoint import Checkpoint, MoELayer
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense
+from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense, Grouped, Term
+from jaxmoe.factors.term import Abstract
+from jaxmoe.measuring import choose_rule, shares
 from jaxmoe.methods import Method, Slot
+from jaxmoe.weighing import Sums
 
 SCOPES = ("touched", "experts", "model")
 """What a ratio may be a fraction of: the matrices that the method replaces, all routed experts, the whole model."""
@@ -54,18 +58,30 @@ class PlannedLayer(NamedTuple):
 class Plan:
     """What will be stored, layer by layer.
 
-    requested: `{"ratio", "of"}`; sizes: numbers of the three ratios; parameters and bytes: `{"before", "after"}` of the
+    requested: `{"ratio", "of"}`; allocation: the rule that shared the budget, one of `measuring.RULES`; sizes: numbers of the three ratios; parameters and bytes: `{"before", "after"}` of the
     whole model as factored; peak_bytes: predicted peak of anonymous memory beyond that of the idle program.
     """
 
     method: Method
     settings: Any
     requested: dict[str, Any]
+    allocation: str
     layers: tuple[PlannedLayer, ...]
     sizes: Sizes
     parameters: dict[str, int]
     bytes: dict[str, int]
     peak_bytes: int
+
+    def with_stored(self, stored: Mapping[int, Count]) -> "Plan":
+        """Return the plan with what some layers really store, by their index: never more than was planned."""
+        planned = {layer.source.index: layer.template.count() for layer in self.layers}
+        less = sum((Count(*(a - b for a, b in zip(planned[i], own))) for i, own in stored.items()), Count(0, 0))
+        return replace(
+            self,
+            sizes=self.sizes._replace(stored=self.sizes.stored - less.numbers),
+            parameters={**self.parameters, "after": self.parameters["after"] - less.numbers},
+            bytes={**self.bytes, "after": self.bytes["after"] - less.bytes},
+        )
 
     def summary(self) -> dict[str, Any]:
         """Return the plan as JSON, with the keys that other programs read."""
@@ -73,6 +89,7 @@ class Plan:
             "method": self.method.name,
             "settings": asdict(self.settings),
             "requested": self.requested,
+            "allocation": self.allocation,
             "achieved": self.sizes.removed(),
             "parameters": self.parameters,
             "bytes": self.bytes,
@@ -82,7 +99,11 @@ class Plan:
 
 
 def describe(layer: CompressedLayer) -> dict[str, dict[str, Any]]:
-    """Return for each projection its terms, ranks and stored numbers; a term over gate and up counts half for each."""
+    """Return for each projection its terms, ranks, stored numbers and the kept fraction that these are.
+
+    A term over gate and up counts half for each. Where the groups of experts of a real term have ranks of their own,
+    these stand under `group_ranks`, and their mean under `ranks`.
+    """
     projections: dict[str, dict[str, Any]] = {
         name: {"terms": [], "ranks": [], "parameters": 0} for name in layer.sizes.projections
     }
@@ -95,11 +116,23 @@ def describe(layer: CompressedLayer) -> dict[str, dict[str, Any]]:
                 entry["terms"].append({"target": target, **term.spec()})
                 entry["ranks"].append(getattr(term, "rank", min(term.shape[1:])))
                 entry["parameters"] += numbers // len(covered) + (position < numbers % len(covered))
+                if isinstance(term, Grouped) and not isinstance(term.ranks, Abstract):
+                    entry.setdefault("group_ranks", []).append(list(term.group_ranks))
+    for name, entry in projections.items():
+        entry["kept"] = entry["parameters"] / int(np.prod(layer.sizes.of(name)))
     return projections
 
 
 def make_plan(
-    checkpoint: Checkpoint, method: Method, settings: Any, *, ratio: float, of: str = "experts", weighted: bool = False
+    checkpoint: Checkpoint,
+    method: Method,
+    settings: Any,
+    *,
+    ratio: float,
+    of: str = "experts",
+    weighted: bool = False,
+    allocation: str | None = None,
+    statistics: Sums | None = None,
 ) -> Plan:
     """Choose the size of every term so that at least the asked fraction is removed, and as little more as possible.
 
@@ -110,42 +143,61 @@ def make_plan(
         ratio: removed fraction, between 0 and 1.
         of: what the ratio is a fraction of, one of `SCOPES`.
         weighted: whether second moments will weigh the errors: equal size, other shapes of terms, more memory.
+        allocation: how the budget is shared over layers and targets, one of `measuring.RULES`; None takes the method's
+            own where the setting is "improved" and the statistics allow it, else "uniform".
+        statistics: calibrated statistics, which imply `weighted`; "importance" and "spectral" measure with them.
 
     Raises:
-        JaxmoeError: the ratio is not a fraction, or out of reach: the message names the reachable range.
+        JaxmoeError: the ratio is not a fraction, or out of reach: the message names the reachable range; or the
+            statistics lack what the allocation needs.
     """
     if of not in SCOPES:
         raise JaxmoeError(f"of {of!r}: give {', '.join(SCOPES)}")
     if not 0 < ratio < 1:
         raise JaxmoeError(f"ratio {ratio} is not a removed fraction: give a number between 0 and 1, such as 0.4")
-
-    def slots(kept: float) -> list[tuple[Slot, ...]]:
-        return [
-            method.slots(layer.shape, layer.dtype, settings, kept, weighted=weighted) for layer in checkpoint.layers
-        ]
-
-    def numbers(layer: MoELayer, target: str) -> int:
-        return int(np.prod(layer.shape.of(target)))
-
-    def ladders(slotted):
-        return [slot.ladder() for layer in slotted for slot in layer]
-
-    touched = sum(numbers(layer, slot.target) for layer, own in zip(checkpoint.layers, slots(0.5)) for slot in own)
+    weighted = weighted or statistics is not None
+    preferred = method.allocation if settings.setting == "improved" else "uniform"
+    rule = choose_rule(allocation, preferred, statistics)
+    targets = [method.targets(layer.shape, settings) for layer in checkpoint.layers]
+    names = [(layer, target) for layer, own in zip(checkpoint.layers, targets) for target in own]
+    sizes = [int(np.prod(layer.shape.of(target))) for layer, target in names]
+    touched = sum(sizes)
     experts = sum(layer.shape.numbers for layer in checkpoint.layers)
     scope = {"touched": touched, "experts": experts, "model": checkpoint.parameters}[of]
     # The decimal that the user wrote, not its binary neighbour: 0.4 of 10 numbers are 4.
-    budget = touched - -(-Fraction(str(ratio)) * scope // 1)
-    chosen = slots(common_fraction(ladders(slots(0.5)), float(budget)))
-    least, most = reachable(ladders(chosen))
-    if not least <= budget <= most + max((x.step for x in ladders(chosen)), default=0):
-        extremes = reachable(ladders(slots(0.0)))[0], reachable(ladders(slots(1.0)))[1]
-        raise JaxmoeError(_out_of_reach(method, ratio, of, Sizes(touched, experts, checkpoint.parameters, 0), extremes))
+    budget = int(touched - -(-Fraction(str(ratio)) * scope // 1))
 
-    levels = iter(allocate(ladders(chosen), int(budget)))
-    layers = tuple(
-        _planned(layer, own, [next(levels) for _ in own]) for layer, own in zip(checkpoint.layers, chosen, strict=True)
-    )
-    return assemble(checkpoint, method, settings, layers, requested={"ratio": ratio, "of": of}, weighted=weighted)
+    def slots(rule: Shares, numbers: float) -> list[Slot]:
+        kept = kept_fractions(sizes, rule, numbers)
+        return [
+            method.slot(target, layer.shape, layer.dtype, settings, own, weighted=weighted)
+            for (layer, target), own in zip(names, kept)
+        ]
+
+    def fits(chosen: list[Slot]) -> bool:
+        ladders = [slot.ladder() for slot in chosen]
+        least, most = reachable(ladders)
+        return least <= budget <= most + max((x.step for x in ladders), default=0)
+
+    even = by_odds([weight for own in targets for weight in own.values()])
+    # Whether there is a way at all is known before anything is measured.
+    if not fits(slots(even, budget)):
+        least, _ = reachable([slot.ladder() for slot in slots(even, 0)])
+        _, most = reachable([slot.ladder() for slot in slots(even, touched)])
+        totals = Sizes(touched, experts, checkpoint.parameters, 0)
+        raise JaxmoeError(_out_of_reach(method, ratio, of, totals, (least, most)))
+    sharing = shares(rule, checkpoint, targets, statistics)
+    chosen = slots(sharing, budget)
+    if not fits(chosen):
+        rule, sharing, chosen = "uniform", even, slots(even, budget)
+    levels = allocate([slot.ladder() for slot in chosen], budget, sharing)
+    terms = {(layer.index, target): slot.at(level) for (layer, target), slot, level in zip(names, chosen, levels)}
+    layers = [
+        _planned(layer, {target: terms[layer.index, target] for target in own})
+        for layer, own in zip(checkpoint.layers, targets)
+    ]
+    requested = {"ratio": ratio, "of": of}
+    return assemble(checkpoint, method, settings, layers, requested=requested, allocation=rule, weighted=weighted)
 
 
 def assemble(
@@ -155,6 +207,7 @@ def assemble(
     layers: Sequence[PlannedLayer],
     *,
     requested: dict[str, Any],
+    allocation: str = "uniform",
     weighted: bool = False,
 ) -> Plan:
     """Count a plan whose terms are chosen already, such as one of full rank that no ratio would give."""
@@ -167,6 +220,7 @@ def assemble(
         method=method,
         settings=settings,
         requested=requested,
+        allocation=allocation,
         layers=tuple(layers),
         sizes=Sizes(dense, experts, checkpoint.parameters, stored.numbers - untouched),
         parameters={"before": checkpoint.parameters, "after": checkpoint.parameters - experts + stored.numbers},
@@ -175,14 +229,14 @@ def assemble(
     )
 
 
-def _planned(layer: MoELayer, slots: Sequence[Slot], levels: Sequence[int]) -> PlannedLayer:
-    terms = {slot.target: (slot.at(level),) for slot, level in zip(slots, levels, strict=True)}
+def _planned(layer: MoELayer, terms: dict[str, tuple[Term, ...]]) -> PlannedLayer:
+    touched, terms = tuple(terms), dict(terms)
     covered = {projection for target in terms for projection in TARGETS[target]}
     for projection in layer.shape.projections:
         if projection not in covered:
             terms[projection] = (Dense.abstract(layer.shape.of(projection), layer.dtype),)
     template = CompressedLayer(terms=terms, sizes=layer.shape).check()
-    return PlannedLayer(layer, template, tuple(slot.target for slot in slots))
+    return PlannedLayer(layer, template, touched)
 
 
 def _peak(method: Method, planned: PlannedLayer, weighted: bool) -> int:
@@ -195,10 +249,10 @@ def _peak(method: Method, planned: PlannedLayer, weighted: bool) -> int:
     worst = 0
     for target in planned.touched:
         numbers = int(np.prod(planned.source.shape.of(target)))
-        (term,) = planned.template.terms[target]
-        working = numbers * (planned.source.dtype.itemsize + 4) + method.working_bytes(term)
+        own = method.working_bytes(planned.template.terms[target])
+        working = numbers * (planned.source.dtype.itemsize + 4) + own
         if weighted:
-            working += 2 * 8 * numbers + method.working_bytes(term) + 3 * 8 * shape.experts * shape.of(target)[2] ** 2
+            working += 2 * 8 * numbers + own + 3 * 8 * shape.experts * shape.of(target)[2] ** 2
         worst = max(worst, working)
     sums = 2 * 8 * shape.experts * (shape.hidden**2 + shape.intermediate**2) if weighted else 0
     return worst + sums + planned.template.count().bytes

@@ -1,17 +1,17 @@
-"""What calibration says about one layer, as the moments that weigh the errors of its targets.
+"""What calibration says about one layer, as the evidence that a fit of its targets uses.
 
 Gate and up see the input of the layer, down the intermediate activations. Sums that were weighted by the squares of the
 router weights are taken where they were kept: their error is that of the layer's output. Only a pooled moment of the
 inputs serves gate and up too; what has no moment at all is fitted unweighted, and the report says so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from jaxmoe.factors import CompressedLayer, LayerShape
-from jaxmoe.methods.method import Outcome
+from jaxmoe.methods.method import Evidence, Outcome
 from jaxmoe.solvers.second_moment import FLOOR, expert_moments, starved
 
 
@@ -33,13 +33,35 @@ class LayerSums(Protocol):
 class Sums(Protocol):
     """Calibrated statistics: one layer at a time, when asked for, and what tells them from all others.
 
-    `follow` is told of every layer as soon as it is compressed; `describe` is what the report says of them.
+    `keeps` names the arrays that they hold of a layer; `follow` is told of every layer as soon as it is compressed;
+    `describe` is what the report says of them.
     """
 
+    @property
+    def keeps(self) -> frozenset[str]: ...
     def layer(self, index: int) -> LayerSums: ...
     def follow(self, index: int, layer: CompressedLayer) -> None: ...
     def fingerprint(self) -> Any: ...
     def describe(self) -> dict[str, Any]: ...
+
+
+def evidence(layer: LayerSums | None, target: str, weight: Callable[[str], Any]) -> Evidence:
+    """Return what a fit of a target may use beside its matrices.
+
+    Args:
+        layer: sums of the layer, None without calibration.
+        target: "gate", "up", "gate_up" or "down".
+        weight: reads the matrices of a target of the layer.
+    """
+    if layer is None:
+        return Evidence(target=target, weight=weight)
+    return Evidence(
+        target=target,
+        moment=moments(layer, target),
+        counts=np.asarray(layer.counts),
+        statistic=lambda name: getattr(layer, name, None),
+        weight=weight,
+    )
 
 
 def moments(layer: LayerSums | None, target: str, *, floor: float = FLOOR) -> np.ndarray | None:

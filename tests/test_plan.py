@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from jaxmoe import methods
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
+from jaxmoe.methods.method import count
 from jaxmoe.methods.mobe import MoBESettings
 from jaxmoe.methods.svd import SVDSettings
 from jaxmoe.plan import make_plan
@@ -43,12 +45,12 @@ def unit(plan):
     """The smallest number by which any slot could still grow."""
     steps = []
     for planned in plan.layers:
-        kept = plan.sizes.stored / plan.sizes.touched
-        slots = plan.method.slots(planned.source.shape, planned.source.dtype, plan.settings, kept)
-        for slot in slots:
-            ladder = slot.ladder()
-            (term,) = planned.template.terms[slot.target]
-            if term.count().numbers < ladder.numbers(ladder.high):
+        source = planned.source
+        for target in plan.method.targets(source.shape, plan.settings):
+            stored = count(planned.template.terms[target]).numbers
+            kept = stored / np.prod(source.shape.of(target))
+            ladder = plan.method.slot(target, source.shape, source.dtype, plan.settings, kept).ladder()
+            if stored < ladder.numbers(ladder.high):
                 steps.append(ladder.step)
     return min(steps) if steps else float("inf")
 
@@ -66,7 +68,8 @@ def test_removes_what_was_asked_and_hardly_more(shapes, name, setting, ratio):
     assert plan.sizes.removed()["experts"] >= ratio
     counted = sum(planned.template.count().numbers for planned in plan.layers)
     assert plan.parameters["after"] == 100_000 + counted
-    assert plan.bytes["after"] == 2 * plan.parameters["after"]
+    ranks = [x for p in plan.layers for x in jax.tree.leaves(p.template.terms) if x.dtype == np.int32]
+    assert plan.bytes["after"] == 2 * plan.parameters["after"] + 2 * sum(x.size for x in ranks)
 
 
 def test_paper_mobe_leaves_down_and_chooses_bases():

@@ -36,6 +36,10 @@ class Recorded:
     def __init__(self, seed=0, **changes):
         self.seed, self.changes, self.asked, self.followed = seed, changes, [], []
 
+    @property
+    def keeps(self):
+        return frozenset(vars(layer(self.seed, **self.changes)))
+
     def layer(self, index):
         self.asked.append(index)
         return layer(self.seed + index, **self.changes)

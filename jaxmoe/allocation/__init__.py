@@ -1,15 +1,20 @@
 """Exact integer budgets: who gets how many ranks, bases or channels, one rule in a file."""
 
 from jaxmoe.allocation.importance import floor_ranks, ranks_by_importance
-from jaxmoe.allocation.ladders import Ladder, allocate, common_fraction, reachable, share
+from jaxmoe.allocation.ladders import Ladder, allocate, kept_fractions, reachable
+from jaxmoe.allocation.shares import Shares, by_energy, by_loss, by_odds, share
 from jaxmoe.allocation.spectral import water_fill
 from jaxmoe.allocation.threshold import ranks_by_threshold
 
 __all__ = [
     "Ladder",
+    "Shares",
     "allocate",
-    "common_fraction",
+    "by_energy",
+    "by_loss",
+    "by_odds",
     "floor_ranks",
+    "kept_fractions",
     "ranks_by_importance",
     "ranks_by_threshold",
     "reachable",

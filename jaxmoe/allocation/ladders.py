@@ -1,21 +1,19 @@
-"""Exact integer budgets: who gets how many ranks or bases, so that what is stored never exceeds what was asked.
+"""Exact integer budgets over slots: what is stored never exceeds what was asked, and hardly falls short of it.
 
 Every slot (one target of one layer) is a ladder: at level l it stores fixed + step * l numbers, for low <= l <= high. A
-budget is spent so that every slot keeps its share as nearly as integers allow, and what is left over is smaller than
-the cheapest step that any slot below its cap could still take. Shares are equal fractions of the dense sizes, or
-unequal ones where slots have weights.
+budget is spent so that every slot keeps the share that a rule gives it (`shares`) as nearly as integers allow, and what
+is left over is smaller than the cheapest step that any slot below its cap could still take.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jaxmoe.allocation.shares import Shares
 from jaxmoe.errors import JaxmoeError
 
 
 class Ladder(NamedTuple):
     """Sizes that one slot can take, in numbers: `fixed + step * level` for `low <= level <= high`; `dense` untouched.
-
-    `weight` raises the share of the slot, see `share`.
 
     Example:
         >>> Ladder(dense=100, fixed=4, step=10, low=1, high=9).numbers(3)
@@ -27,7 +25,6 @@ class Ladder(NamedTuple):
     step: int
     low: int
     high: int
-    weight: float = 1.0
 
     def numbers(self, level: int) -> int:
         """Return the numbers stored at a level."""
@@ -38,33 +35,24 @@ class Ladder(NamedTuple):
         return min(self.high, max(self.low, int((budget - self.fixed) // self.step)))
 
 
-def share(fraction: float, weight: float) -> float:
-    """Return the kept fraction of a slot where slots of weight 1 keep `fraction`.
+def kept_fractions(sizes: Sequence[int], shares: Shares, budget: float) -> list[float]:
+    """Return what every slot keeps if a budget could be spent to the last number.
 
-    A weight multiplies the odds of being kept, in full where everything is kept and ever less below: it stands for what
-    small errors cost, and where little is kept no error is small.
-
-    Example:
-        >>> share(0.5, 1.0), round(share(0.5, 5.0), 3), share(1.0, 5.0)
-        (0.5, 0.667, 1.0)
-    """
-    odds = 1 + (weight - 1) * fraction**2
-    return odds * fraction / (1 - fraction + odds * fraction)
-
-
-def common_fraction(ladders: Sequence[Ladder], budget: float) -> float:
-    """Return what slots of weight 1 keep if a budget could be spent to the last number, between 0 and 1.
+    Args:
+        sizes: dense numbers of each slot.
+        shares: the rule.
+        budget: numbers that may be stored in all.
 
     Example:
-        >>> round(common_fraction([Ladder(90, 0, 1, 1, 89), Ladder(90, 0, 1, 1, 89, weight=5.0)], 105), 6)
-        0.5
+        >>> from jaxmoe.allocation.shares import by_odds
+        >>> [round(kept, 6) for kept in kept_fractions([90, 90], by_odds([1.0, 5.0]), 105)]
+        [0.5, 0.666667]
     """
-    low, high = 0.0, 1.0
-    for _ in range(80):
-        middle = (low + high) / 2
-        within = sum(share(middle, ladder.weight) * ladder.dense for ladder in ladders) <= budget
-        low, high = (middle, high) if within else (low, middle)
-    return low
+
+    def within(level):
+        return sum(kept * size for kept, size in zip(shares(level), sizes, strict=True)) <= budget
+
+    return list(shares(_bisect(within)))
 
 
 def reachable(ladders: Sequence[Ladder]) -> tuple[int, int]:
@@ -77,43 +65,45 @@ def reachable(ladders: Sequence[Ladder]) -> tuple[int, int]:
     return sum(x.numbers(x.low) for x in ladders), sum(x.numbers(x.high) for x in ladders)
 
 
-def allocate(ladders: Sequence[Ladder], budget: int) -> tuple[int, ...]:
+def allocate(ladders: Sequence[Ladder], budget: int, shares: Shares) -> tuple[int, ...]:
     """Return the level of every slot: each its share, stored <= budget, rest below the cheapest step.
 
-    Each slot first takes the highest level within its share of a common fraction, found by bisection; single steps then
-    go to the slots that fell shortest of it, in order of their position where equal.
+    Each slot first takes the highest level within its share at a common level of the rule, found by bisection; single
+    steps then go to the slots that fell shortest of it, in order of their position where equal.
 
     Args:
         ladders: one per slot.
         budget: numbers that may be stored in all.
+        shares: the rule.
 
     Raises:
         JaxmoeError: the budget lies outside `reachable(ladders)`, below or more than one step above.
 
     Example:
-        >>> allocate([Ladder(100, 0, 10, 1, 9), Ladder(100, 0, 10, 1, 9)], 110)
+        >>> from jaxmoe.allocation.shares import by_odds
+        >>> allocate([Ladder(100, 0, 10, 1, 9), Ladder(100, 0, 10, 1, 9)], 110, by_odds([1.0, 1.0]))
         (6, 5)
     """
     least, most = reachable(ladders)
     if budget < least or (ladders and budget >= most + min(x.step for x in ladders)):
         raise JaxmoeError(f"a budget of {budget} numbers is out of reach: {least} to {most} can be stored")
 
-    def at(fraction):
-        return [ladder.floor(share(fraction, ladder.weight) * ladder.dense) for ladder in ladders]
+    def wanted(level):
+        return [kept * ladder.dense for kept, ladder in zip(shares(level), ladders, strict=True)]
+
+    def at(level):
+        return [ladder.floor(numbers) for ladder, numbers in zip(ladders, wanted(level), strict=True)]
 
     def spent(levels):
         return sum(ladder.numbers(level) for ladder, level in zip(ladders, levels, strict=True))
 
-    low, high = 0.0, 1.0
-    if spent(at(high)) <= budget:
-        low = high
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if spent(at(middle)) <= budget else (low, middle)
-    levels = at(low)
+    common = _bisect(lambda level: spent(at(level)) <= budget)
+    levels = at(common)
     rest = budget - spent(levels)
 
-    shortfall = [share(low, x.weight) * x.dense - x.numbers(level) for x, level in zip(ladders, levels, strict=True)]
+    shortfall = [
+        numbers - ladder.numbers(level) for ladder, level, numbers in zip(ladders, levels, wanted(common), strict=True)
+    ]
     order = sorted(range(len(ladders)), key=lambda i: (-shortfall[i] / ladders[i].step, i))
     progress = True
     while progress:
@@ -124,3 +114,14 @@ def allocate(ladders: Sequence[Ladder], budget: int) -> tuple[int, ...]:
                 rest -= ladders[i].step
                 progress = True
     return tuple(levels)
+
+
+def _bisect(within) -> float:
+    """Return the largest level in [0, 1], as nearly as floats have it, that is within; 0 even if that is not."""
+    if within(1.0):
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(middle) else (low, middle)
+    return low

@@ -81,6 +81,11 @@ class Statistics:
         """The indices of the layers."""
         return tuple(sorted(self.record.layers))
 
+    @property
+    def keeps(self) -> frozenset[str]:
+        """The names of the arrays that are kept of every layer."""
+        return frozenset(layer_arrays(self.record, self.layers[0]))
+
     def fingerprint(self) -> str:
         """Return a SHA-256 that changes with the model, the texts and what was kept of them."""
         return fingerprint(self.record.as_json())

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.calibration.collect import gather, make_record
+from jaxmoe.calibration.folder import layer_arrays
 from jaxmoe.calibration.statistics import LayerStatistics
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import fingerprint
@@ -47,6 +48,11 @@ class Sequential:
         self.record = make_record(model, texts, tokenizer)
         ids, self.counted = (np.concatenate([getattr(text, name) for text in texts]) for name in ("ids", "counted"))
         self.states = HiddenStates(ids, folder, model.spec.hidden, tokens=tokens)
+
+    @property
+    def keeps(self) -> frozenset[str]:
+        """The names of the arrays that are kept of every layer."""
+        return frozenset(layer_arrays(self.record, min(self.model.shapes)))
 
     def fingerprint(self) -> str:
         """Return a SHA-256 that changes with the model and the texts."""

@@ -16,12 +16,14 @@ from rich.console import Console
 
 import jaxmoe
 from jaxmoe.cli.arguments import (
+    AllocationOption,
     CalibrationOption,
     CheckpointArgument,
     Export,
     ExportOption,
     Form,
     Gradients,
+    GradientsOption,
     JsonOption,
     LengthOption,
     MethodOption,
@@ -34,6 +36,7 @@ from jaxmoe.cli.arguments import (
     SetOption,
     Setting,
     SettingOption,
+    StatisticsOption,
     TextOption,
     layer_span,
     method_settings,
@@ -122,6 +125,8 @@ def plan(
     of: OfOption = Scope.experts,
     setting: SettingOption = Setting.improved,
     set_: SetOption = None,
+    allocation: AllocationOption = None,
+    statistics: StatisticsOption = None,
     weighted: Annotated[bool, typer.Option("--weighted", help="as with --statistics or --text")] = False,
     revision: RevisionOption = None,
     as_json: JsonOption = False,
@@ -133,7 +138,10 @@ def plan(
 
     recipe = methods.get(method)
     chosen = method_settings(recipe, setting, set_)
-    planned = make_plan(_open(checkpoint, revision), recipe, chosen, ratio=ratio, of=of.value, weighted=weighted)
+    opened = _open(checkpoint, revision)
+    sums = None if statistics is None else _opened_statistics(statistics, opened)
+    options = {"weighted": weighted, "allocation": allocation, "statistics": sums}
+    planned = make_plan(opened, recipe, chosen, ratio=ratio, of=of.value, **options)
     summary = planned.summary()
     peak = f"predicted peak memory beyond the idle program: {size(summary['peak_bytes'], 'B')}"
     _emit(summary, as_json, *plan_tables(summary), peak)
@@ -148,16 +156,15 @@ def compress(
     of: OfOption = Scope.experts,
     setting: SettingOption = Setting.improved,
     set_: SetOption = None,
-    statistics: Annotated[
-        Path | None,
-        typer.Option("--statistics", metavar="FOLDER", help="what `calibrate` gathered, to weigh errors by"),
-    ] = None,
+    allocation: AllocationOption = None,
+    statistics: StatisticsOption = None,
     text: Annotated[
         list[Path] | None,
         typer.Option("--text", metavar="PATH", help="calibrate on these texts first, into OUTPUT.statistics"),
     ] = None,
     sequences: CalibrationOption = 128,
     length: LengthOption = None,
+    gradients: GradientsOption = None,
     sequential: Annotated[
         bool, typer.Option("--sequential", help="with --text: calibrate each layer behind the compressed ones")
     ] = False,
@@ -178,9 +185,14 @@ def compress(
     chosen = method_settings(recipe, setting, set_)
     span = layer_span(layers)
     opened = _open(checkpoint, revision)
-    weighted = statistics is not None or bool(text)
-    planned = make_plan(opened, recipe, chosen, ratio=ratio, of=of.value, weighted=weighted)
-    with progress(len(planned.layers), as_json=as_json) as on_event:
+    if text:
+        # An impossible size is refused before hours of calibration, not after.
+        make_plan(opened, recipe, chosen, ratio=ratio, of=of.value, weighted=True, allocation="uniform")
+        fisher = any(name.startswith("fisher") for name in recipe.requires(chosen))
+        gradients = gradients or (Gradients.sequence if fisher else None)
+    with progress(len(opened.layers), as_json=as_json) as on_event:
+        sums = _statistics(opened, output, statistics, text, sequences, length, gradients, sequential, span, on_event)
+        planned = make_plan(opened, recipe, chosen, ratio=ratio, of=of.value, allocation=allocation, statistics=sums)
         report = pipeline.compress(
             opened,
             output,
@@ -190,22 +202,28 @@ def compress(
             layers=span,
             resume=resume,
             command=shlex.join(["jaxmoe", *sys.argv[1:]]),
-            statistics=_statistics(opened, output, statistics, text, sequences, length, sequential, span, on_event),
+            statistics=sums,
             on_event=on_event,
         )
     _emit(report, as_json, error_table(report["layers"]), *size_tables(report))
 
 
-def _statistics(opened, output, statistics, text, sequences, length, sequential, span, on_event):
+def _opened_statistics(folder: Path, checkpoint):
+    from jaxmoe.calibration.folder import Statistics
+
+    return Statistics.open(folder).check(checkpoint)
+
+
+def _statistics(opened, output, statistics, text, sequences, length, gradients, sequential, span, on_event):
     """Return the statistics that `compress` is to use, None without any; texts are calibrated on first."""
     if statistics is not None and text:
         raise JaxmoeError("both --statistics and --text: give the statistics, or the texts to gather them from")
+    if gradients is not None and (not text or sequential):
+        raise JaxmoeError("--gradients goes with --text, and not with --sequential: a layer is asked before its loss")
     if sequential and (not text or span is not None):
         raise JaxmoeError("--sequential goes from the first layer to the last with --text: give that, and no --layers")
     if statistics is not None:
-        from jaxmoe.calibration.folder import Statistics
-
-        return Statistics.open(statistics).check(opened)
+        return _opened_statistics(statistics, opened)
     if not text:
         return None
     from jaxmoe.calibration.checkpoint import calibrate_checkpoint, sequential_statistics
@@ -214,7 +232,13 @@ def _statistics(opened, output, statistics, text, sequences, length, sequential,
         return sequential_statistics(opened.folder, text, output, sequences=sequences, length=length)
     folder = output.with_name(f"{output.name}.statistics")
     return calibrate_checkpoint(
-        opened.folder, text, folder, sequences=sequences, length=length, on_event=on_event
+        opened.folder,
+        text,
+        folder,
+        sequences=sequences,
+        length=length,
+        gradients=None if gradients is None else gradients.value,
+        on_event=on_event,
     ).check(opened)
 
 
@@ -225,10 +249,7 @@ def calibrate(
     text: TextOption,
     sequences: CalibrationOption = 128,
     length: LengthOption = None,
-    gradients: Annotated[
-        Gradients | None,
-        typer.Option("--gradients", help="keep the Fisher information too, of each sequence's or each token's loss"),
-    ] = None,
+    gradients: GradientsOption = None,
     moments: Annotated[Moments, typer.Option("--moments", help="which second moments to keep")] = Moments.weighted,
     layers: Annotated[str | None, typer.Option("--layers", metavar="A:B", help="keep layers A to B-1 only")] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="go on with an unfinished run")] = True,

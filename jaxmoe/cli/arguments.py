@@ -40,6 +40,12 @@ class Gradients(StrEnum):
     token = "token"
 
 
+class Allocation(StrEnum):
+    uniform = "uniform"
+    importance = "importance"
+    spectral = "spectral"
+
+
 class Form(StrEnum):
     dense = "dense"
     safetensors = "safetensors"
@@ -52,6 +58,18 @@ MethodOption = Annotated[str, typer.Option("--method", "-m", help="a method's na
 RatioOption = Annotated[float, typer.Option("--ratio", "-r", help="removed fraction, such as 0.4")]
 OfOption = Annotated[Scope, typer.Option("--of", help="what the ratio is a fraction of")]
 SettingOption = Annotated[Setting, typer.Option("--setting", help="as published, or with jaxmoe's improvements")]
+AllocationOption = Annotated[
+    Allocation | None,
+    typer.Option(
+        "--allocation",
+        help="share the budget over layers and projections uniformly, by what they cost (needs the statistics'"
+        " gradients) or by their spectra; by default the method's own rule where the statistics allow it",
+    ),
+]
+StatisticsOption = Annotated[
+    Path | None,
+    typer.Option("--statistics", metavar="FOLDER", help="what `calibrate` gathered, to weigh errors by"),
+]
 ExportOption = Annotated[Export, typer.Option("--export", help="factored: smaller files; dense: stock files")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a setting of the method; may be repeated")
@@ -68,6 +86,10 @@ LengthOption = Annotated[
 ]
 CalibrationOption = Annotated[
     int, typer.Option("--sequences", help="windows of each text, evenly spread over it", show_default=True)
+]
+GradientsOption = Annotated[
+    Gradients | None,
+    typer.Option("--gradients", help="keep the Fisher information too, of each sequence's or each token's loss"),
 ]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit of a hub id")]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]

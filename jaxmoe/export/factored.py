@@ -16,7 +16,7 @@ from typing import Any
 import jaxmoe
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.architectures import architecture
-from jaxmoe.factors import CompressedLayer, LayerShape
+from jaxmoe.factors import LayerShape
 
 FORMAT_VERSION = 1
 """Of the layout that this module writes, and the newest that it reads."""
@@ -30,15 +30,15 @@ _KEPT = ("model_type", "architectures", "auto_map")
 
 def factored_config(
     config: Mapping[str, Any],
-    layers: Mapping[str, CompressedLayer],
+    layers: Mapping[str, tuple[LayerShape, Mapping[str, Any]]],
     layouts: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Return the original configuration edited for factored experts.
 
     Args:
         config: the original `config.json`.
-        layers: the compressed layers, abstract or real, by the path of the experts module in transformers. Layers that
-            are not named keep their stock experts.
+        layers: shape and spec (`CompressedLayer.spec`) of the compressed layers, by the path of the experts module in
+            transformers. Layers that are not named keep their stock experts.
         layouts: how each module's dense experts lay on disk, so that they can be written like that again; it travels
             along and nothing here reads it.
 
@@ -53,11 +53,11 @@ def factored_config(
         **{key: config[key] for key in _KEPT if key in config},
         "experts": {
             module: {
-                "shape": layer.check().sizes._asdict(),
-                "terms": layer.spec(),
+                "shape": shape._asdict(),
+                "terms": spec,
                 **({"layout": layouts[module]} if layouts is not None else {}),
             }
-            for module, layer in layers.items()
+            for module, (shape, spec) in layers.items()
         },
     }
     causal = f"Factored{stock.causal}"

@@ -1,7 +1,7 @@
 """One file per method: a recipe of scores, allocation, solvers and factors, and the registry of their names."""
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.methods.method import Fit, Method, Outcome, Slot
+from jaxmoe.methods.method import Evidence, Fit, Method, Outcome, Slot
 from jaxmoe.methods.mobe import MOBE
 from jaxmoe.methods.svd import SVD
 
@@ -32,4 +32,4 @@ def get(name: str) -> Method:
 for _method in (SVD, MOBE):
     register(_method)
 
-__all__ = ["METHODS", "Fit", "Method", "Outcome", "Slot", "get", "register"]
+__all__ = ["METHODS", "Evidence", "Fit", "Method", "Outcome", "Slot", "get", "register"]

@@ -1,48 +1,60 @@
 """What a method is: a short recipe that says what may be stored and how it is fitted.
 
-A method knows one MoE layer at a time. `slots` says which targets it replaces and which sizes they can take; the plan
-picks a level for every slot of the model under one budget; `fit` then finds the numbers of one target. Everything else
-(reading, budgets, resuming, writing, reporting) is the same for all methods.
+A method knows one MoE layer at a time. `targets` says what it replaces and `slot` which sizes a target can take; the
+plan picks a level for every slot of the model under one budget; `fit` then finds the numbers of one target. Where a
+size depends on the weights or on what was calibrated (ranks of single experts), the slot decides what they sum up to
+and the fit shares it out. Everything else (reading, budgets, resuming, writing, reporting) is the same for all methods.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxmoe.allocation import Ladder
-from jaxmoe.factors import Term
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors import Count, LayerShape, Term
 
 
 class Slot(NamedTuple):
-    """One target of one layer and the sizes that it can take: `at(level)` is the abstract term, `low <= level <= high`.
+    """The sizes that one target can take: `at(level)` gives its abstract terms, `low <= level <= high`."""
 
-    `weight` raises the target's share of the budget, see `allocation.share`.
-    """
-
-    target: str
-    at: Callable[[int], Term]
+    at: Callable[[int], tuple[Term, ...]]
     low: int
     high: int
-    weight: float = 1.0
 
     def ladder(self) -> Ladder:
         """Return the slot's sizes in numbers, counted on the abstract terms."""
-        shape = self.at(self.low).shape
-        first, second = (self.at(level).count().numbers for level in (self.low, self.low + 1))
+        experts, out, in_ = self.at(self.low)[0].shape
+        first, second = (count(self.at(level)).numbers for level in (self.low, self.low + 1))
         step = second - first
-        dense = shape[0] * shape[1] * shape[2]
-        return Ladder(dense, first - step * self.low, step, self.low, self.high, self.weight)
+        return Ladder(experts * out * in_, first - step * self.low, step, self.low, self.high)
+
+
+def count(terms: tuple[Term, ...]) -> Count:
+    """Count what several terms store together."""
+    return sum((term.count() for term in terms), Count(0, 0))
 
 
 DOWN_WEIGHT = 5.0
-"""Weight of down where gate and up have 1.
+"""Weight of down where gate and up have 1 and nothing is known of what each costs, see `allocation.share`.
 
 Noise of equal relative size costs 2 to 9 (mostly 3 to 4) times as many nats per token in down as in gate or up, on each
 of three trained models: what is read from the residual stream has few strong directions, along which the trained
 weights of gate and up lie and noise does not. Truncated SVD at 16.6 to 80 % removed on two of them agreed, and showed
 that the advantage is gone where most is removed.
 """
+
+
+def stacked_targets(shape: LayerShape) -> dict[str, float]:
+    """Return gate and up as one target and down with its weight, as the improved settings have them.
+
+    Example:
+        >>> stacked_targets(LayerShape(experts=2, hidden=4, intermediate=3))
+        {'gate_up': 1.0, 'down': 5.0}
+    """
+    return {"gate_up" if shape.gated else "up": 1.0, "down": DOWN_WEIGHT}
 
 
 class Outcome(NamedTuple):
@@ -56,16 +68,49 @@ class Outcome(NamedTuple):
     detail: str
 
 
+def _unknown(name: str) -> None:
+    return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """What is known of a target beside its own matrices; without calibration, nothing.
+
+    Args:
+        target: its name.
+        moment: second moment of the inputs that weighs the errors, `[1|expert, in, in]`, shrunk and floored, an expert's
+            scale its say; None weighs all directions alike.
+        counts: tokens that chose each expert, `[expert]`, or None.
+        statistic: returns an array of `calibration.LayerStatistics` by name, None where it was not kept.
+        weight: returns the matrices of a target of the same layer, `[expert, out, in]`, in float32.
+
+    Example:
+        >>> Evidence(target="down").statistic("fisher_down") is None
+        True
+    """
+
+    target: str = ""
+    moment: Any = None
+    counts: np.ndarray | None = None
+    statistic: Callable[[str], np.ndarray | None] = _unknown
+    weight: Callable[[str], Any] = field(default=_unknown)
+
+
 class Fit(NamedTuple):
     """The result for one target.
 
-    term: the fitted term in its storage dtype; losses: the relative squared error of each step of an iterative fit,
-    empty otherwise; outcomes: what the user should know.
+    terms: the fitted terms in their storage dtype, of no more numbers than the template's; losses: the relative squared
+    error of each step of an iterative fit, empty otherwise; outcomes: what the user should know.
     """
 
-    term: Term
-    losses: np.ndarray
+    terms: tuple[Term, ...]
+    losses: np.ndarray = np.zeros(0, np.float32)
     outcomes: tuple[Outcome, ...] = ()
+
+
+def no_requirements(settings: Any) -> Mapping[str, str]:
+    """Return that a method needs nothing but weights."""
+    return {}
 
 
 class Method(NamedTuple):
@@ -75,19 +120,37 @@ class Method(NamedTuple):
         name: as the command line spells it.
         summary: one line for the help text.
         settings: a frozen dataclass of keyword-only settings, validated in `__post_init__`.
-        slots: `(shape, dtype, settings, kept, *, weighted) -> slots`: which targets are replaced and which sizes they
-            can take when targets of weight 1 are to keep a fraction `kept` of their numbers; neither targets nor
-            weights may depend on it. Targets that are not named stay dense. `weighted` says whether second moments will
-            weigh the errors.
-        fit: `(weight, template, settings, *, moment, key) -> Fit`: the numbers of one target, `[expert, out, in]`,
-            shaped like the abstract term `template`; `moment` is the second moment of the inputs `[1|expert, in, in]`
-            or None. Its scale is an expert's say where experts share something.
+        targets: `(shape, settings) -> {target: weight}`: what is replaced, and what raises each target's share of the
+            budget where nothing is measured. Projections that no target covers stay dense.
+        slot: `(target, shape, dtype, settings, kept, *, weighted) -> Slot`: the sizes of a target, all of equal steps,
+            when it is to keep about a fraction `kept` of its numbers; `weighted`: second moments will weigh the errors.
+        fit: `(weight, template, settings, *, evidence, key) -> Fit`: the numbers of one target, `[expert, out, in]`,
+            shaped like the abstract terms of `template`; `evidence` is an `Evidence`.
         working_bytes: `(template) -> bytes` that a fit needs beside the float32 copy of its target.
+        requires: `(settings) -> {statistic: mend}`: arrays of the statistics without which it cannot run, and what the
+            user can do instead.
+        allocation: the rule by which `--setting improved` shares the budget where the statistics allow it, see `plan`.
     """
 
     name: str
     summary: str
     settings: type
-    slots: Callable[..., tuple[Slot, ...]]
+    targets: Callable[..., Mapping[str, float]]
+    slot: Callable[..., Slot]
     fit: Callable[..., Fit]
-    working_bytes: Callable[[Any], int]
+    working_bytes: Callable[[tuple[Any, ...]], int]
+    requires: Callable[[Any], Mapping[str, str]] = no_requirements
+    allocation: str = "uniform"
+
+
+def check_setting(setting: str) -> None:
+    """Raise unless a setting is one of the two that every method has.
+
+    Example:
+        >>> check_setting("best")
+        Traceback (most recent call last):
+        ...
+        jaxmoe.errors.JaxmoeError: setting 'best': give paper or improved
+    """
+    if setting not in ("paper", "improved"):
+        raise JaxmoeError(f"setting {setting!r}: give paper or improved")

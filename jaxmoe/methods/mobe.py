@@ -10,17 +10,17 @@ once more for the bases as they are stored. Source: MoBE, arXiv 2508.05257; what
 in `solvers/basis_learning.py`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.allocation import share
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape, SharedBasis
 from jaxmoe.factors.shared_basis import ACTIVATIONS
-from jaxmoe.methods.method import DOWN_WEIGHT, Fit, Method, Outcome, Slot
+from jaxmoe.methods.method import Evidence, Fit, Method, Outcome, Slot, check_setting, count, stacked_targets
 from jaxmoe.solvers.basis_learning import learn_basis
 from jaxmoe.solvers.basis_size import choose_bases, lies_transposed
 from jaxmoe.solvers.mixture import solve_coefficients
@@ -55,8 +55,7 @@ class MoBESettings:
     groups: int = 1
 
     def __post_init__(self):
-        if self.setting not in ("paper", "improved"):
-            raise JaxmoeError(f"setting {self.setting!r}: give paper or improved")
+        check_setting(self.setting)
         defaults = {
             "paper": {"activation": "silu", "steps": 50_000, "patience": 2_000},
             "improved": {"activation": "wavelet", "steps": 1_000},
@@ -73,22 +72,21 @@ class MoBESettings:
             raise JaxmoeError(f"bases={self.bases}, rank={self.rank}: give one of them, the ratio decides the other")
 
 
-def slots(shape: LayerShape, dtype, settings: MoBESettings, kept: float, *, weighted: bool = False) -> tuple[Slot, ...]:
-    """Return a ladder of bases or ranks for every target."""
+def targets(shape: LayerShape, settings: MoBESettings) -> Mapping[str, float]:
+    """Return what is replaced: all but down (paper), or all, gate and up as one."""
     if settings.setting == "paper":
-        targets = tuple(name for name in shape.projections if name != "down")
-    else:
-        targets = ("gate_up", "down") if shape.gated else shape.projections
-    return tuple(_slot(shape.of(target), target, dtype, settings, kept, weighted) for target in targets)
+        return {name: 1.0 for name in shape.projections if name != "down"}
+    return stacked_targets(shape)
 
 
-def _slot(sizes: tuple[int, int, int], target: str, dtype, settings: MoBESettings, kept: float, weighted: bool) -> Slot:
+def slot(target: str, shape: LayerShape, dtype, settings: MoBESettings, kept: float, *, weighted: bool = False) -> Slot:
+    """Return a ladder of bases or ranks."""
+    sizes = shape.of(target)
     experts, out, in_ = sizes
-    weight = DOWN_WEIGHT if target == "down" else 1.0
     rows, columns = min(out, in_), max(out, in_)
 
     def at(bases, rank):
-        return SharedBasis.abstract(
+        term = SharedBasis.abstract(
             sizes,
             dtype,
             bases=bases,
@@ -96,6 +94,7 @@ def _slot(sizes: tuple[int, int, int], target: str, dtype, settings: MoBESetting
             activation=cast(str, settings.activation),
             transposed=lies_transposed(out, in_),
         )
+        return (term,)
 
     most = experts * rows * columns - 1
     rank = settings.rank or (rows if settings.setting == "paper" and settings.bases is None else None)
@@ -103,26 +102,27 @@ def _slot(sizes: tuple[int, int, int], target: str, dtype, settings: MoBESetting
         if rank > rows:
             raise JaxmoeError(f"rank {rank}: the matrices of {target} are {out} x {in_}; give 1 to {rows}")
         high = min(experts, (most - experts * rows * rank) // (rank * columns + experts))
-        return Slot(target, lambda bases: at(bases, rank), 1, max(1, high), weight)
+        return Slot(lambda bases: at(bases, rank), 1, max(1, high))
     # Inputs that lie along the rows are served by coefficients of their own.
     bases_weighted = weighted and not lies_transposed(out, in_)
-    bases = settings.bases or choose_bases(sizes, share(kept, weight), weighted=bases_weighted)
+    bases = settings.bases or choose_bases(sizes, kept, weighted=bases_weighted)
     if bases > experts:
         raise JaxmoeError(f"{bases} bases for {experts} experts: give 1 to {experts}")
     high = min(rows, (most - experts * bases) // (experts * rows + bases * columns))
-    return Slot(target, lambda rank: at(bases, rank), 1, max(1, high), weight)
+    return Slot(lambda rank: at(bases, rank), 1, max(1, high))
 
 
-def fit(weight, template: SharedBasis, settings: MoBESettings, *, moment=None, key=None) -> Fit:
+def fit(weight, template, settings: MoBESettings, *, evidence: Evidence, key=None) -> Fit:
     """Return the mixture of one target, its coefficients solved for the bases as they are stored."""
+    (abstract,) = template
     paper = settings.setting == "paper"
-    dtype = template.bases.dtype
-    matrices = jnp.swapaxes(weight, 1, 2) if template.transposed else weight
+    dtype = abstract.bases.dtype
+    matrices = jnp.swapaxes(weight, 1, 2) if abstract.transposed else weight
     # The inputs lie along the rows of a transposed fit.
-    moments = {"row_moment" if template.transposed else "moment": moment}
+    moments = {"row_moment" if abstract.transposed else "moment": evidence.moment}
     options = {
-        "bases": template.bases.shape[0],
-        "rank": template.rank,
+        "bases": abstract.bases.shape[0],
+        "rank": abstract.rank,
         "activation": settings.activation,
         "steps": settings.steps,
         "key": key,
@@ -143,7 +143,7 @@ def fit(weight, template: SharedBasis, settings: MoBESettings, *, moment=None, k
         bases=bases,
         mixing=mixing,
         activation=cast(str, settings.activation),
-        transposed=template.transposed,
+        transposed=abstract.transposed,
     )
     losses = np.asarray(found.losses)
     taken = int(found.steps)
@@ -153,15 +153,18 @@ def fit(weight, template: SharedBasis, settings: MoBESettings, *, moment=None, k
         outcomes.append(Outcome("diverged", "", detail))
     if settings.steps == 0:
         outcomes.append(Outcome("not_fitted", "", "no optimiser step was asked for: this is the start"))
-    return Fit(term, losses[:taken], tuple(outcomes))
+    return Fit((term,), losses[:taken], tuple(outcomes))
 
 
-def working_bytes(template: SharedBasis) -> int:
+def working_bytes(template) -> int:
     """Return the bytes of five copies of the parameters and of the blends with their gradients, in float32."""
-    experts = template.shape[0]
-    rank, columns = template.bases.shape[1:]
-    rows = template.coefficients.shape[1]
-    return 4 * (5 * template.count().numbers + 5 * experts * rank * columns + 2 * experts * rows * columns)
+    (term,) = template
+    experts = term.shape[0]
+    rank, columns = term.bases.shape[1:]
+    rows = term.coefficients.shape[1]
+    return 4 * (5 * count(template).numbers + 5 * experts * rank * columns + 2 * experts * rows * columns)
 
 
-MOBE = Method("mobe", "mixtures of shared bases", MoBESettings, slots, fit, working_bytes)
+MOBE = Method(
+    "mobe", "mixtures of shared bases", MoBESettings, targets, slot, fit, working_bytes, allocation="importance"
+)

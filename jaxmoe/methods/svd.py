@@ -1,22 +1,23 @@
 """SVD: every expert's matrices as a thin pair of factors, the closest of that rank.
 
-    W_e = L_e R_e          minimising || (W_e - L_e R_e) C^(1/2) ||, C = E[x xᵀ] where second moments are given
+    W_e = L_e R_e          minimising || (W_e - L_e R_e) C_e^(1/2) ||, C_e = E[x xᵀ] where second moments are given
 
-setting="paper": gate, up and down apart. setting="improved": gate and up stacked along their outputs, so that they
-share R_e; at equal size that halves neither's error but costs one row space less, and is the strongest plain form
-known. Source: Eckart and Young 1936; with moments SVD-LLM (arXiv 2403.07378) without its inverse.
+setting="paper": gate, up and down apart, one rank for all experts. setting="improved": gate and up stacked along their
+outputs, so that they share R_e, which at equal size is the strongest plain form known; and the ranks of the experts of
+a layer go where they keep the most energy. Source: Eckart and Young 1936; with moments SVD-LLM (arXiv 2403.07378)
+without its inverse.
 """
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors import LayerShape, LowRank
-from jaxmoe.methods.method import DOWN_WEIGHT, Fit, Method, Slot
+from jaxmoe.allocation import water_fill
+from jaxmoe.factors import Grouped, LayerShape, LowRank
+from jaxmoe.methods.method import Evidence, Fit, Method, Slot, check_setting, stacked_targets
 from jaxmoe.solvers.weighted_svd import weighted_svd
 
 
@@ -25,17 +26,14 @@ class SVDSettings:
     """Settings of the method: `setting` is "paper" or "improved".
 
     Example:
-        >>> SVDSettings(setting="best")
-        Traceback (most recent call last):
-        ...
-        jaxmoe.errors.JaxmoeError: setting 'best': give paper or improved
+        >>> SVDSettings().setting
+        'improved'
     """
 
     setting: str = "improved"
 
     def __post_init__(self):
-        if self.setting not in ("paper", "improved"):
-            raise JaxmoeError(f"setting {self.setting!r}: give paper or improved")
+        check_setting(self.setting)
 
 
 def break_even(shape: tuple[int, int, int]) -> int:
@@ -49,42 +47,50 @@ def break_even(shape: tuple[int, int, int]) -> int:
     return (out * in_ - 1) // (out + in_)
 
 
-def slots(shape: LayerShape, dtype, settings: SVDSettings, kept: float, *, weighted: bool = False) -> tuple[Slot, ...]:
-    """Return a ladder of ranks for every target."""
-    joined = settings.setting == "improved" and shape.gated
-    targets = ("gate_up", "down") if joined else shape.projections
+def targets(shape: LayerShape, settings: SVDSettings) -> Mapping[str, float]:
+    """Return what is replaced: every projection, or gate and up as one."""
+    return dict.fromkeys(shape.projections, 1.0) if settings.setting == "paper" else stacked_targets(shape)
 
-    def slot(target):
-        sizes = shape.of(target)
-        weight = DOWN_WEIGHT if target == "down" and settings.setting == "improved" else 1.0
-        return Slot(target, lambda rank: LowRank.abstract(sizes, dtype, rank=rank), 1, break_even(sizes), weight)
 
-    return tuple(slot(target) for target in targets)
+def slot(target: str, shape: LayerShape, dtype, settings: SVDSettings, kept: float, *, weighted: bool = False) -> Slot:
+    """Return a ladder of ranks: of every expert (paper), or of all together."""
+    sizes = shape.of(target)
+    most, experts = break_even(sizes), shape.experts
+    if settings.setting == "paper":
+        return Slot(lambda rank: (LowRank.abstract(sizes, dtype, rank=rank),), 1, most)
+    return Slot(lambda total: (Grouped.abstract(sizes, dtype, total=total),), experts, experts * most)
 
 
 @functools.partial(jax.jit, static_argnames="rank")
 def _factors(weight, moment, rank):
-    fit = weighted_svd(weight, rank=rank, column_moment=moment)
-    return fit.left, fit.right
+    return weighted_svd(weight, rank=rank, column_moment=moment)
 
 
-def fit(weight, template: LowRank, settings: SVDSettings, *, moment=None, key=None) -> Fit:
+def fit(weight, template, settings: SVDSettings, *, evidence: Evidence, key=None) -> Fit:
     """Return the factors of one target, computed in float64 where a second moment weights them."""
-    dtype = template.left.dtype
-    if moment is None:
-        left, right = _factors(jnp.asarray(weight, jnp.float32), None, template.rank)
+    (term,) = template
+    even = isinstance(term, LowRank)
+    rank = term.rank if even else min(term.shape[1:])
+    if evidence.moment is None:
+        found = _factors(jnp.asarray(weight, jnp.float32), None, rank)
     else:
         # The moment squares the condition number of the inputs, the Gram matrix that of the weights.
         with jax.enable_x64(True):
-            left, right = _factors(jnp.asarray(weight, jnp.float64), jnp.asarray(moment, jnp.float64), template.rank)
-            left, right = jnp.asarray(left, jnp.float32), jnp.asarray(right, jnp.float32)
-    return Fit(LowRank(left=left.astype(dtype), right=right.astype(dtype)), np.zeros(0, np.float32))
+            found = _factors(jnp.asarray(weight, jnp.float64), jnp.asarray(evidence.moment, jnp.float64), rank)
+            found = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), found)
+    if even:
+        dtype = term.left.dtype
+        return Fit((LowRank(left=found.left.astype(dtype), right=found.right.astype(dtype)),))
+    ranks, _ = water_fill(found.energies, 1, term.bases.shape[0], minimum=1)
+    return Fit((Grouped.build(found.left, found.right, ranks, dtype=term.bases.dtype),))
 
 
-def working_bytes(template: LowRank) -> int:
+def working_bytes(template) -> int:
     """Return the bytes of Gram matrices, eigenvectors and float32 factors."""
-    experts, out, in_ = template.shape
-    return 4 * experts * (3 * min(out, in_) ** 2 + template.rank * (out + in_))
+    (term,) = template
+    experts, out, in_ = term.shape
+    rank = term.rank if isinstance(term, LowRank) else min(out, in_)
+    return 4 * experts * (3 * min(out, in_) ** 2 + rank * (out + in_))
 
 
-SVD = Method("svd", "truncated SVD of every expert", SVDSettings, slots, fit, working_bytes)
+SVD = Method("svd", "truncated SVD of every expert", SVDSettings, targets, slot, fit, working_bytes)

@@ -135,3 +135,30 @@ def weighted_svd(
     vectors, root = (jnp.broadcast_to(x, (experts, *x.shape[1:])) for x in (vectors, root))
     fit = _column_weighted(root * _product("eop,eoi->epi", vectors, weight), column_moment, rank)
     return fit._replace(left=_product("eop,epr->eor", vectors, fit.left / root))
+
+
+def weighted_energies(
+    weight: Float[Array, "expert out in"], *, column_moment: Float[Array, "..."] | None = None
+) -> Float[Array, "expert spectrum"]:
+    """Return the squared singular values of W C^(1/2), descending: what `weighted_svd` gives, without its vectors.
+
+    Args:
+        weight: the matrices, `[expert, out, in]`, float32 or float64.
+        column_moment: C, as in `weighted_svd`.
+
+    Returns:
+        `[expert, min(out, in)]`; the squared error at rank r is the sum beyond the first r.
+
+    Example:
+        >>> weighted_energies(jnp.array([[[3.0, 0.0], [0.0, 1.0]]])).round().tolist()
+        [[9.0, 1.0]]
+    """
+    experts, out, in_ = weight.shape
+    check_moment("column_moment", column_moment, experts, in_, diagonal=True)
+    if out <= in_:
+        weighted = weight if column_moment is None else _times(weight, column_moment)
+        gram = _product("eoi,epi->eop", weighted, weight)
+    else:
+        root = weight if column_moment is None else _times(weight, _root(column_moment))
+        gram = _product("eoi,eoj->eij", root, root)
+    return jnp.maximum(jnp.linalg.eigvalsh(gram, symmetrize_input=False)[..., ::-1], 0)

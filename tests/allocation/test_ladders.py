@@ -6,8 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmoe.allocation import Ladder, allocate, reachable
+from jaxmoe.allocation import Ladder, by_odds, reachable
+from jaxmoe.allocation import allocate as allocate_by
 from jaxmoe.errors import JaxmoeError
+
+
+def allocate(own, budget):
+    return allocate_by(own, budget, by_odds([1.0] * len(own)))
 
 
 @st.composite

@@ -1,0 +1,120 @@
+"""What the slots of a model cost when they shrink, measured on weights and statistics before a budget is shared.
+
+A slot is one target of one layer. Its loss is what removing all of it would cost by the diagonal Fisher information,
+sum F W^2; its energies are the squared singular values of its experts' (weighted) matrices. One layer is read at a
+time, and what stays is a number or a spectrum for each slot.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxmoe.allocation import Shares, by_energy, by_loss, by_odds
+from jaxmoe.checkpoint import Checkpoint, MoELayer
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors import TARGETS
+from jaxmoe.methods.svd import break_even
+from jaxmoe.reading import read_target
+from jaxmoe.solvers.weighted_svd import weighted_energies
+from jaxmoe.weighing import LayerSums, Sums, moments
+
+RULES = ("uniform", "importance", "spectral")
+"""How a budget may be shared over the targets of all layers, see `allocation.shares`."""
+
+
+def choose_rule(asked: str | None, preferred: str, statistics: Sums | None) -> str:
+    """Return the rule that was asked for, or the preferred one where the statistics allow it, else "uniform".
+
+    Raises:
+        JaxmoeError: the rule is unknown, or the statistics lack what it needs; the message says how to get it.
+
+    Example:
+        >>> choose_rule(None, "importance", None)
+        'uniform'
+    """
+    if asked is not None and asked not in RULES:
+        raise JaxmoeError(f"allocation {asked!r}: give {', '.join(RULES)}")
+    rule = asked or preferred
+    lacking = _lacking(rule, statistics)
+    if lacking and asked is not None:
+        raise JaxmoeError(f"allocation {asked}: {lacking}")
+    return "uniform" if lacking else rule
+
+
+def _lacking(rule: str, statistics: Sums | None) -> str | None:
+    if rule == "uniform" or (rule == "spectral" and statistics is None):
+        return None
+    if rule == "importance" and (statistics is None or "fisher_down" not in statistics.keeps):
+        return "needs the Fisher information: calibrate with --gradients sequence and give the --statistics"
+    assert statistics is not None
+    if statistics.describe()["sequential"]:
+        return "needs the statistics of all layers before the first is compressed: leave --sequential out"
+    return None
+
+
+def shares(
+    rule: str,
+    checkpoint: Checkpoint,
+    targets: Sequence[Mapping[str, float]],
+    statistics: Sums | None,
+) -> Shares:
+    """Return how the slots of a model share a budget, layer by layer and target by target.
+
+    Args:
+        rule: one of `RULES`.
+        checkpoint: the source.
+        targets: the weights of each layer's targets.
+        statistics: what calibration says.
+    """
+    if rule == "uniform":
+        return by_odds([weight for own in targets for weight in own.values()])
+    sizes = [int(np.prod(layer.shape.of(t))) for layer, own in zip(checkpoint.layers, targets) for t in own]
+    measured = list(_measure(rule, checkpoint, targets, statistics))
+    if rule == "importance":
+        return by_loss(sizes, [loss for loss, _, _ in measured])
+    _, energies, costs = zip(*measured)
+    return by_energy(energies, costs, sizes)
+
+
+def _measure(rule, checkpoint, targets, statistics) -> Iterator[tuple[float, np.ndarray, int]]:
+    for layer, own in zip(checkpoint.layers, targets, strict=True):
+        sums = None if statistics is None else statistics.layer(layer.index)
+        for target, weight in own.items():
+            matrices = read_target(checkpoint, layer, target)
+            loss = fisher_loss(matrices, sums, target)
+            loss = weight * matrices.size if loss is None else loss
+            energies = spectrum(matrices, layer, target, sums, loss) if rule == "spectral" else np.zeros(0)
+            yield loss, energies, sum(matrices.shape[1:])
+        checkpoint.release()
+
+
+def fisher_loss(weight: np.ndarray, sums: LayerSums | None, target: str) -> float | None:
+    """Return sum F W^2 over a target's matrices, None where the Fisher information is unknown."""
+    names = [f"fisher_{projection}" for projection in TARGETS[target]]
+    parts = [part for name in names if (part := getattr(sums, name, None)) is not None]
+    if len(parts) < len(names):
+        return None
+    fisher = np.concatenate(parts, axis=1)
+    return float(sum(np.vdot(own, matrix.astype(np.float64) ** 2) for own, matrix in zip(fisher, weight)))
+
+
+@jax.jit
+def _energies(weight, moment):
+    return weighted_energies(weight, column_moment=moment)
+
+
+def spectrum(weight: np.ndarray, layer: MoELayer, target: str, sums: LayerSums | None, loss: float) -> np.ndarray:
+    """Return the energies of all experts of a target in descending order; with those cut off, they sum to `loss`.
+
+    No more of them than the ranks that can save anything.
+    """
+    moment = moments(sums, target)
+    with jax.enable_x64(moment is not None):
+        kind = jnp.float32 if moment is None else jnp.float64
+        found = _energies(jnp.asarray(weight, kind), None if moment is None else jnp.asarray(moment, kind))
+        energies = np.asarray(found, np.float64)
+    total = energies.sum()
+    energies = energies * (loss / total if total > 0 else 0.0)
+    return -np.sort(-energies.reshape(-1))[: layer.shape.experts * break_even(layer.shape.of(target))]
