@@ -5,7 +5,7 @@ A term belongs to one *target*: a projection (`gate`, `up`, `down`) or `gate_up`
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -121,10 +121,28 @@ class CompressedLayer:
             raise JaxmoeError(f"no term for {projection}: the layer holds {', '.join(self.terms)}")
         return total
 
-    def apply(
-        self, rows: Float[Array, "expert row in"], projections: tuple[str, ...], product=per_expert
-    ) -> tuple[Float[Array, "expert row out"], ...]:
-        """Multiply each expert's activations by some projections, term by term, without densifying.
+    def split(self) -> tuple["CompressedLayer", "CompressedLayer"]:
+        """Return the terms of single experts and those whose matrix is the same for all, each possibly without any."""
+        own, base = (
+            {target: tuple(term for term in terms if term.for_all is for_all) for target, terms in self.terms.items()}
+            for for_all in (False, True)
+        )
+        return replace(self, terms=own), replace(self, terms=base)
+
+    def masked(self, rows: Float[Array, "*row in"], projection: str) -> "CompressedLayer":
+        """Return the layer with the choices made that terms for all experts of one projection make from their rows."""
+        terms = {
+            target: tuple(term.masked(rows) if isinstance(term, Shared) else term for term in terms)
+            if projection in TARGETS[target]
+            else terms
+            for target, terms in self.terms.items()
+        }
+        return replace(self, terms=terms)
+
+    def sums(
+        self, rows: Float[Array, "*row in"], projections: tuple[str, ...], product=per_expert
+    ) -> dict[str, Float[Array, "*row out"]]:
+        """Multiply activations by some projections, term by term, without densifying; without those that have no term.
 
         Every term is applied once, also where it covers several of the projections; `product` is that of `Term.apply`.
         """
@@ -137,6 +155,13 @@ class CompressedLayer:
                     part = TARGETS[target].index(name) * self.sizes.intermediate
                     own = out if target == name else out[..., part : part + self.sizes.intermediate]
                     totals[name] = totals[name] + own if name in totals else own
+        return totals
+
+    def apply(
+        self, rows: Float[Array, "expert row in"], projections: tuple[str, ...], product=per_expert
+    ) -> tuple[Float[Array, "expert row out"], ...]:
+        """Multiply each expert's activations by some projections, see `sums`."""
+        totals = self.sums(rows, projections, product)
         return tuple(totals[name] for name in projections)
 
     def count(self) -> Count:

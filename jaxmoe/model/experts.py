@@ -1,8 +1,12 @@
 """The routed experts of one layer, run as they are stored: dense, low-rank or as mixtures of bases.
 
-    f_e(x) = down_e ( activation(gate_e x) * (up_e x) )
+    f_e(x) = down_e ( activation(gate_e x) * (up_e x) ),        y = sum_k w_k f_k(x)
 
-Every term is applied to the rows of its experts without forming the dense matrices.
+Every term is applied to the rows of its experts without forming the dense matrices. A term whose matrix B is the same
+for all experts is applied once for every token, however many experts the token has: for gate and up before the token
+goes to its experts, and for down behind their weighted sum,
+
+    sum_k w_k (W_k + B) h_k  =  sum_k w_k W_k h_k  +  B sum_k w_k h_k
 """
 
 from collections.abc import Mapping
@@ -41,10 +45,14 @@ ACTIVATIONS = {
 
 
 class ExpertRows(NamedTuple):
-    """What the chosen experts did with every token: intermediate activations, and outputs before any weight."""
+    """What the chosen experts did with every token: activations, outputs before any weight, and their weighted sum.
+
+    The sum does not need `output`: under `jax.jit` only what is used is computed.
+    """
 
     intermediate: Float[Array, "token choice intermediate"]
     output: Float[Array, "token choice hidden"]
+    combined: Float[Array, "token hidden"]
 
 
 def gated(gate: Array, up: Array, spec: Gate) -> Array:
@@ -71,6 +79,7 @@ def run_experts(
     biases: Mapping[str, Float[Array, "expert out"]],
     shape: BlockShape | None = None,
     probes: Mapping[str, Float[Array, "token choice out"]] | None = None,
+    weights: Float[Array, "token choice"] | None = None,
 ) -> ExpertRows:
     """Run every token through its chosen experts.
 
@@ -83,49 +92,74 @@ def run_experts(
         shape: of the blocks, chosen on the host from real counts; None takes what is enough for any routing.
         probes: added to the outputs of `gate`, `up` and `down`: a gradient with respect to zeros here is the gradient
             with respect to these outputs.
+        weights: the router's, by which the outputs are combined; None weighs every choice by one. A term of `down` that
+            chooses channels by what it reads sees the activations combined alike.
 
     Returns:
-        Intermediate activations and outputs of every assignment; differentiable in `x` and `experts`.
+        Intermediate activations and outputs of every assignment, and the weighted sum; differentiable in `x` and in the
+        floating-point numbers of `experts`.
     """
     if shape is None:
         rows = block_rows(chosen.size, experts.sizes.experts)
         shape = BlockShape(rows, most_blocks(chosen.size, experts.sizes.experts, rows))
-    return lax.platform_dependent(
+    own, base = experts.split()
+    intermediate, output = lax.platform_dependent(
         x,
         chosen,
-        experts,
+        own,
+        base.sums(x, ("gate", "up")),
         biases,
         probes or {},
         tpu=partial(_ragged, gate=gate),
         default=partial(_blocked, gate=gate, shape=shape),
     )
 
+    def combine(rows):
+        if weights is None:
+            return jnp.sum(rows, 1)
+        return jnp.einsum("tk,tko->to", weights.astype(rows.dtype), rows)
 
-def _blocked(x, chosen, experts: CompressedLayer, biases, probes, *, gate: Gate, shape: BlockShape) -> ExpertRows:
+    entered, combined = combine(intermediate), combine(output)
+    base = base.masked(entered, "down")
+    for added in base.sums(intermediate, ("down",)).values():
+        output = output + added
+    for added in base.sums(entered, ("down",)).values():
+        combined = combined + added
+    return ExpertRows(intermediate, output, combined)
+
+
+def _blocked(
+    x, chosen, experts: CompressedLayer, once, biases, probes, *, gate: Gate, shape: BlockShape
+) -> tuple[Array, Array]:
     blocks = arrange(chosen, experts.sizes.experts, shape)
     added = [{name: bias[blocks.expert][:, None].astype(x.dtype) for name, bias in biases.items()}]
     added.append({name: gather(probe, blocks) for name, probe in probes.items()})
-    results = _network(gather_tokens(x, blocks), experts, gate, added, block_product(blocks))
-    return ExpertRows(*(scatter(result, blocks) for result in results))
+    added.append({name: gather_tokens(rows, blocks) for name, rows in once.items()})
+    intermediate, output = _network(gather_tokens(x, blocks), experts, gate, added, block_product(blocks))
+    return scatter(intermediate, blocks), scatter(output, blocks)
 
 
-def _ragged(x, chosen, experts: CompressedLayer, biases, probes, *, gate: Gate) -> ExpertRows:
+def _ragged(x, chosen, experts: CompressedLayer, once, biases, probes, *, gate: Gate) -> tuple[Array, Array]:
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     counts = jnp.bincount(flat, length=experts.sizes.experts)
+    token = order // chosen.shape[1]
     added = [{name: bias[flat[order]].astype(x.dtype) for name, bias in biases.items()}]
     added.append({name: probe.reshape(len(flat), -1)[order] for name, probe in probes.items()})
-    results = _network(x[order // chosen.shape[1]], experts, gate, added, ragged_product(counts))
+    added.append({name: rows[token] for name, rows in once.items()})
+    intermediate, output = _network(x[token], experts, gate, added, ragged_product(counts))
     back = jnp.argsort(order).reshape(chosen.shape)
-    return ExpertRows(*(result[back] for result in results))
+    return intermediate[back], output[back]
 
 
 def _network(rows, experts: CompressedLayer, gate: Gate, added, product) -> tuple[Array, Array]:
-    def run(rows, projections: tuple[str, ...]) -> list[Array]:
-        outputs = experts.apply(rows, projections, product)
-        return [sum((own[name] for own in added if name in own), out) for name, out in zip(projections, outputs)]
+    def run(rows, projections: tuple[str, ...], size: int) -> list[Array]:
+        # All of a projection may be the same for all experts: then nothing of it is here.
+        nothing = jnp.zeros((*rows.shape[:-1], size), rows.dtype)
+        outputs = experts.sums(rows, projections, product)
+        return [sum((own[name] for own in added if name in own), outputs.get(name, nothing)) for name in projections]
 
-    first, second = run(rows, ("gate", "up"))
+    first, second = run(rows, ("gate", "up"), experts.sizes.intermediate)
     intermediate = gated(first, second, gate)
-    (output,) = run(intermediate, ("down",))
+    (output,) = run(intermediate, ("down",), experts.sizes.hidden)
     return intermediate, output

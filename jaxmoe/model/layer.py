@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmoe.model.attention import attend
@@ -98,8 +97,10 @@ def finish(
     else:
         assert routes is not None
         biases = {name: parameters[f"experts.{name}.bias"] for name in ("gate", "up", "down") if block.bias}
-        rows = run_experts(inputs, routes.experts, parameters["experts"], block.gate, biases, shape, probes)
-        added = jnp.einsum("tk,tkh->th", routes.weights.astype(inputs.dtype), rows.output)
+        rows = run_experts(
+            inputs, routes.experts, parameters["experts"], block.gate, biases, shape, probes, routes.weights
+        )
+        added = rows.combined
         seen = Intermediates(inputs, routes, rows.intermediate, rows.output)
         if block.shared is not None:
             added = added + _shared(inputs, parameters, block)
