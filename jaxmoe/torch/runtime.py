@@ -428,22 +428,26 @@ class MatrixTerm(Term):
 
     shape: Any
     numbers: int
+    values: nn.Parameter
 
-    def matrices(self, experts):
+    def flat(self):
+        """Return the values as they stand in the matrices, the same for all experts."""
+        return self.values.flatten()
+
+    def matrices(self, experts, values):
         """Return the matrices of some experts, `[expert, out, in]`."""
         raise NotImplementedError
 
     def forward(self, rows, routing):
         # What is formed on the way, indices among it, takes several times as much as the matrices.
-        visits = _visits(rows, routing, 8 * self.numbers)
-        parts = [inner.linear(own, self.matrices(experts)) for experts, own, inner in visits]
+        visits, values = _visits(rows, routing, 8 * self.numbers), self.flat()
+        parts = [inner.linear(own, self.matrices(experts, values)) for experts, own, inner in visits]
         return torch.cat(parts) if parts else rows.new_zeros(0, self.shape[1])
 
 
 class HashedTerm(MatrixTerm):
     """P eta for each group of experts: few values, each at many places that a hash chooses (arXiv 2602.09316)."""
 
-    values: nn.Parameter
     seed: torch.Tensor
     order: torch.Tensor | None
 
@@ -461,15 +465,17 @@ class HashedTerm(MatrixTerm):
         else:
             self.register_buffer("order", None)
 
-    def matrices(self, experts):
+    def flat(self):
+        return (self.values.flatten().float() * self._scales()).to(self.values.dtype)
+
+    def matrices(self, experts, values):
         position = experts if self.order is None else torch.argsort(self.order.flatten())[experts]
         group = position // self.size
         entries = torch.arange(self.numbers, device=experts.device)
         entries = entries + ((position - group * self.size) * self.numbers)[:, None]
         count = torch.where(group == self.groups - 1, self.last, self.buckets)[:, None]
         places = (group * self.buckets)[:, None] + self._bucket(entries, count)
-        scaled = self.values.flatten().float() * self._scales()
-        return scaled[places].to(self.values.dtype).view(-1, *self.shape[1:])
+        return values[places].view(-1, *self.shape[1:])
 
     def _bucket(self, entries, count):
         seed = self.seed.flatten().long()
@@ -509,7 +515,6 @@ def _mixed(seed, number):
 class SparseTerm(MatrixTerm):
     """Single entries: values, their places in the matrix row by row, and how many each expert has."""
 
-    values: nn.Parameter
     indices: torch.Tensor
     counts: torch.Tensor
 
@@ -521,16 +526,16 @@ class SparseTerm(MatrixTerm):
         share, more = divmod(entries, shape[0])
         self._add_whole("counts", [share + (expert < more) for expert in range(shape[0])], options)
 
-    def matrices(self, experts):
+    def matrices(self, experts, values):
         ends = torch.cumsum(self.counts.flatten().long(), 0)
-        entries = torch.arange(self.values.numel(), device=experts.device)
+        entries = torch.arange(len(values), device=experts.device)
         owner = torch.searchsorted(ends, entries, right=True)
         # Entries of experts that are not asked for go to a matrix behind the last one.
         row = torch.full((self.shape[0],), len(experts), device=experts.device)
         row[experts] = torch.arange(len(experts), device=experts.device)
         place = row[owner] * self.numbers + self.indices.flatten()
-        dense = self.values.new_zeros((len(experts) + 1) * self.numbers)
-        return dense.index_add(0, place, self.values.flatten()).view(-1, *self.shape[1:])[:-1]
+        dense = values.new_zeros((len(experts) + 1) * self.numbers)
+        return dense.index_add(0, place, values).view(-1, *self.shape[1:])[:-1]
 
 
 TERMS = {
