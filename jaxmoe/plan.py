@@ -58,8 +58,9 @@ class PlannedLayer(NamedTuple):
 class Plan:
     """What will be stored, layer by layer.
 
-    requested: `{"ratio", "of"}`; allocation: the rule that shared the budget, one of `measuring.RULES`; sizes: numbers of the three ratios; parameters and bytes: `{"before", "after"}` of the
-    whole model as factored; peak_bytes: predicted peak of anonymous memory beyond that of the idle program.
+    requested: `{"ratio", "of"}`; allocation: the rule that shared the budget, one of `measuring.RULES`; sizes: numbers
+    of the three ratios; parameters and bytes: `{"before", "after"}` of the whole model as factored; peak_bytes:
+    predicted peak of anonymous memory beyond that of the idle program.
     """
 
     method: Method

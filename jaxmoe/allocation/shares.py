@@ -4,12 +4,8 @@ A slot is one target of one layer. A rule returns a function of the level, never
 level of (`allocate`). The rules differ in what they know of the slots:
 
     by_odds     nothing but a weight: odds of being kept, in full where all is kept and ever less below
-    by_loss     what the loss would rise by if all of a slot were removed, in proportion to its square
+    by_loss     what the loss would rise by, to second order, if all of a slot were removed: that decides the weights
     by_energy   the whole spectrum of every slot: one water level over all of them, as in `spectral.water_fill`
-
-`by_loss` minimises sum_s loss_s rho_s^2 over the removed fractions rho_s at equal numbers, which gives rho_s in
-proportion to size_s / loss_s. Squares, because the relative error of mixtures of bases was found in proportion to what
-is removed, from 16 to 80 % (README, results), and a loss at a minimum rises with the square of a small error.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,29 +45,24 @@ def by_odds(weights: Sequence[float]) -> Shares:
 
 
 def by_loss(sizes: ArrayLike, losses: ArrayLike) -> Shares:
-    """Return the rule for slots whose removal costs loss_s rho_s^2.
+    """Return the rule for slots whose removal costs unequal losses: odds in proportion to loss per number.
+
+    Where little is removed this minimises sum_s loss_s rho_s^2 over the removed fractions rho_s at equal numbers: rho_s
+    is in proportion to size_s / loss_s.
 
     Args:
         sizes: dense numbers of each slot, `[slot]`.
         losses: loss_s, in any common unit, `[slot]`; 0 for a slot that may go entirely.
 
     Example:
-        >>> [round(kept, 3) for kept in by_loss([10, 10], [1.0, 4.0])(0.8)]
-        [0.375, 0.844]
+        >>> [round(kept, 3) for kept in by_loss([10, 10], [1.0, 4.0])(0.9)]
+        [0.862, 0.952]
     """
     sizes, losses = score("sizes", sizes), score("losses", losses)
-    typical = losses.sum() / sizes.sum() or 1.0
-    with np.errstate(divide="ignore"):
-        ease = typical * sizes / losses
-
-    def shares(level: float):
-        # The multiplier runs from infinity to 0 as the level runs from 0 to 1.
-        if level <= 0:
-            return [0.0] * len(ease)
-        removed = ease * ((1 - level) / level) if level < 1 else np.zeros(len(ease))
-        return (1 - np.minimum(1.0, removed)).tolist()
-
-    return shares
+    density = losses / sizes
+    density = np.maximum(density, 1e-3 * density.max()) if density.max() > 0 else np.ones(len(density))
+    # In units of what a number costs where the slots that are cheap have as much say as their size gives them.
+    return by_odds((density * (sizes / density).sum() / sizes.sum()).tolist())
 
 
 def by_energy(energies: Sequence[ArrayLike], costs: ArrayLike, sizes: ArrayLike) -> Shares:

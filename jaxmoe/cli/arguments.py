@@ -112,6 +112,10 @@ def method_settings(method, setting: Setting, given: list[str] | None):
 def _parse(method: str, name: str, text: str, hint: Any) -> Any:
     kinds = get_args(hint) if get_origin(hint) is UnionType or get_args(hint) else (hint,)
     for kind in kinds:
+        if kind is bool:
+            if text.lower() not in ("true", "false"):
+                raise JaxmoeError(f"--set {name}={text}: {method} takes {name} as true or false")
+            return text.lower() == "true"
         if kind in (int, float, str):
             try:
                 return kind(text)

@@ -1,8 +1,10 @@
 """One file per method: a recipe of scores, allocation, solvers and factors, and the registry of their names."""
 
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.methods.d2moe import D2MOE
 from jaxmoe.methods.method import Evidence, Fit, Method, Outcome, Slot
 from jaxmoe.methods.mobe import MOBE
+from jaxmoe.methods.rfid import RFID
 from jaxmoe.methods.svd import SVD
 
 METHODS: dict[str, Method] = {}
@@ -29,7 +31,7 @@ def get(name: str) -> Method:
     return METHODS[name]
 
 
-for _method in (SVD, MOBE):
+for _method in (SVD, MOBE, RFID, D2MOE):
     register(_method)
 
 __all__ = ["METHODS", "Evidence", "Fit", "Method", "Outcome", "Slot", "get", "register"]

@@ -34,7 +34,7 @@ class MoBESettings:
     Args:
         setting: "paper" or "improved".
         activation: the function between blend and coefficients; silu (paper) or wavelet (improved).
-        steps: upper limit of optimiser steps; 50,000 (paper), or the length of the schedule, 1,000 (improved).
+        steps: upper limit of optimiser steps; 50,000 (paper), or the length of the schedule, 3,000 (improved).
         patience: steps without a new best loss after which a fit stops; 2,000 (paper), or never (improved): the end of
             the schedule gains most.
         bases: number of bases M; the ratio then decides the rank. Chosen by `choose_bases` otherwise (improved).
@@ -58,7 +58,7 @@ class MoBESettings:
         check_setting(self.setting)
         defaults = {
             "paper": {"activation": "silu", "steps": 50_000, "patience": 2_000},
-            "improved": {"activation": "wavelet", "steps": 1_000},
+            "improved": {"activation": "wavelet", "steps": 3_000},
         }[self.setting]
         for name, value in defaults.items():
             if getattr(self, name) is None:

@@ -27,6 +27,7 @@ from jaxmoe.solvers.descent import begin, descend
 from jaxmoe.solvers.mixture import (
     HIGHEST,
     BasisFit,
+    Ragged,
     activate,
     blend,
     block_svd,
@@ -62,6 +63,7 @@ def learn_basis(
     row_moment: Array | None = None,
     expert_weight: Float[Array, " expert"] | None = None,
     resolve: bool = False,
+    ragged: Ragged | None = None,
     key: Array | None = None,
 ) -> BasisFit:
     """Fit a mixture of bases by the published algorithm.
@@ -86,6 +88,7 @@ def learn_basis(
         row_moment: the same along the rows, `[1|expert, row, row]` (for matrices fitted transposed).
         expert_weight: u_e, relative weight of every expert's error.
         resolve: whether A is finally solved exactly for the bases found.
+        ragged: unequal ranks of the bases, the largest of them `rank`; None for equal ones.
         key: random key, needed by the random start only.
 
     Returns:
@@ -100,7 +103,7 @@ def learn_basis(
         >>> fit.coefficients.shape, bool(fit.losses[-1] < fit.losses[0])
         ((4, 3, 3), True)
     """
-    check_sizes(weight.shape, bases, rank, activation)
+    check_sizes(weight.shape, bases, rank, activation, ragged)
     check_moment("moment", moment, weight.shape[0], weight.shape[2])
     check_moment("row_moment", row_moment, weight.shape[0], weight.shape[1])
     for name, value, known in (
@@ -110,12 +113,15 @@ def learn_basis(
     ):
         if value not in known:
             raise JaxmoeError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
+    if groups > 1 and ragged is not None:
+        raise JaxmoeError(f"{groups} groups with unequal ranks: fit every group by itself")
     if groups > 1 and (bases % groups or groups > weight.shape[0]):
         raise JaxmoeError(f"{groups} groups of {weight.shape[0]} experts with {bases} bases: bases must divide evenly")
     as_float = partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
     return _learn(
         *as_float((weight, moment, row_moment, expert_weight, learning_rate)),
         jax.random.key(0) if key is None else key,
+        ragged,
         bases=bases,
         rank=rank,
         activation=activation,
@@ -153,6 +159,7 @@ def _learn(
     shares,
     rate,
     key,
+    ragged,
     *,
     bases,
     activation,
@@ -184,6 +191,7 @@ def _learn(
             scale,
             rate,
             jax.random.fold_in(key, group),
+            ragged,
             bases=bases // groups,
             activation=activation,
             **options,
@@ -191,7 +199,7 @@ def _learn(
         parts.append(part)
     (coefficients, basis, alpha), losses, taken, diverged = _join(parts, fitted, shares, blocks, moment)
     if resolve or row_moment is not None:
-        coefficients = solve_coefficients(target, basis, alpha, activation=activation, moment=moment)
+        coefficients = solve_coefficients(target, basis, alpha, activation=activation, moment=moment, ragged=ragged)
     # A constant has no scale to learn at: one base of ones stands for it exactly.
     level = weight[0, 0, 0] - mean
     ones = jnp.zeros_like(coefficients).at[..., 0].set(level / ACTIVATIONS[activation](jnp.ones(())))
@@ -203,9 +211,11 @@ def _learn(
     return BasisFit(coefficients, basis, alpha, mean, error, losses, taken, diverged)
 
 
-def _fit(target, moment, shares, scale, rate, key, *, bases, rank, activation, mixing, initial, steps, patience):
+def _fit(
+    target, moment, shares, scale, rate, key, ragged, *, bases, rank, activation, mixing, initial, steps, patience
+):
     """Return the best (A, B, alpha) in normalised units, losses, steps taken and whether the loss broke."""
-    start = _start(target, bases, rank, mixing, initial, scale, key)
+    start = _start(target, bases, rank, mixing, initial, scale, key, ragged)
     mix = partial(jax.nn.softmax, axis=-1) if mixing == "softmax" else lambda x: x
     energy = jnp.sum(shares * squared_norms(target, moment))
     whole = jnp.where(energy > 0, energy, 1.0)
@@ -217,6 +227,9 @@ def _fit(target, moment, shares, scale, rate, key, *, bases, rank, activation, m
         coefficients, basis, logits = parameters
         alpha, d_softmax = jax.vjp(mix, logits)
         features, slope = activate(blend(alpha, basis), activation)
+        if ragged is not None:
+            used = ragged.of_experts(rank)
+            features, slope = features * used, slope * used
         residual = jnp.matmul(coefficients, features, precision=HIGHEST) - target
         weighed = weigh(residual, moment)
         loss = jnp.sum(shares * jnp.sum(weighed * residual, axis=(1, 2))) / whole
@@ -224,23 +237,30 @@ def _fit(target, moment, shares, scale, rate, key, *, bases, rank, activation, m
         d_coefficients = jnp.matmul(weighed, jnp.swapaxes(features, 1, 2), precision=HIGHEST)
         d_features = jnp.matmul(jnp.swapaxes(coefficients, 1, 2), weighed, precision=HIGHEST)
         d_basis, d_alpha = pull_back(d_features * slope, alpha, basis)
+        if ragged is not None:
+            d_basis = d_basis * ragged.of_bases(rank)
         return loss, (d_coefficients, d_basis, d_softmax(d_alpha)[0])
 
     optimizer = optax.adam(rate)
     end = descend(evaluate, begin(start, optimizer, steps=steps), optimizer, patience=patience)
     coefficients, basis, logits = end.best
+    if ragged is not None:
+        # What lies beyond an expert's rank was multiplied by nothing.
+        coefficients = coefficients * jnp.swapaxes(ragged.of_experts(rank), 1, 2)
     return (coefficients, basis, mix(logits)), end.losses, end.steps, end.diverged
 
 
-def _start(target, bases, rank, mixing, initial, scale, key):
+def _start(target, bases, rank, mixing, initial, scale, key, ragged):
     experts, rows, columns = target.shape
     if initial == "svd":
-        coefficients, basis = block_svd(target, bases, rank)
-        logits = jax.nn.one_hot(owners(experts, bases), bases)
+        coefficients, basis = block_svd(target, bases, rank, ragged)
+        logits = jax.nn.one_hot(owners(experts, bases) if ragged is None else ragged.owner, bases)
         return coefficients * scale, basis, logits
     keys = jax.random.split(key, 3)
     coefficients = scale * jax.random.normal(keys[0], (experts, rows, rank))
     basis = jax.random.normal(keys[1], (bases, rank, columns)) / columns**0.5
+    if ragged is not None:
+        basis = basis * ragged.of_bases(rank)
     logits = jax.random.normal(keys[2], (experts, bases)) * (1.0 if mixing == "softmax" else bases**-0.5)
     return coefficients, basis, logits
 

@@ -23,6 +23,28 @@ from jaxmoe.factors.shared_basis import ACTIVATIONS
 HIGHEST = lax.Precision.HIGHEST
 
 
+class Ragged(NamedTuple):
+    """Bases of unequal ranks: rows beyond a base's rank are zero, and an expert uses the rows of its own base only.
+
+    Functions with f(0) = 0 leave such rows out of everything (RFID-MoE, arXiv 2602.09316, equation 14).
+
+    Args:
+        ranks: of the bases; the largest is the rank of the fit.
+        owner: the base whose rank each expert has.
+    """
+
+    ranks: Int[Array, " base"]
+    owner: Int[Array, " expert"]
+
+    def of_bases(self, rank: int) -> Float[Array, "base rank 1"]:
+        """Return 1 in the rows that bases have, 0 beyond."""
+        return (jnp.arange(rank) < jnp.asarray(self.ranks)[:, None]).astype(jnp.float32)[..., None]
+
+    def of_experts(self, rank: int) -> Float[Array, "expert rank 1"]:
+        """Return 1 in the rows that experts use, 0 beyond."""
+        return self.of_bases(rank)[jnp.asarray(self.owner)]
+
+
 class BasisFit(NamedTuple):
     """A mixture of bases in the weights' own scale, and how it was found.
 
@@ -47,16 +69,22 @@ class BasisFit(NamedTuple):
     diverged: Bool[Array, ""]
 
 
-def check_sizes(shape: tuple[int, ...], bases: int, rank: int, activation: str) -> None:
+def check_sizes(shape: tuple[int, ...], bases: int, rank: int, activation: str, ragged: Ragged | None = None) -> None:
     """Raise if a mixture of these sizes cannot be fitted to matrices of this shape."""
     experts, rows, columns = shape
     faults = []
     if not 1 <= bases <= experts:
         faults.append(f"{bases} bases for {experts} experts: choose 1 to {experts}")
-    if not 1 <= rank <= min(rows, columns):
-        faults.append(f"rank {rank} for matrices of {rows} x {columns}: choose 1 to {min(rows, columns)}")
+    # The widest of unequal bases may have more rows than the matrices: the published ranks do.
+    most = min(rows, columns) if ragged is None else columns
+    if not 1 <= rank <= most:
+        faults.append(f"rank {rank} for matrices of {rows} x {columns}: choose 1 to {most}")
     if activation not in ACTIVATIONS:
         faults.append(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+    elif ragged is not None and ACTIVATIONS[activation](0.0) != 0:
+        faults.append(f"{activation}(0) is not 0: bases of unequal ranks need a function that vanishes there")
+    if ragged is not None and (np.shape(ragged.ranks) != (bases,) or np.shape(ragged.owner) != (experts,)):
+        faults.append(f"{np.shape(ragged.ranks)} ranks and {np.shape(ragged.owner)} owners: one per base and expert")
     if faults:
         raise JaxmoeError("; ".join(faults))
 
@@ -91,7 +119,7 @@ def blend(mixing: Float[Array, "expert base"], bases: Float[Array, "base rank co
 
 
 def reconstruct(coefficients, bases, mixing, activation: str) -> Float[Array, "expert row column"]:
-    """Return A f(blend) of every expert."""
+    """Return A f(blend) of every expert; where ranks are unequal, coefficients beyond an expert's are zero."""
     return jnp.matmul(coefficients, ACTIVATIONS[activation](blend(mixing, bases)), precision=HIGHEST)
 
 
@@ -121,13 +149,13 @@ def whiten_rows(weight: Float[Array, "expert row column"], row_moment: Array | N
 
 
 def block_svd(
-    weight: Float[Array, "expert row column"], bases: int, rank: int
+    weight: Float[Array, "expert row column"], bases: int, rank: int, ragged: Ragged | None = None
 ) -> tuple[Float[Array, "expert row rank"], Float[Array, "base rank column"]]:
     """Return the best bases and coefficients if every block of experts had one linear basis of its own.
 
     Right singular vectors come from the blocks' Gram matrices: a start needs no more digits.
     """
-    owner = owners(weight.shape[0], bases)
+    owner = owners(weight.shape[0], bases) if ragged is None else ragged.owner
     spread = jax.nn.one_hot(owner, bases, dtype=weight.dtype)
     grams = jnp.einsum("epq,epk->eqk", weight, weight, precision=HIGHEST)
     grams = jnp.einsum("eb,eqk->bqk", spread, grams, precision=HIGHEST)
@@ -135,6 +163,8 @@ def block_svd(
     # Eigenvectors have no sign of their own, but f(-V) is not -f(V): let the largest entry be positive.
     peak = jnp.take_along_axis(vectors, jnp.argmax(jnp.abs(vectors), axis=-2, keepdims=True), axis=-2)
     vectors = vectors * jnp.where(peak < 0, -1.0, 1.0)
+    if ragged is not None:
+        vectors = vectors * jnp.swapaxes(ragged.of_bases(rank), 1, 2)
     coefficients = jnp.matmul(weight, vectors[owner], precision=HIGHEST)
     return coefficients, jnp.swapaxes(vectors, -1, -2)
 
@@ -146,6 +176,7 @@ def solve_coefficients(
     *,
     activation: str,
     moment: Array | None = None,
+    ragged: Ragged | None = None,
     ridge: float = 1e-6,
     refinements: int = 2,
 ) -> Float[Array, "expert row rank"]:
@@ -160,6 +191,7 @@ def solve_coefficients(
         mixing: alpha, of any float type.
         activation: a name in `ACTIVATIONS`.
         moment: C, `[1|expert, column, column]`, or None for the identity.
+        ragged: unequal ranks; coefficients beyond an expert's rank are zero.
         ridge: floor added to the Gram matrix of f(blend), in units of its mean diagonal; the refinements undo its bias
             wherever the Gram matrix is not singular.
         refinements: times that the residual is fitted again.
@@ -176,6 +208,8 @@ def solve_coefficients(
     """
     weight, bases, mixing = (jnp.asarray(x, jnp.float32) for x in (weight, bases, mixing))
     features = ACTIVATIONS[activation](blend(mixing, bases))
+    if ragged is not None:
+        features = features * ragged.of_experts(features.shape[1])
     weighed = jnp.swapaxes(weigh(features, moment), -1, -2)
     factor = cholesky_with_floor(jnp.matmul(features, weighed, precision=HIGHEST), ridge)
     coefficients = right_solve(jnp.matmul(weight, weighed, precision=HIGHEST), factor)

@@ -29,6 +29,7 @@ from jaxmoe.solvers.descent import Descent, begin, descend
 from jaxmoe.solvers.mixture import (
     HIGHEST,
     BasisFit,
+    Ragged,
     activate,
     blend,
     block_svd,
@@ -71,6 +72,7 @@ def variable_projection(
     moment: Array | None = None,
     row_moment: Array | None = None,
     expert_weight: Float[Array, " expert"] | None = None,
+    ragged: Ragged | None = None,
     key: Array | None = None,
 ) -> BasisFit:
     """Fit a mixture of bases with the coefficients eliminated.
@@ -88,6 +90,7 @@ def variable_projection(
             alike.
         row_moment: the same along the rows, `[1|expert, row, row]` (for matrices fitted transposed).
         expert_weight: relative weight of every expert's error.
+        ragged: unequal ranks of the bases, the largest of them `rank`; None for equal ones.
         key: random key of the random start; None is `jax.random.key(0)`.
 
     Returns:
@@ -102,7 +105,7 @@ def variable_projection(
         >>> fit.coefficients.shape, bool(fit.losses[-1] < fit.losses[0])
         ((4, 3, 3), True)
     """
-    check_sizes(weight.shape, bases, rank, activation)
+    check_sizes(weight.shape, bases, rank, activation, ragged)
     check_moment("moment", moment, weight.shape[0], weight.shape[2])
     check_moment("row_moment", row_moment, weight.shape[0], weight.shape[1])
     rate = learning_rate or (0.3 if activation in BOUNDED else 0.1)
@@ -111,6 +114,7 @@ def variable_projection(
         *as_float((weight, moment, row_moment, expert_weight, rate)),
         jax.random.key(0) if key is None else key,
         trial,
+        ragged,
         bases=bases,
         rank=rank,
         activation=activation,
@@ -121,17 +125,17 @@ def variable_projection(
 
 @partial(jax.jit, static_argnames=("bases", "rank", "activation", "steps", "patience"))
 def _project(
-    weight, moment, row_moment, shares, rate, key, trial, *, bases, rank, activation, steps, patience
+    weight, moment, row_moment, shares, rate, key, trial, ragged, *, bases, rank, activation, steps, patience
 ) -> BasisFit:
     """Fit at unit scale, then solve for the coefficients at the weights' own."""
     target = whiten_rows(weight, row_moment)
     size = jnp.sqrt(jnp.mean(target**2))
     target = target / jnp.where(size > 0, size, 1.0)
-    evaluate = reduced_objective(target, activation=activation, moment=moment, shares=shares)
+    evaluate = reduced_objective(target, activation=activation, moment=moment, shares=shares, ragged=ragged)
     optimizer = optax.adam(schedule(rate, steps), b1=0.85, b2=0.95, eps=1e-12)
-    end = _compete(evaluate, starts(target, bases, rank, key), optimizer, trial, steps, patience)
+    end = _compete(evaluate, starts(target, bases, rank, key, ragged), optimizer, trial, steps, patience)
     basis, alpha = end.best
-    coefficients = solve_coefficients(weight, basis, alpha, activation=activation, moment=moment)
+    coefficients = solve_coefficients(weight, basis, alpha, activation=activation, moment=moment, ragged=ragged)
     approximation = reconstruct(coefficients, basis, alpha, activation)
     error = relative_errors(whiten_rows(weight, row_moment), whiten_rows(approximation, row_moment), moment)
     return BasisFit(coefficients, basis, alpha, jnp.zeros(()), error, end.losses, end.steps, end.diverged)
@@ -170,18 +174,28 @@ def schedule(learning_rate: float, steps: int):
     return rate
 
 
-def starts(target: Float[Array, "expert row column"], bases: int, rank: int, key: Array):
+def starts(target: Float[Array, "expert row column"], bases: int, rank: int, key: Array, ragged: Ragged | None = None):
     """Return two starts (bases, mixing): singular vectors of consecutive blocks of experts, and random numbers."""
     experts, _, columns = target.shape
-    vectors = block_svd(target, bases, rank)[1]
+    vectors = block_svd(target, bases, rank, ragged)[1]
+    owner = owners(experts, bases) if ragged is None else ragged.owner
     # One draw for both: random numbers are most of what there is to compile here.
     noise = jax.random.normal(key, (bases * (rank * columns + experts),))
     basis = SIZE * noise[: bases * rank * columns].reshape(bases, rank, columns)
+    if ragged is not None:
+        basis = basis * ragged.of_bases(rank)
     alpha = noise[bases * rank * columns :].reshape(experts, bases) * bases**-0.5
-    return (vectors * (SIZE * columns**0.5), jax.nn.one_hot(owners(experts, bases), bases)), (basis, alpha)
+    return (vectors * (SIZE * columns**0.5), jax.nn.one_hot(owner, bases)), (basis, alpha)
 
 
-def reduced_objective(target: Float[Array, "expert row column"], *, activation: str, moment=None, shares=None):
+def reduced_objective(
+    target: Float[Array, "expert row column"],
+    *,
+    activation: str,
+    moment=None,
+    shares=None,
+    ragged: Ragged | None = None,
+):
     """Return a function of (bases, mixing): the relative squared error at the best coefficients, and its gradient."""
     shares = jnp.ones(target.shape[0], target.dtype) if shares is None else shares
     weighed_target = weigh(target, moment)
@@ -191,6 +205,9 @@ def reduced_objective(target: Float[Array, "expert row column"], *, activation: 
     def evaluate(parameters):
         basis, alpha = parameters
         features, slope = activate(blend(alpha, basis), activation)
+        if ragged is not None:
+            used = ragged.of_experts(basis.shape[1])
+            features, slope = features * used, slope * used
         weighed = weigh(features, moment)
         transposed = jnp.swapaxes(weighed, 1, 2)
         factor = cholesky_with_floor(jnp.matmul(features, transposed, precision=HIGHEST), RIDGE)
@@ -213,6 +230,9 @@ def reduced_objective(target: Float[Array, "expert row column"], *, activation: 
             residual = jnp.matmul(coefficients, weighed, precision=HIGHEST) - weighed_target
             d_features = jnp.matmul(left, residual, precision=HIGHEST)
         d_blend = d_features * slope * (2 * shares / whole)[:, None, None]
-        return jnp.maximum(energy - explained, 0.0) / whole, pull_back(d_blend, alpha, basis)
+        d_basis, d_alpha = pull_back(d_blend, alpha, basis)
+        if ragged is not None:
+            d_basis = d_basis * ragged.of_bases(basis.shape[1])
+        return jnp.maximum(energy - explained, 0.0) / whole, (d_basis, d_alpha)
 
     return evaluate
