@@ -3,8 +3,10 @@
     python scripts/results.py CHECKPOINT... --text FOLDER [--calibration FOLDER] [--into README.md] [--check 3]
 
 Every combination runs `jaxmoe compress` into a folder of its own, as its users run it, and then `jaxmoe evaluate` on
-every `*.txt` of the text folder. Variants that end in `:weighted` use what `jaxmoe calibrate` gathered from the texts
-of the calibration folder, once for each checkpoint. An interrupted run goes on where it stopped. Beside the table,
+every `*.txt` of the text folder. Variants that end in `:calibrated` use what `jaxmoe calibrate --gradients sequence`
+gathered from the texts of the calibration folder, once for each checkpoint. A ratio is one of the experts, or, as
+`0.4:touched`, of what a method replaces. A cell holds the geometric mean of the texts' perplexities, how many times the
+original's it is, and the text on which it grew most. An interrupted run goes on where it stopped. Beside the table,
 `results.json` keeps every number and the command behind it. `--check N` repeats N cells, spread evenly over the table,
 and every original through transformers and PyTorch, prints how far they are apart, and ends with an error if that is
 more than 0.1 %.
@@ -21,9 +23,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-VARIANTS = ("svd:paper", "svd:improved", "mobe:paper", "mobe:improved")
-WEIGHTED = ("svd:improved:weighted", "mobe:improved:weighted")
-RATIOS = ("0.166", "0.25", "0.4", "0.6", "0.8")
+VARIANTS = ("svd:paper", "svd:improved", "mobe:paper", "mobe:improved", "rfid:improved", "d2moe:improved")
+CALIBRATED = (
+    "svd:improved:calibrated",
+    "mobe:improved:calibrated",
+    "rfid:paper:calibrated",
+    "rfid:improved:calibrated",
+    "d2moe:paper:calibrated",
+    "d2moe:improved:calibrated",
+)
+RATIOS = ("0.2", "0.4", "0.6", "0.8")
 TOLERANCE = 1e-3
 """Relative difference of perplexities that are said to be the same."""
 
@@ -32,7 +41,7 @@ BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 @dataclass(frozen=True)
 class Case:
-    """One compression: a checkpoint, `method:setting[:weighted]`, and the removed fraction as written."""
+    """One compression: a checkpoint, `method:setting[:calibrated]`, and `ratio[:of]` as written."""
 
     checkpoint: Path
     variant: str
@@ -44,20 +53,27 @@ class Case:
         return self.variant.replace(":", " ")
 
     @property
-    def weighted(self) -> bool:
-        return self.variant.endswith(":weighted")
+    def calibrated(self) -> bool:
+        return self.variant.endswith(":calibrated")
+
+    @property
+    def removed(self) -> str:
+        """The removed fraction as the table's header has it."""
+        ratio, _, of = self.ratio.partition(":")
+        return f"{float(ratio):.1%} of {of or 'experts'}"
 
     def folder(self, output: Path) -> Path:
-        return output / self.checkpoint.name / f"{self.variant.replace(':', '-')}-{self.ratio}"
+        return output / self.checkpoint.name / f"{self.variant}-{self.ratio}".replace(":", "-")
 
     def statistics(self, output: Path) -> Path:
         return output / self.checkpoint.name / "statistics"
 
     def command(self, output: Path) -> list[str]:
         method, setting, *_ = self.variant.split(":")
+        ratio, _, of = self.ratio.partition(":")
         command = ["compress", str(self.checkpoint), str(self.folder(output)), "--method", method]
-        command += ["--setting", setting, "--ratio", self.ratio, "--of", "experts", "--export", "factored"]
-        command += ["--statistics", str(self.statistics(output))] if self.weighted else []
+        command += ["--setting", setting, "--ratio", ratio, "--of", of or "experts", "--export", "factored"]
+        command += ["--statistics", str(self.statistics(output))] if self.calibrated else []
         return command + [part for setting in self.settings for part in ("--set", setting)]
 
 
@@ -70,7 +86,7 @@ def main() -> None:
         original = {"checkpoint": checkpoint.name, "method": "original", "folder": str(checkpoint)}
         records.append({**original, "evaluation": base})
         for case in cases(checkpoint, arguments):
-            if case.weighted:
+            if case.calibrated:
                 calibrate(case, arguments)
             records.append(measure(case, texts, arguments))
             write(arguments.output, records)
@@ -87,32 +103,41 @@ def parse() -> argparse.Namespace:
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--text", type=Path, required=True, help="folder of held-out texts, one domain per file")
     parser.add_argument("--output", type=Path, default=Path("out/results"))
-    parser.add_argument("--calibration", type=Path, help="folder of the texts to calibrate weighted variants on")
-    parser.add_argument("--variants", help="method:setting[:weighted], separated by commas; by default all")
-    parser.add_argument("--ratios", default=",".join(RATIOS), help="removed fractions of the experts")
-    parser.add_argument("--set", action="append", default=[], metavar="METHOD:SETTING:NAME=VALUE", dest="settings")
+    parser.add_argument("--calibration", type=Path, help="folder of the texts to calibrate on")
+    parser.add_argument("--variants", help="method:setting[:calibrated], separated by commas; by default all")
+    parser.add_argument("--ratios", default=",".join(RATIOS), help="removed fractions, ratio[:of]")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="[CHECKPOINT/]VARIANT:NAME=VALUE",
+        dest="settings",
+        help="a setting of a variant's method, for one checkpoint or for all",
+    )
     parser.add_argument("--length", type=int, default=256, help="tokens in a window")
     parser.add_argument("--windows", type=int, help="so many windows of each text instead of all")
     parser.add_argument("--check", type=int, metavar="N", help="repeat the originals and N cells in PyTorch")
     parser.add_argument("--into", type=Path, help=f"file in which to replace what stands between {BEGIN} and {END}")
     arguments = parser.parse_args()
     if arguments.variants is None:
-        arguments.variants = ",".join(VARIANTS + WEIGHTED if arguments.calibration else VARIANTS)
-    if ":weighted" in arguments.variants and arguments.calibration is None:
-        parser.error("weighted variants need --calibration FOLDER")
+        arguments.variants = ",".join(VARIANTS + CALIBRATED if arguments.calibration else VARIANTS)
+    if ":calibrated" in arguments.variants and arguments.calibration is None:
+        parser.error("calibrated variants need --calibration FOLDER")
     return arguments
 
 
 def cases(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Case]:
     for variant, ratio in product(arguments.variants.split(","), arguments.ratios.split(",")):
-        extra = tuple(s.removeprefix(f"{variant}:") for s in arguments.settings if s.startswith(f"{variant}:"))
+        own = [s.removeprefix(f"{checkpoint.name}/") for s in arguments.settings]
+        extra = tuple(s.removeprefix(f"{variant}:") for s in own if s.startswith(f"{variant}:"))
         yield Case(checkpoint, variant, ratio, extra)
 
 
 def calibrate(case: Case, arguments: argparse.Namespace) -> None:
     """Gather the statistics of a checkpoint, unless they are there."""
     command = ["calibrate", str(case.checkpoint), str(case.statistics(arguments.output))]
-    done = jaxmoe([*command, "--text", str(arguments.calibration), "--length", str(arguments.length)])
+    command += ["--gradients", "sequence", "--length", str(arguments.length)]
+    done = jaxmoe([*command, "--text", str(arguments.calibration)])
     if done.returncode:
         raise SystemExit(f"jaxmoe calibrate {case.checkpoint} ended with {done.returncode}")
 
@@ -123,7 +148,7 @@ def measure(case: Case, texts: list[Path], arguments: argparse.Namespace) -> dic
     record: dict[str, Any] = {
         "checkpoint": case.checkpoint.name,
         "method": case.name,
-        "ratio": float(case.ratio),
+        "ratio": case.removed,
         "folder": str(folder),
         "command": shlex.join(["jaxmoe", *command]),
     }
@@ -187,26 +212,28 @@ def check(records: list[dict[str, Any]], texts: list[Path], arguments: argparse.
 
 def perplexities(records: list[dict[str, Any]]) -> str:
     """Return the table of geometric-mean perplexities, and why some of its cells are empty."""
-    ratios = sorted({record["ratio"] for record in records if "ratio" in record})
-    rows = [["checkpoint (original)", "method", *(f"{ratio:.1%} removed" for ratio in ratios)]]
+    ratios = list(dict.fromkeys(record["ratio"] for record in records if "ratio" in record))
+    rows = [["checkpoint (original)", "method", *ratios]]
     rows.append(["---"] * len(rows[0]))
     notes = []
-    bases = {
-        r["checkpoint"]: r["evaluation"]["geometric_mean_perplexity"] for r in records if r["method"] == "original"
-    }
+    bases = {r["checkpoint"]: r["evaluation"] for r in records if r["method"] == "original"}
     for name, method in dict.fromkeys((r["checkpoint"], r["method"]) for r in records if "ratio" in r):
         own = [r for r in records if (r["checkpoint"], r["method"]) == (name, method)]
         cells = {record["ratio"]: cell(record, bases[name]) for record in own}
-        rows.append([f"{name} ({bases[name]:.2f})", method, *(cells.get(ratio, "") for ratio in ratios)])
+        original = f"{name} ({bases[name]['geometric_mean_perplexity']:.2f})"
+        rows.append([original, method, *(cells.get(ratio, "") for ratio in ratios)])
         notes += [f"– {name}, {method}: {r['infeasible'].split(': ', 1)[-1]}." for r in own if "infeasible" in r][:1]
     return "\n".join([markdown(rows), *(["", *(f"- {note}" for note in notes)] if notes else [])])
 
 
-def cell(record: dict[str, Any], base: float) -> str:
+def cell(record: dict[str, Any], base: dict[str, Any]) -> str:
     if "infeasible" in record:
         return "–"
-    value = record["evaluation"]["geometric_mean_perplexity"]
-    return f"{value:.2f} (x{value / base:.3f})"
+    own = record["evaluation"]
+    value = own["geometric_mean_perplexity"]
+    pairs = zip(own["texts"], base["texts"], strict=True)
+    grown, worst = max((text["perplexity"] / before["perplexity"], text["name"]) for text, before in pairs)
+    return f"{value:.2f} (x{value / base['geometric_mean_perplexity']:.3f}; {worst} x{grown:.3f})"
 
 
 def errors(records: list[dict[str, Any]]) -> Iterator[str]:
@@ -216,13 +243,13 @@ def errors(records: list[dict[str, Any]]) -> Iterator[str]:
     for (name, method, ratio), layers in by_case.items():
         other = by_case.get((name, "svd improved", ratio))
         if method != "mobe improved" or other is None:
-            continue
+            continue  # without calibration: plain errors are what these minimise
         cells = []
         for projection in layers[0]["projections"]:
             ours, theirs = ([x["projections"][projection]["error"] for x in side] for side in (layers, other))
             lower = sum(a < b for a, b in zip(ours, theirs, strict=True))
             cells.append(f"{mean(ours):.3f} / {mean(theirs):.3f} ({lower} of {len(ours)})")
-        rows.append([name, f"{ratio:.1%}", *cells])
+        rows.append([name, ratio, *cells])
     if rows:
         header = ["checkpoint", "removed", "gate", "up", "down"]
         yield "Mean relative error, MoBE / SVD (improved settings), and in how many layers MoBE's is lower:"

@@ -29,9 +29,9 @@ def test_table_holds_what_was_measured(tmp_path):
     command += ["--calibration", demo_texts()[0].parent]
     command += [
         "--variants",
-        "svd:improved,svd:improved:weighted,mobe:paper",
+        "svd:improved,svd:improved:calibrated,mobe:paper",
         "--ratios",
-        "0.166,0.8",
+        "0.166,0.8:touched",
         "--windows",
         "4",
     ]
@@ -47,13 +47,13 @@ def test_table_holds_what_was_measured(tmp_path):
     assert max(apart) < 1e-4
     records = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     by_method = {(r["method"], r.get("ratio")): r for r in records}
-    assert "out of reach" in by_method["mobe paper", 0.8]["infeasible"]
-    base, svd = (by_method[key]["evaluation"] for key in (("original", None), ("svd improved", 0.166)))
+    assert "out of reach" in by_method["mobe paper", "80.0% of touched"]["infeasible"]
+    base, svd = (by_method[key]["evaluation"] for key in (("original", None), ("svd improved", "16.6% of experts")))
     assert svd["geometric_mean_perplexity"] > base["geometric_mean_perplexity"]
     value = svd["geometric_mean_perplexity"]
-    cell = f"{value:.2f} (x{value / base['geometric_mean_perplexity']:.3f})"
+    cell = f"{value:.2f} (x{value / base['geometric_mean_perplexity']:.3f}; "
     assert cell in next(line for line in printed.splitlines() if "| svd improved |" in line)
-    weighted = by_method["svd improved weighted", 0.166]["evaluation"]["geometric_mean_perplexity"]
+    weighted = by_method["svd improved calibrated", "16.6% of experts"]["evaluation"]["geometric_mean_perplexity"]
     assert base["geometric_mean_perplexity"] < weighted < value
     row = next(line for line in printed.splitlines() if "| mobe paper |" in line)
     assert row.rstrip().endswith("| – |")
