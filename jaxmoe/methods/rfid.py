@@ -157,8 +157,8 @@ def _activation(settings: RFIDSettings) -> str:
 
 
 def _group_size(sizes, kept: float, weighted: bool) -> int:
-    """Return the experts in a group that give as many groups as a mixture should have bases."""
-    return -(-sizes[0] // choose_bases(sizes, kept, weighted=weighted))
+    """Return the experts in a group that give as many groups as a mixture should have bases, or more."""
+    return sizes[0] // choose_bases(sizes, kept, weighted=weighted)
 
 
 def _cap(settings: RFIDSettings, size: int, rows: int, columns: int) -> int:
