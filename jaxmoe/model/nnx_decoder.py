@@ -1,7 +1,8 @@
 """The decoder as a Flax NNX module: the same parameters and the same functions, for programs of the Flax world.
 
-Every array is an `nnx.Param`, the factors of the routed experts included, so that `nnx.split`, `nnx.jit`, `nnx.grad`
-and optimisers treat it like any other module. What it computes is `forward`; nothing is copied.
+Every floating-point array is an `nnx.Param`, the factors of the routed experts included, so that `nnx.split`,
+`nnx.jit`, `nnx.grad` and optimisers treat it like any other module. Integers (ranks, orders, places) are plain
+`nnx.Variable`s, which gradients and optimisers leave alone. What it computes is `forward`; nothing is copied.
 """
 
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, spec: DecoderSpec, parameters: Mapping[str, Any]):
         self.spec = spec
-        wrapped = jax.tree.map(lambda array: nnx.Param(jnp.asarray(array)), dict(parameters))
+        wrapped = jax.tree.map(_wrapped, dict(parameters))
         self.layers = nnx.data(wrapped.pop("layers"))
         self.ends = nnx.data(wrapped)
 
@@ -40,8 +41,13 @@ class Decoder(nnx.Module):
     def parameters(self) -> dict[str, Any]:
         """The arrays as `forward` takes them."""
         held = {**self.ends, "layers": self.layers}
-        return jax.tree.map(lambda param: param[...], held, is_leaf=lambda x: isinstance(x, nnx.Param))
+        return jax.tree.map(lambda variable: variable[...], held, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
     def __call__(self, tokens: Int[Array, "sequence position"]) -> Float[Array, "sequence position vocabulary"]:
         """Return the logits of every position; see `forward`."""
         return forward(tokens, self.parameters, self.spec)
+
+
+def _wrapped(array: Any) -> nnx.Variable:
+    array = jnp.asarray(array)
+    return (nnx.Param if jnp.issubdtype(array.dtype, jnp.floating) else nnx.Variable)(array)
