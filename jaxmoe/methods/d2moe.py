@@ -16,8 +16,9 @@ Source: D²-MoE, arXiv 2502.17298; the released code weighs by Fisher informatio
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from typing import cast
 
 import jax
@@ -29,11 +30,19 @@ from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS, Grouped, LayerShape, LowRank, Shared, Term
 from jaxmoe.methods.method import Evidence, Fit, Method, Outcome, Slot, check_setting, count, stacked_targets
 from jaxmoe.solvers.merging import MergeMethod, merge, regmean, shared_energy, ties
+from jaxmoe.solvers.mixture import squared_norms
 from jaxmoe.solvers.shared_right import shared_right
 from jaxmoe.solvers.weighted_svd import weighted_svd
 
 MERGES = ("fisher", "fisher_freq", "freq", "mean", "regmean", "ties")
 DELTAS = ("whitened", "asvd", "plain")
+
+UNSEEN = 1e-6
+"""What published moments get in every direction, in units of the mean eigenvalue.
+
+The publication has none: with fewer tokens than inputs, ranks beyond their number would then serve nothing at all, and
+not even the full rank would give an expert back. Where tokens have been it changes nothing that is worth storing.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,27 +143,33 @@ def slot(
     base = _abstract_base(sizes, target, dtype, settings)
     if settings.share_v:
         at = lambda rank: (base, Grouped.abstract(sizes, dtype, total=rank, size=experts))  # noqa: E731
-        low, step = 1, experts * out + in_
+        low, step, most = 1, experts * out + in_, in_
     elif settings.setting == "paper" and not settings.trim:
         at = lambda rank: (base, LowRank.abstract(sizes, dtype, rank=rank))  # noqa: E731
-        low, step = 1, experts * (out + in_)
+        low, step, most = 1, experts * (out + in_), min(out, in_)
     else:
         at = lambda total: (base, Grouped.abstract(sizes, dtype, total=total))  # noqa: E731
         low, step = experts - _trimmed(settings, experts), out + in_
+        most = low * min(out, in_)
     fixed = count(at(low)).numbers - low * step
-    high = (experts * out * in_ - 1 - fixed) // step
+    high = min(most, (experts * out * in_ - 1 - fixed) // step)
     return Slot(at, low, max(low, high))
 
 
 def _trimmed(settings: D2MoESettings, experts: int) -> int:
-    return int(settings.trim * experts)
+    return _floor(settings.trim * experts)
+
+
+def _floor(number: float) -> int:
+    """Return the whole part of a product of decimals, whose rounding must not cost one: 0.29 of 100 are 29."""
+    return int(number + 1e-9)
 
 
 def _abstract_base(sizes, target: str, dtype, settings: D2MoESettings) -> Shared:
     _, out, in_ = sizes
     axis, parts, channels = _axis(target, out, in_, settings)
-    cut = int(settings.removed * channels)
-    masked = int(settings.masked * in_) if axis == "in" else 0
+    cut = _floor(settings.removed * channels)
+    masked = _floor(settings.masked * in_) if axis == "in" else 0
     return Shared.abstract(sizes, dtype, kept=channels - cut if cut else None, axis=axis, parts=parts, dynamic=masked)
 
 
@@ -178,7 +193,7 @@ def fit(weight, template, settings: D2MoESettings, *, evidence: Evidence, key=No
     shared = Shared.build(
         stored,
         experts=experts,
-        kept=_kept_channels(stored, abstract, settings, evidence),
+        kept=_kept_channels(weight, stored, abstract, settings, evidence),
         axis=abstract.axis,
         parts=abstract.parts,
         dynamic=abstract.dynamic,
@@ -189,7 +204,11 @@ def fit(weight, template, settings: D2MoESettings, *, evidence: Evidence, key=No
     terms = (shared, _deviations(weight - seen, deltas, moment, settings, least))
     if settings.base == "auto":
         terms = _or_no_base(weight, terms, template, moment, seen, outcomes)
-    if abstract.dynamic:
+    has_base = terms[0] is shared
+    if has_base and len(least):
+        detail = f"experts {', '.join(map(str, sorted(least.tolist())))}, the least routed, go without a deviation"
+        outcomes.append(Outcome("trimmed", "", detail))
+    if has_base and abstract.dynamic:
         outcomes.append(_as_published(weight, template, abstract.dynamic))
     return Fit(terms, outcomes=tuple(outcomes))
 
@@ -219,7 +238,9 @@ def _scaled(moment, counts, outcomes):
         outcomes.append(Outcome("unweighted", "", "no calibration token reached this layer: deviations are plain SVDs"))
         return None
     pooled = moment.sum(0) / counts.sum()
-    return np.where(counts[:, None, None] > 0, moment / np.maximum(counts, 1)[:, None, None], pooled)
+    moment = np.where(counts[:, None, None] > 0, moment / np.maximum(counts, 1)[:, None, None], pooled)
+    levels = np.trace(moment, axis1=1, axis2=2) / moment.shape[1]
+    return moment + UNSEEN * np.where(levels > 0, levels, 1.0)[:, None, None] * np.eye(moment.shape[1])
 
 
 def _base(weight, settings: D2MoESettings, evidence: Evidence, target: str, outcomes) -> jax.Array:
@@ -259,14 +280,15 @@ def _regmean(weight, moment):
     return regmean(weight, jnp.broadcast_to(moment, (weight.shape[0], *moment.shape[1:])), ridge=0.0)
 
 
-def _kept_channels(base, abstract: Shared, settings: D2MoESettings, evidence: Evidence) -> np.ndarray | None:
+def _kept_channels(weight, base, abstract: Shared, settings: D2MoESettings, evidence: Evidence) -> np.ndarray | None:
     """Return the channels of the base that are stored: those of the largest norm times activation; None for all."""
     if abstract.kept is None:
         return None
     side = "intermediate" if evidence.target == "down" or settings.mode == "neuron" else "input"
-    if settings.mode == "neuron" and evidence.target != "down":
-        down = jnp.asarray(evidence.weight("down"), jnp.float32)
-        base = _base(down, settings, evidence, "down", []).astype(base.dtype)
+    if settings.mode == "neuron":
+        down = weight if evidence.target == "down" else jnp.asarray(evidence.weight("down"), jnp.float32)
+        # Only the fit of down knows the moment of its inputs: without it every target chooses the same neurons.
+        base = _base(down, settings, replace(evidence, moment=None), "down", []).astype(base.dtype)
     moments = evidence.statistic(f"{side}_moments")
     size = np.linalg.norm(np.asarray(base, np.float64), axis=0)
     if moments is not None:
@@ -333,28 +355,28 @@ def _balanced(left, right, energies):
 def _or_no_base(weight, terms, template, moment, base, outcomes) -> tuple[Term, ...]:
     """Return the terms, or factors of the experts themselves where these are closer at equal size."""
     experts, out, in_ = weight.shape
-    ranks = (count(template).numbers - experts) // (out + in_)
+    dtype, size = terms[0].weight.dtype, count(template)
+    # Ranks of single experts are whole numbers of four bytes, which the template may not have.
+    spare = min(size.numbers - experts, (size.bytes - 4 * experts) // np.dtype(dtype).itemsize)
     found = _factors(weight, moment, min(out, in_))
-    energies = np.asarray(found.energies, np.float64)
-    ranks, _ = water_fill(energies, 1, ranks, minimum=0)
-    beyond = np.arange(energies.shape[1]) >= ranks[:, None]
-    without = float(energies[beyond].sum())
-    whole = (
-        None
-        if moment is None
-        else jnp.asarray(moment if np.ndim(moment) == 3 else jax.vmap(jnp.diag)(moment), jnp.float32)
-    )
-    error = weight - sum(term.materialize() for term in terms)
-    weighed = error if whole is None else jnp.matmul(error, whole, precision=jax.lax.Precision.HIGHEST)
-    own = float(jnp.sum(weighed * error))
+    ranks, _ = water_fill(np.asarray(found.energies, np.float64), 1, spare // (out + in_), minimum=0)
+    left, right = _balanced(found.left, found.right, found.energies)
+    others = (Grouped.build(left, right, ranks, dtype=dtype),)
+    whole = None
+    if moment is not None:
+        whole = jnp.asarray(moment if np.ndim(moment) == 3 else jax.vmap(jnp.diag)(moment), jnp.float32)
+
+    def lost(chosen: tuple[Term, ...]) -> float:
+        error = weight - sum(term.materialize() for term in chosen)
+        return float(jnp.sum(squared_norms(error, whole)))
+
     share = float(shared_energy(weight, base, whole))
     words = f"the base explains {share:.4f} of the experts' energy (1 / experts: {1 / experts:.4f})"
-    if own <= without:
+    if lost(terms) <= lost(others):
         outcomes.append(Outcome("base", "", f"{words}: kept"))
         return terms
     outcomes.append(Outcome("no_base", "", f"{words}: factors of the experts themselves are closer at equal size"))
-    left, right = _balanced(found.left, found.right, found.energies)
-    return (Grouped.build(left, right, ranks, dtype=terms[0].weight.dtype),)
+    return others
 
 
 def _as_published(weight, template, masked: int) -> Outcome:
@@ -366,6 +388,45 @@ def _as_published(weight, template, masked: int) -> Outcome:
         " channels of the base that every batch masks anew and storage holds"
     )
     return Outcome("published_size", "", detail)
+
+
+def published_keep(
+    total: float, *, model: int, layers: int, experts: int, hidden: int, intermediate: int, sparsity: float
+) -> float:
+    """Return the fraction of every deviation that the publication keeps to remove a fraction of the whole model.
+
+        3 L E D F - 3 L D F (1 - sparsity) - 3 L E r (D + F)  =  total * model,        keep = r (D + F) / (D F)
+
+    with r the next whole rank. All of `sparsity` counts as removed here, also what every batch masks and storage holds:
+    `Term.count` says what is stored.
+
+    Args:
+        total: removed fraction of the model.
+        model: numbers in the whole model.
+        layers: that have routed experts (gate, up and down).
+        experts: routed experts in a layer.
+        hidden: hidden size D.
+        intermediate: expert intermediate size F.
+        sparsity: of the base, in [0, 1).
+
+    Raises:
+        JaxmoeError: no rank of at least 1 removes as much, or the base alone is too large to remove as little.
+
+    Source:
+        D²-MoE, arXiv 2502.17298: the hyper-parameters of its appendix, which are ranks rounded up.
+
+    Example:
+        >>> mixtral = dict(model=46_702_792_704, layers=32, experts=8, hidden=4096, intermediate=14336)
+        >>> round(published_keep(0.4, **mixtral, sparsity=0.1), 4)
+        0.4734
+    """
+    unit = 3 * layers * experts * hidden * intermediate / model
+    least, full = 1 - (1 - sparsity) / experts, hidden * intermediate / (hidden + intermediate)
+    rank = ceil((least - total / unit) * full - 1e-9)
+    if not 1 <= rank <= full * least:
+        low, high = max(0.0, (least - int(full * least) / full) * unit), (least - 1 / full) * unit
+        raise JaxmoeError(f"total {total}: deviations of rank 1 or more remove {low:.4f} to {high:.4f} of this model")
+    return rank / full
 
 
 def working_bytes(template) -> int:
