@@ -229,7 +229,7 @@ class _Run:
             passes = list(_passes(record, index, self.limit)) if wanted else [None]
             sums: Sums = {}
             for position, summing in enumerate(passes):
-                arrays = _zeros(summing, fisher=position == 0) if summing else {}
+                arrays: Sums = {}
                 for windows in self.states.batches(part):
                     given = (jnp.asarray(a[windows]) for a in (source, left, self.counted))
                     entered, observed = _back(*given, parameters, summing, spec=spec, mode=mode)
@@ -238,7 +238,10 @@ class _Run:
                         raise JaxmoeError(f"layer {index}: the gradient is not finite on {domain}: check the weights")
                     if position == 0:
                         out[windows] = entered
-                    _add(arrays, {name: observed[name] for name in arrays})
+                    if summing:
+                        # The Fisher information is that of all experts in every pass.
+                        names = [name for name in observed if position == 0 or name in summing.names]
+                        _add(arrays, {name: observed[name] for name in names})
                     del entered, observed
                 if summing:
                     _place(sums, arrays, summing, self.states.folder)
@@ -275,7 +278,8 @@ def gather(
     """
     sums: Sums = {}
     for position, summing in enumerate(_passes(record, index, limit)):
-        arrays, written = _zeros(summing), out if position == 0 else None
+        arrays: Sums = {}
+        written = out if position == 0 else None
         for step in run_layer(index, parameters, spec, states, written, part=part, observe=summing, extra=counted):
             _add(arrays, step.observed)
             # Before the next batch makes as much again.
@@ -298,18 +302,13 @@ def _passes(record: Record, index: int, limit: int | None) -> Iterator[Summing]:
         yield Summing(shape=shape, names=names if first == 0 else own, experts=some, first=first)
 
 
-def _zeros(summing: Summing, *, fisher: bool = False) -> Sums:
-    names = [*summing.names, *(f"fisher_{p}" for p in summing.shape.projections if fisher)]
-    shapes = {name: FIELDS[name].shape(summing.shape) for name in names}
-    for name in set(summing.names) - {*POOLED}:
-        shapes[name] = (summing.experts, *shapes[name][1:])
-    return {name: np.zeros(shape, FIELDS[name].dtype) for name, shape in shapes.items()}
-
-
 def _add(arrays: Sums, observed: dict[str, Any]) -> None:
-    """Add a batch's float32 sums to those of all batches, in float64."""
-    for name, array in arrays.items():
-        merge_arrays(name, array, np.asarray(observed[name]), out=array)
+    """Add a batch's float32 sums to those of the batches before, in float64."""
+    for name, array in observed.items():
+        if name in arrays:
+            merge_arrays(name, arrays[name], np.asarray(array), out=arrays[name])
+        else:
+            arrays[name] = np.asarray(array).astype(FIELDS[name].dtype)
 
 
 def _place(sums: Sums, arrays: Sums, summing: Summing, folder: Path) -> None:

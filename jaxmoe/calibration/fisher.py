@@ -15,11 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.model.decoder import head
-from jaxmoe.model.grouped import BlockShape, arrange, block_rows, most_blocks
+from jaxmoe.model.grouped import BlockShape, arrange, most_blocks, summed_rows
 from jaxmoe.model.layer import Intermediates, layer
 from jaxmoe.model.spec import DecoderSpec, ExpertBlock, LayerSpec
 
@@ -103,40 +104,54 @@ def _squares(seen: Intermediates, deltas: Projections, experts: int, *, sequence
     assert seen.intermediate is not None
     chosen = seen.routes.experts
     tokens, choices = chosen.shape
+    if not whole:
+        # Single tokens are squared before they are summed: it does not matter in which sequence they lie.
+        sequences = 1
     # Assignments are sorted by expert and, within it, by sequence: a pair of both is what is squared.
     pairs = chosen * sequences + (jnp.arange(tokens) // (tokens // sequences))[:, None]
-    rows = max(32, block_rows(chosen.size, experts * sequences))
+    numbers = seen.inputs.shape[1] * seen.intermediate.shape[2]
+    rows = max(32, summed_rows(chosen.size, experts * sequences, numbers))
     blocks = arrange(pairs, experts * sequences, BlockShape(rows, most_blocks(chosen.size, experts * sequences, rows)))
     counts = jnp.bincount(pairs.reshape(-1), length=experts * sequences)
     needed = -(-counts // rows)
     first = jnp.cumsum(needed) - needed
+    (occupied,) = jnp.nonzero(counts, size=len(counts))
+    left = {name: delta.reshape(chosen.size, -1) for name, delta in deltas.items()}
+    intermediate = seen.intermediate.reshape(chosen.size, -1)
     outputs = [name for name in deltas if name != "down"]
-    # Gate and up read the same rows: one product serves both.
-    left = {
-        "first": jnp.concatenate([deltas[name] for name in outputs], -1).reshape(chosen.size, -1),
-        "down": deltas["down"].reshape(chosen.size, -1),
-    }
-    right = {"first": seen.inputs, "down": seen.intermediate.reshape(chosen.size, -1)}
-    if not whole:
-        left, right = jax.tree.map(jnp.square, (left, right))
+    ends = np.cumsum([left[name].shape[1] for name in outputs])
 
-    def product(index, sums):
+    def product(index):
         place = blocks.assignment[index]
         # Rows of padding lie behind the last one.
         rows = {name: array.at[place].get(mode="fill", fill_value=0) for name, array in left.items()}
-        read = {"first": right["first"][place // choices], "down": right["down"][place]}
-        return {
-            name: total + jnp.einsum("to,ti->oi", rows[name], read[name], precision=lax.Precision.HIGHEST)
-            for name, total in sums.items()
+        # Gate and up read the same rows: one product serves both.
+        factors = {
+            "first": (jnp.concatenate([rows[name] for name in outputs], -1), seen.inputs[place // choices]),
+            "down": (rows["down"], intermediate[place]),
         }
+        if not whole:
+            factors = jax.tree.map(jnp.square, factors)
+        products = {
+            name: jnp.einsum("to,ti->oi", *both, precision=lax.Precision.HIGHEST) for name, both in factors.items()
+        }
+        split = jnp.split(products["first"], ends[:-1])
+        return {**dict(zip(outputs, split, strict=True)), "down": products["down"]}
 
-    def pair(index, totals):
-        empty = {name: jnp.zeros(total.shape[1:]) for name, total in totals.items()}
-        sums = lax.fori_loop(first[index], first[index] + needed[index], product, empty)
-        parts = {name: jnp.square(part) if whole else part for name, part in sums.items()}
-        return {name: total.at[index // sequences].add(parts[name]) for name, total in totals.items()}
+    def pair(position, totals):
+        index = occupied[position]
+        begin = first[index]
 
-    totals = {name: jnp.zeros((experts, left[name].shape[-1], right[name].shape[-1])) for name in left}
-    totals = lax.fori_loop(0, experts * sequences, pair, totals)
-    split = jnp.split(totals["first"], len(outputs), axis=1)
-    return {**dict(zip(outputs, split, strict=True)), "down": totals["down"]}
+        def further(index, sums):
+            return jax.tree.map(jnp.add, sums, product(index))
+
+        sums = lax.fori_loop(begin + 1, begin + needed[index], further, product(begin))
+        if whole:
+            sums = jax.tree.map(jnp.square, sums)
+        return {name: total.at[index // sequences].add(sums[name]) for name, total in totals.items()}
+
+    totals = {
+        name: jnp.zeros((experts, array.shape[1], (intermediate if name == "down" else seen.inputs).shape[1]))
+        for name, array in left.items()
+    }
+    return lax.fori_loop(0, jnp.sum(counts > 0), pair, totals)

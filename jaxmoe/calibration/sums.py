@@ -3,6 +3,10 @@
 Assignments of tokens to experts are sorted into blocks of one expert each (`model.grouped`), and a loop over the blocks
 adds up products in float32 at the highest precision; the caller adds batches up in float64. The second moments of some
 of the experts can be asked for alone, where those of all would not fit into memory.
+
+A second moment is symmetric: on CPU its rows are cut into panels of which only what lies on or above the diagonal is
+multiplied, down to 9/16 of the work; the rest is mirrored once in the end. Other platforms multiply everything in one
+product, since they would wait for many small ones.
 """
 
 from dataclasses import dataclass
@@ -14,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmoe.calibration.statistics import FIELDS
 from jaxmoe.factors import LayerShape
 from jaxmoe.factors.term import pytree
-from jaxmoe.model.grouped import BlockShape, arrange, block_rows, most_blocks
+from jaxmoe.model.grouped import BlockShape, arrange, most_blocks, summed_rows
 from jaxmoe.model.layer import Intermediates
 
 
@@ -48,8 +52,8 @@ class Summing:
         if {*POOLED} & {*self.names}:
             hits = jnp.any(seen.routes.experts[:, :, None] == jnp.arange(self.shape.experts), 1) & counted[:, None]
             # Whole numbers below 2^24 are exact.
-            sums["coactivation"] = _gram(hits.astype(jnp.float32)).astype(jnp.int32)
-            sums["input_moment"] = _gram(jnp.where(counted[:, None], seen.inputs, 0))
+            sums["coactivation"] = gram(hits.astype(jnp.float32)).astype(jnp.int32)
+            sums["input_moment"] = gram(jnp.where(counted[:, None], seen.inputs, 0))
         if any(name not in sums for name in self.names):
             sums |= self._by_expert(seen, counted)
         return {name: sums[name] for name in self.names}
@@ -61,10 +65,11 @@ class Summing:
         mine = counted[:, None] & (local >= 0) & (local < self.experts)
         # What is not asked for goes to one expert more, behind the blocks that the loop visits.
         local = jnp.where(mine, local, self.experts)
-        rows = block_rows(chosen.size, self.experts)
+        largest = max(self.shape.hidden, self.shape.intermediate) ** 2
+        rows = summed_rows(chosen.size, self.experts, largest)
         blocks = arrange(local, self.experts + 1, BlockShape(rows, most_blocks(chosen.size, self.experts + 1, rows)))
         used = jnp.sum(blocks.expert < self.experts)
-        names = [name for name in self.names if name in _PRODUCTS]
+        names = [name for name in self.names if name not in POOLED]
         start = {
             name: jnp.zeros(
                 (self.experts, *FIELDS[name].shape(self.shape)[1:]), jnp.int32 if name == "counts" else jnp.float32
@@ -84,12 +89,10 @@ class Summing:
                 intermediate=jnp.where(real, _flat(seen.intermediate)[place], 0),
                 outputs=jnp.where(real, _flat(seen.outputs)[place], 0),
             )
-            return {
-                name: (total.at[expert].max if name == "channel_peaks" else total.at[expert].add)(_PRODUCTS[name](row))
-                for name, total in sums.items()
-            }
+            return {name: _added(name, total, expert, row) for name, total in sums.items()}
 
-        return lax.fori_loop(0, used, add, start)
+        sums = lax.fori_loop(0, used, add, start)
+        return {name: _mirrored(total) if name in _FACTORS else total for name, total in sums.items()}
 
 
 @dataclass(frozen=True)
@@ -109,15 +112,60 @@ class _Rows:
         return jnp.square(self.weights * self.intermediate)
 
 
-def _gram(rows: Float[Array, "row size"]) -> Float[Array, "size size"]:
-    return jnp.einsum("ri,rj->ij", rows, rows, precision=lax.Precision.HIGHEST)
+def gram(rows: Float[Array, "row size"]) -> Float[Array, "size size"]:
+    """Return the sum of r r' over some rows r.
+
+    Example:
+        >>> gram(jnp.array([[1.0, 2.0], [0.0, 1.0]])).tolist()
+        [[1.0, 2.0], [2.0, 5.0]]
+    """
+    return _mirrored(_add_gram(jnp.zeros((1, rows.shape[1], rows.shape[1])), 0, rows))[0]
+
+
+def _added(name: str, total: Array, expert, row: _Rows) -> Array:
+    """Add a block of rows to the sums of its expert; peaks are merged by the maximum."""
+    if name in _FACTORS:
+        return _add_gram(total, expert, _FACTORS[name](row))
+    place = total.at[expert]
+    return (place.max if name == "channel_peaks" else place.add)(_SUMMANDS[name](row))
+
+
+def _add_gram(total, expert, rows):
+    """Add r r' of every row to the upper half of an expert's matrix; what lies below is left undefined."""
+    return lax.platform_dependent(total, expert, rows, cpu=_add_panels, default=_add_whole)
+
+
+def _add_whole(total, expert, rows):
+    return total.at[expert].add(_product(rows, rows))
+
+
+def _add_panels(total, expert, rows):
+    for begin, end in _panels(rows.shape[1]):
+        total = total.at[expert, begin:end, begin:].add(_product(rows[:, begin:end], rows[:, begin:]))
+    return total
+
+
+def _mirrored(total: Float[Array, "expert size size"]) -> Float[Array, "expert size size"]:
+    for begin, end in _panels(total.shape[1]):
+        total = total.at[:, end:, begin:end].set(jnp.swapaxes(total[:, begin:end, end:], 1, 2))
+    return total
+
+
+def _panels(size: int) -> list[tuple[int, int]]:
+    """Return where the rows of a symmetric matrix are cut: at most eight times, since narrow products are slow."""
+    height = max(64, -(-size // 8))
+    return [(begin, min(begin + height, size)) for begin in range(0, size, height)]
+
+
+def _product(left: Float[Array, "row out"], right: Float[Array, "row in"]) -> Float[Array, "out in"]:
+    return jnp.einsum("ro,ri->oi", left, right, precision=lax.Precision.HIGHEST)
 
 
 def _flat(values) -> Array:
     return values.reshape(-1, values.shape[-1])
 
 
-_PRODUCTS = {
+_SUMMANDS = {
     "counts": lambda row: jnp.sum(row.real),
     "weight_sums": lambda row: jnp.sum(row.weights),
     "input_sums": lambda row: jnp.sum(row.inputs, 0),
@@ -126,12 +174,16 @@ _PRODUCTS = {
     "weighted_output_norms": lambda row: jnp.sum(row.weights * row.norms),
     "channel_energies": lambda row: jnp.sum(row.energies, 0),
     "channel_peaks": lambda row: jnp.max(row.energies, 0),
-    "input_moments": lambda row: _gram(row.inputs),
-    "intermediate_moments": lambda row: _gram(row.intermediate),
-    "weighted_input_moments": lambda row: _gram(row.weights * row.inputs),
-    "weighted_intermediate_moments": lambda row: _gram(row.weights * row.intermediate),
 }
-"""What the rows of one block add to an expert's sums; peaks are merged by the maximum."""
+"""What the rows of one block add to an expert's sums."""
+
+_FACTORS = {
+    "input_moments": lambda row: row.inputs,
+    "intermediate_moments": lambda row: row.intermediate,
+    "weighted_input_moments": lambda row: row.weights * row.inputs,
+    "weighted_intermediate_moments": lambda row: row.weights * row.intermediate,
+}
+"""The rows whose second moments are summed."""
 
 POOLED = ("coactivation", "input_moment")
 """The sums that have no row for each expert."""
