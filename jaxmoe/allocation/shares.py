@@ -60,7 +60,9 @@ def by_loss(sizes: ArrayLike, losses: ArrayLike) -> Shares:
     """
     sizes, losses = score("sizes", sizes), score("losses", losses)
     density = losses / sizes
-    density = np.maximum(density, 1e-3 * density.max()) if density.max() > 0 else np.ones(len(density))
+    # In units of the dearest: losses of any size neither overflow nor vanish.
+    dearest = density.max(initial=0.0)
+    density = np.maximum(density / dearest, 1e-3) if dearest > 0 else np.ones(len(density))
     # In units of what a number costs where the slots that are cheap have as much say as their size gives them.
     return by_odds((density * (sizes / density).sum() / sizes.sum()).tolist())
 

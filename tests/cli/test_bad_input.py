@@ -199,13 +199,38 @@ ARGUMENTS = [
     Case("option unknown", ("--fast",), arguments=("--fast",), code=2),
 ]
 
+RFID = [
+    Case(
+        "published without statistics",
+        ("no statistics", "--text", "--setting improved"),
+        arguments=("--setting", "paper"),
+    ),
+    Case("xi above one", ("xi=1.5", "0 to 1"), arguments=("--set", "xi=1.5")),
+    Case("xi a word", ("xi=much", "float"), arguments=("--set", "xi=much")),
+    Case("no group", ("group=0", "at least 1"), arguments=("--set", "group=0")),
+    Case("mixing unknown", ("mixing 'some'", "padded, none"), arguments=("--set", "mixing=some")),
+    Case("residual unknown", ("residual 'all'", "hash, topk, none"), arguments=("--set", "residual=all")),
+    Case("residual too large", ("residual_fraction=0.9", "0 to 0.5"), arguments=("--set", "residual_fraction=0.9")),
+    Case("function without zero", ("'sigmoid'", "silu"), arguments=("--set", "activation=sigmoid")),
+    Case("steps negative", ("steps=-1",), arguments=("--set", "steps=-1")),
+    Case("exact ranks a number", ("paper_exact=2", "true or false"), arguments=("--set", "paper_exact=2")),
+    Case("setting of another method", ("bases=4", "residual_fraction"), arguments=("--set", "bases=4")),
+    Case(
+        "ratio that the residual leaves no room for",
+        ("out of reach for rfid", "of touched", "of experts", "of model"),
+        arguments=("--set", "residual=hash", "--set", "residual_fraction=0.4", "--ratio", "0.7"),
+    ),
+    Case("several faults at once", ("xi=-1", "patience=0"), arguments=("--set", "xi=-1", "--set", "patience=0")),
+    Case("NaN", ("NaN", EXPERT), weights(poison(float("nan"))), arguments=("--set", "steps=2")),
+]
 
-def run(tmp_path, case: Case):
+
+def run(tmp_path, case: Case, method: str = "svd"):
     source = plain_checkpoint.write(tmp_path / "source")
     case.change(source)
     before = checksums(source, ())
     output = tmp_path / "output"
-    good = ("compress", source, output, "--method", "svd", "--ratio", "0.4")
+    good = ("compress", source, output, "--method", method, "--ratio", "0.4")
     done = jaxmoe(*good, *case.arguments)
     assert done.returncode == case.code, done.stderr
     assert all(word in done.stderr for word in case.words), done.stderr
@@ -225,6 +250,11 @@ def test_checkpoint(tmp_path, case):
 @pytest.mark.parametrize("case", ARGUMENTS, ids=lambda case: case.name)
 def test_arguments(tmp_path, case):
     run(tmp_path, case)
+
+
+@pytest.mark.parametrize("case", RFID, ids=lambda case: case.name)
+def test_rfid(tmp_path, case):
+    run(tmp_path, case, "rfid")
 
 
 def test_no_such_checkpoint(tmp_path):
