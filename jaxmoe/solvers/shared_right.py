@@ -2,18 +2,24 @@
 
     minimise  sum_e || (D_e - U_e V) C_e^(1/2) ||^2        V [rank, in] shared
 
-V spans the leading right singular vectors of the stacked D_e L, L L' = sum_e C_e, brought back by L^-1; each U_e is
-then the least-squares solution under its own moment, U_e = D_e C_e V' (V C_e V')^-1, which can only lower the error.
+V spans the leading right singular vectors of the stacked D_e L, L L' = sum_e C_e, brought back by L^-1, and
+U_e = D_e L L' V' serves all alike. From there each U_e moves to the least-squares solution under its own moment,
+
+    U_e  <-  U_e + (D_e - U_e V) C_e V' (V C_e V' + ridge)^-1
+
+which lowers its error or leaves it; directions that none of its tokens had stay as the pooled moment has them.
 Source: ShareV of D²-MoE, arXiv 2502.17298, whose code averages Cholesky factors instead of pooling the moments; the
 refit is ours.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmoe.solvers.group_spectra import group_bases
-from jaxmoe.solvers.mixture import solve_coefficients
+from jaxmoe.solvers.group_spectra import FLOOR, group_bases
+from jaxmoe.solvers.mixture import HIGHEST, solve_coefficients, squared_norms
 
 
 def shared_right(
@@ -33,10 +39,30 @@ def shared_right(
         True
     """
     experts = weight.shape[0]
+    weight = jnp.asarray(weight, jnp.float32)
     if moment is not None:
         moment = jnp.asarray(moment, jnp.float32)
         moment = jax.vmap(jnp.diag)(moment) if moment.ndim == 2 else moment
     bases = group_bases(weight, size=experts, rank=rank, moment=moment)
-    pooled = moment if moment is None or refit else moment.mean(0, keepdims=True)
-    left = solve_coefficients(weight, bases, jnp.ones((experts, 1)), activation="identity", moment=pooled)
-    return left, bases[0]
+    solve = partial(solve_coefficients, bases=bases, mixing=jnp.ones((experts, 1)), activation="identity")
+    if moment is None:
+        return solve(weight), bases[0]
+    left = solve(weight, moment=_floored(moment.mean(0, keepdims=True)))
+    if not refit:
+        return left, bases[0]
+    remainder = weight - jnp.matmul(left, bases[0], precision=HIGHEST)
+    own = left + solve(remainder, moment=moment, ridge=RIDGE)
+    # The Gram matrix of an expert with fewer tokens than the rank is singular, and may have no factor in float32.
+    before, after = (squared_norms(weight - jnp.matmul(x, bases[0], precision=HIGHEST), moment) for x in (left, own))
+    return jnp.where((after <= before)[:, None, None], own, left), bases[0]
+
+
+def _floored(moment):
+    """Return the moments with the eigenvalues that `group_bases` gives them."""
+    values, vectors = jnp.linalg.eigh(moment, symmetrize_input=False)
+    values = jnp.maximum(values, FLOOR * values[:, -1:])
+    return jnp.matmul(vectors * values[:, None, :], jnp.swapaxes(vectors, 1, 2), precision=HIGHEST)
+
+
+RIDGE = 1e-4
+"""What holds an expert's own fit to the pooled one, in units of the mean diagonal of its Gram matrix."""

@@ -307,8 +307,8 @@ def test_without_fisher_information_frequency_decides_and_it_is_said():
 @pytest.mark.parametrize("setting", ["paper", "improved"])
 def test_neuron_pruning_cuts_the_same_neurons_out_of_every_projection(setting, method):
     options = {"setting": setting, "merge": method, "mode": "neuron", "sparsity": 0.4, "dynamic": 0.0, "base": "always"}
-    # Very different inputs for every expert, so that bases of down by other rules rank its neurons differently.
-    found = statistics(intermediate_moments=sums(COUNTS, SHAPE.intermediate, 9))
+    # Inputs of which the base that is closest under them ranks the neurons differently than the one by frequency does.
+    found = statistics(intermediate_moments=sums(COUNTS, SHAPE.intermediate, 11))
     layer = {
         target: fitted(target, level=5, found=found, **options)
         for target in D2MOE.targets(SHAPE, D2MoESettings(**options))
