@@ -35,7 +35,7 @@ from jaxmoe.scores import effective_rank, fused_importance
 from jaxmoe.solvers.basis_learning import learn_basis
 from jaxmoe.solvers.basis_size import choose_bases, lies_transposed
 from jaxmoe.solvers.group_spectra import group_bases, group_energies
-from jaxmoe.solvers.mixture import Ragged, solve_coefficients
+from jaxmoe.solvers.mixture import Ragged, owners, solve_coefficients
 from jaxmoe.solvers.residual import hashed_residual, largest_entries
 from jaxmoe.solvers.variable_projection import variable_projection
 
@@ -48,12 +48,13 @@ class RFIDSettings:
         setting: "paper" or "improved".
         group: experts in a group, the last may have fewer; 4 (paper), or as many as give the bases that mixtures want.
         xi: weight of the effective rank against the routing frequency, in [0, 1]; 0.8 where up to 30 % of the target is
-            removed, else 0.7.
+            removed, as nearly as whole ranks allow, else 0.7.
         mixing: "padded" blends the bases of all groups, "none" gives every group its own, in closed form.
         residual: "hash" (paper), "topk" (largest entries, their places counted) or "none" (improved).
         residual_fraction: of the target's numbers that the residual may store.
         balanced: whether the hash fills its buckets evenly; False (paper), True (improved).
-        paper_exact: whether ranks are the floors of Eq. 13, which lose up to a rank a group; True (paper).
+        paper_exact: whether ranks are the floors of Eq. 13, which lose up to a rank a group; True (paper). With False
+            the improved setting takes the ranks of weighted spectra where moments are known and no xi is given.
         activation: f of the blend; silu (paper), wavelet (improved).
         steps: upper limit of optimiser steps; 50,000 (paper), 3,000 (improved).
         patience: steps without a new best loss after which a fit stops; 2,000 (paper), or never.
@@ -187,7 +188,7 @@ def _residual(sizes, dtype, settings: RFIDSettings, size: int) -> tuple[Term, ..
 def fit(weight, template, settings: RFIDSettings, *, evidence: Evidence, key=None) -> Fit:
     """Return grouped bases and residual of one target."""
     abstract, *residual = template
-    experts, out, in_ = abstract.shape
+    experts = abstract.shape[0]
     outcomes = []
     counts = np.zeros(experts) if evidence.counts is None else np.asarray(evidence.counts, np.float64)
     if not counts.any():
@@ -195,9 +196,9 @@ def fit(weight, template, settings: RFIDSettings, *, evidence: Evidence, key=Non
             Outcome("uniform_frequency", "", "nothing was counted: all experts are taken to be as frequent")
         )
     order = np.argsort(-counts, kind="stable")
-    kept = count(template).numbers / (experts * out * in_)
-    grouping = _Grouping(weight, abstract, order, evidence.moment)
-    ranks = _ranks(grouping, counts, kept, settings, abstract, outcomes)
+    # The published method takes nothing but counts from calibration: its objective weighs all directions alike.
+    grouping = _Grouping(weight, abstract, order, None if settings.setting == "paper" else evidence.moment)
+    ranks = _ranks(grouping, counts, count(template).numbers, settings, abstract, outcomes)
     learn = _mixed if settings.mixing == "padded" else _closed
     term, losses, more = learn(grouping, ranks, settings, abstract, key)
     outcomes += more
@@ -212,13 +213,15 @@ class _Grouping:
     """A target's matrices in the orientation and order of its fit.
 
     matrices: `[expert, row, column]`, sorted by frequency; moment: along the columns, row_moment: along the rows,
-    sorted alike; owner: the group of each place; energies: of the stacked groups, weighted where a moment is known.
+    sorted alike; owner: the group of each place; even: whether groups are the blocks of a fit of equal ranks; energies:
+    of the stacked groups, weighted where a moment is known.
     """
 
     def __init__(self, weight, abstract: Grouped, order, moment):
         self.order, self.size = order, abstract.size
         self.groups = abstract.ranks.shape[1]
         self.owner = np.arange(len(order)) // abstract.size
+        self.even = np.array_equal(self.owner, owners(len(order), self.groups))
         self.members = np.bincount(self.owner, minlength=self.groups)
         matrices = jnp.swapaxes(weight, 1, 2) if abstract.transposed else weight
         self.matrices = jnp.asarray(matrices, jnp.float32)[order]
@@ -229,20 +232,22 @@ class _Grouping:
         self.energies = np.asarray(spectra, np.float64)
 
 
-def _ranks(grouping: _Grouping, counts, kept: float, settings: RFIDSettings, abstract: Grouped, outcomes) -> np.ndarray:
+def _ranks(
+    grouping: _Grouping, counts, numbers: int, settings: RFIDSettings, abstract: Grouped, outcomes
+) -> np.ndarray:
     """Return the ranks of the groups: floors of Eq. 13, in proportion to importance, or by weighted spectra."""
     total, rows, columns = abstract.bases.shape[0], abstract.coefficients.shape[1], abstract.bases.shape[1]
     cap = _cap(settings, grouping.size, rows, columns)
     costs = grouping.members * rows + columns
-    budget = total * (grouping.size * rows + columns)
+    step = grouping.size * rows + columns
+    budget = total * step
     caps = np.minimum(cap, grouping.members * rows)
-    if (
-        settings.setting == "improved"
-        and settings.xi is None
-        and (grouping.moment is not None or grouping.row_moment is not None)
-    ):
+    weighted = grouping.moment is not None or grouping.row_moment is not None
+    if weighted and settings.xi is None and not settings.paper_exact:
         return water_fill(grouping.energies, costs, budget, minimum=1, caps=caps)[0]
     frequency = np.bincount(grouping.owner, counts[grouping.order], minlength=grouping.groups)
+    # Whole ranks keep up to one step less than what was asked for.
+    kept = (numbers + step) / grouping.matrices.size
     xi = settings.xi if settings.xi is not None else (0.8 if kept >= 0.7 else 0.7)
     importance = np.asarray(
         fused_importance(effective_rank(jnp.asarray(grouping.energies)), jnp.asarray(frequency), xi), np.float64
@@ -269,6 +274,9 @@ def _mixed(grouping: _Grouping, ranks, settings: RFIDSettings, abstract: Grouped
     """Learn bases that are blended over all groups."""
     dtype = abstract.bases.dtype
     ragged = Ragged(jnp.asarray(ranks, jnp.int32), jnp.asarray(grouping.owner, jnp.int32))
+    if len(set(ranks)) == 1 and ranks[0] <= grouping.matrices.shape[1] and grouping.even:
+        # MoBE on the sorted experts, bit for bit, without masks.
+        ragged = None
     activation = cast(str, settings.activation)
     learn = learn_basis if settings.setting == "paper" else variable_projection
     found = learn(
