@@ -135,6 +135,8 @@ def cases(checkpoint: Path, arguments: argparse.Namespace) -> Iterator[Case]:
 
 def calibrate(case: Case, arguments: argparse.Namespace) -> None:
     """Gather the statistics of a checkpoint, unless they are there."""
+    if case.statistics(arguments.output).exists():
+        return
     command = ["calibrate", str(case.checkpoint), str(case.statistics(arguments.output))]
     command += ["--gradients", "sequence", "--length", str(arguments.length)]
     done = jaxmoe([*command, "--text", str(arguments.calibration)])
