@@ -13,6 +13,9 @@ import pytest
 from program import checksums, jaxmoe
 from safetensors.numpy import load_file, save_file
 
+from jaxmoe import StoredModel, calibrate
+from jaxmoe.texts import Windows
+
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 INDEX = "model.safetensors.index.json"
 
@@ -224,6 +227,40 @@ RFID = [
     Case("NaN", ("NaN", EXPERT), weights(poison(float("nan"))), arguments=("--set", "steps=2")),
 ]
 
+D2MOE = [
+    Case(
+        "no gradients for the published merge",
+        ("no statistics", "--gradients sequence", "--set merge=freq", "--moments expert"),
+        arguments=("--setting", "paper"),
+    ),
+    Case("no counts", ("no statistics", "--text", "--set merge=mean"), arguments=("--set", "merge=freq")),
+    Case(
+        "no moments",
+        ("no statistics", "--moments expert", "--set delta=plain"),
+        arguments=("--setting", "paper", "--set", "merge=mean"),
+    ),
+    Case("merge unknown", ("merge 'median'", "fisher_freq", "regmean"), arguments=("--set", "merge=median")),
+    Case("delta unknown", ("delta 'half'", "whitened, asvd, plain"), arguments=("--set", "delta=half")),
+    Case("mode unknown", ("mode 'row'", "column, neuron"), arguments=("--set", "mode=row")),
+    Case("base unknown", ("base 'never'", "always, auto"), arguments=("--set", "base=never")),
+    Case("sparsity one", ("sparsity=1.0", "fraction"), arguments=("--set", "sparsity=1")),
+    Case("sparsity not a number", ("sparsity=much", "float"), arguments=("--set", "sparsity=much")),
+    Case(
+        "several at once",
+        ("merge 'x'", "dynamic=2.0", "trim=-1.0"),
+        arguments=("--set", "merge=x", "--set", "dynamic=2", "--set", "trim=-1"),
+    ),
+    Case("share_v no truth value", ("share_v=maybe", "true or false"), arguments=("--set", "share_v=maybe")),
+    Case("setting of another method", ("bases=2", "d2moe", "sparsity"), arguments=("--set", "bases=2")),
+    Case(
+        "ratio below what a base leaves",
+        ("ratio 0.01", "out of reach for d2moe", "of experts"),
+        arguments=("-r", "0.01"),
+    ),
+    Case("ratio above", ("ratio 0.9", "out of reach for d2moe", "of experts"), arguments=("--ratio", "0.9")),
+    Case("gradients without text", ("--gradients", "--text"), arguments=("--gradients", "sequence")),
+]
+
 
 def run(tmp_path, case: Case, method: str = "svd"):
     source = plain_checkpoint.write(tmp_path / "source")
@@ -255,6 +292,26 @@ def test_arguments(tmp_path, case):
 @pytest.mark.parametrize("case", RFID, ids=lambda case: case.name)
 def test_rfid(tmp_path, case):
     run(tmp_path, case, "rfid")
+
+
+@pytest.mark.parametrize("case", D2MOE, ids=lambda case: case.name)
+def test_d2moe(tmp_path, case):
+    run(tmp_path, case, "d2moe")
+
+
+def test_d2moe_with_statistics_that_lack_what_it_needs(tmp_path):
+    source = plain_checkpoint.write(tmp_path / "source")
+    ids = np.arange(24, dtype=np.int32).reshape(2, 12) % 32
+    text = Windows(name="text", fingerprint="x", ids=ids, counted=np.ones(ids.shape, bool), left_out=0)
+    calibrate(StoredModel(source), [text], tmp_path / "statistics", moments="pooled")
+    before = checksums(source, ())
+    options = ("--setting", "paper", "--statistics", tmp_path / "statistics")
+    done = jaxmoe("compress", source, tmp_path / "output", "--method", "d2moe", "--ratio", "0.4", *options)
+    assert done.returncode == 1, done.stderr
+    assert "lack fisher_up, fisher_down, input_moments, intermediate_moments" in done.stderr
+    assert all(mend in done.stderr for mend in ("--gradients sequence", "--moments expert", "--set delta=plain"))
+    assert not (tmp_path / "output").exists()
+    assert checksums(source, ()) == before
 
 
 def test_no_such_checkpoint(tmp_path):
