@@ -10,9 +10,10 @@ Experts are sorted by how often the router picks them and cut into groups. The r
 and a fraction of the numbers goes to the residual: values under a hash (`Hashed`), or the largest entries (`Sparse`).
 
 setting="paper": gate and up apart, groups of four, silu, Adam; ranks are Eq. 13's floors (`paper_exact`), 3 % hashed
-i.i.d. into buckets. setting="improved": all projections, gate and up stacked, groups as large as mixtures want them,
-variable projection through a wavelet under the weighted objective, ranks that spend the budget exactly, by weighted
-spectra where second moments are known, and no residual: at equal size more rank takes more of the error (README).
+i.i.d. into buckets; calibration gives it counts alone. setting="improved": all projections, gate and up stacked, groups
+as large as mixtures want them, variable projection through a wavelet under the weighted objective, ranks that spend the
+budget exactly, by weighted spectra where second moments are known, and no residual: at equal size more rank takes more
+of the error (README).
 Source: RFID-MoE, arXiv 2602.09316; where the text leaves things open, the readings are: full mixing over all groups'
 bases, singular values in A, and the residual in closed form after the fit, its optimum.
 """
@@ -34,7 +35,7 @@ from jaxmoe.methods.method import Evidence, Fit, Method, Outcome, Slot, check_se
 from jaxmoe.scores import effective_rank, fused_importance
 from jaxmoe.solvers.basis_learning import learn_basis
 from jaxmoe.solvers.basis_size import choose_bases, lies_transposed
-from jaxmoe.solvers.group_spectra import group_bases, group_energies
+from jaxmoe.solvers.group_spectra import group_energies, group_spectra
 from jaxmoe.solvers.mixture import Ragged, owners, solve_coefficients
 from jaxmoe.solvers.residual import hashed_residual, largest_entries
 from jaxmoe.solvers.variable_projection import variable_projection
@@ -197,7 +198,8 @@ def fit(weight, template, settings: RFIDSettings, *, evidence: Evidence, key=Non
         )
     order = np.argsort(-counts, kind="stable")
     # The published method takes nothing but counts from calibration: its objective weighs all directions alike.
-    grouping = _Grouping(weight, abstract, order, None if settings.setting == "paper" else evidence.moment)
+    moment = None if settings.setting == "paper" else evidence.moment
+    grouping = _Grouping(weight, abstract, order, moment, closed=settings.mixing == "none")
     ranks = _ranks(grouping, counts, count(template).numbers, settings, abstract, outcomes)
     learn = _mixed if settings.mixing == "padded" else _closed
     term, losses, more = learn(grouping, ranks, settings, abstract, key)
@@ -214,10 +216,10 @@ class _Grouping:
 
     matrices: `[expert, row, column]`, sorted by frequency; moment: along the columns, row_moment: along the rows,
     sorted alike; owner: the group of each place; even: whether groups are the blocks of a fit of equal ranks; energies:
-    of the stacked groups, weighted where a moment is known.
+    of the stacked groups, weighted where a moment is known; bases: the groups' own of every rank, where closed.
     """
 
-    def __init__(self, weight, abstract: Grouped, order, moment):
+    def __init__(self, weight, abstract: Grouped, order, moment, *, closed: bool = False):
         self.order, self.size = order, abstract.size
         self.groups = abstract.ranks.shape[1]
         self.owner = np.arange(len(order)) // abstract.size
@@ -228,8 +230,11 @@ class _Grouping:
         own = None if moment is None else jnp.asarray(moment, jnp.float32)
         own = own if own is None or len(own) == 1 else own[order]
         self.moment, self.row_moment = (None, own) if abstract.transposed else (own, None)
-        spectra = group_energies(self.matrices, size=self.size, moment=self.moment, row_moment=self.row_moment)
-        self.energies = np.asarray(spectra, np.float64)
+        options = {"size": self.size, "moment": self.moment, "row_moment": self.row_moment}
+        spectra = group_spectra(self.matrices, **options) if closed else None
+        self.bases = None if spectra is None else spectra.bases
+        energies = group_energies(self.matrices, **options) if spectra is None else spectra.energies
+        self.energies = np.asarray(energies, np.float64)
 
 
 def _ranks(
@@ -270,6 +275,9 @@ def _ranks(
     return ranks
 
 
+_solve = jax.jit(solve_coefficients, static_argnames=("activation", "refinements"))
+
+
 def _mixed(grouping: _Grouping, ranks, settings: RFIDSettings, abstract: Grouped, key):
     """Learn bases that are blended over all groups."""
     dtype = abstract.bases.dtype
@@ -293,7 +301,7 @@ def _mixed(grouping: _Grouping, ranks, settings: RFIDSettings, abstract: Grouped
     )
     bases, mixing, coefficients = found.bases.astype(dtype), found.mixing.astype(dtype), found.coefficients
     if settings.setting == "improved":
-        coefficients = solve_coefficients(
+        coefficients = _solve(
             grouping.matrices, bases, mixing, activation=activation, moment=grouping.moment, ragged=ragged
         )
     taken = int(found.steps)
@@ -309,18 +317,28 @@ def _mixed(grouping: _Grouping, ranks, settings: RFIDSettings, abstract: Grouped
 
 def _closed(grouping: _Grouping, ranks, settings: RFIDSettings, abstract: Grouped, key):
     """Return the best bases of single groups, by Eckart and Young."""
-    bases = group_bases(
-        grouping.matrices,
-        size=grouping.size,
-        rank=int(ranks.max()),
-        moment=grouping.moment,
-        row_moment=grouping.row_moment,
-    ).astype(abstract.bases.dtype)
-    ragged = Ragged(jnp.asarray(ranks, jnp.int32), jnp.asarray(grouping.owner, jnp.int32))
-    own = jax.nn.one_hot(grouping.owner, grouping.groups)
-    coefficients = solve_coefficients(
-        grouping.matrices, bases, own, activation="identity", moment=grouping.moment, ragged=ragged
+    assert grouping.bases is not None
+    bases = grouping.bases[:, : int(ranks.max())].astype(abstract.bases.dtype)
+    matrices, owner, groups = grouping.matrices, grouping.owner, grouping.groups
+    moment, refinements = grouping.moment, 2
+    if moment is None or len(moment) == 1:
+        # All experts of a group have the same problem: their rows are solved for together.
+        filled = jnp.pad(matrices, ((0, groups * grouping.size - len(matrices)), (0, 0), (0, 0)))
+        matrices, owner = filled.reshape(groups, -1, matrices.shape[2]), np.arange(groups)
+    if moment is None and grouping.row_moment is None:
+        # Orthonormal but for their rounding: there is nothing to refine.
+        refinements = 0
+    ragged = Ragged(jnp.asarray(ranks, jnp.int32), jnp.asarray(owner, jnp.int32))
+    coefficients = _solve(
+        matrices,
+        bases,
+        jax.nn.one_hot(owner, groups),
+        activation="identity",
+        moment=moment,
+        ragged=ragged,
+        refinements=refinements,
     )
+    coefficients = coefficients.reshape(-1, grouping.matrices.shape[1], bases.shape[1])[: len(grouping.matrices)]
     return _packed(grouping, ranks, coefficients, bases, None, abstract), np.zeros(0, np.float32), []
 
 

@@ -9,12 +9,23 @@ K; no loop over experts. Source: Eckart and Young 1936; RFID-MoE, arXiv 2602.093
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxmoe.solvers.mixture import HIGHEST, whiten_rows
+
+
+class GroupSpectra(NamedTuple):
+    """Spectra and bases of groups.
+
+    energies: squared singular values of every stacked group, descending; bases: the rows that lose least at every rank.
+    """
+
+    energies: Float[Array, "group spectrum"]
+    bases: Float[Array, "group spectrum column"]
 
 
 @partial(jax.jit, static_argnames="size")
@@ -67,18 +78,48 @@ def group_bases(
         [[[1.0, 0.0]]]
     """
     stacked, inverse = _stacked(weight, moment, row_moment, size)
+    return _decomposed(stacked, inverse, rank).bases
+
+
+@partial(jax.jit, static_argnames="size")
+def group_spectra(
+    weight: Float[Array, "expert row column"],
+    *,
+    size: int,
+    moment: Array | None = None,
+    row_moment: Array | None = None,
+) -> GroupSpectra:
+    """Return what `group_energies` and `group_bases` give, for all ranks, by one decomposition instead of two.
+
+    Args:
+        weight: the experts' matrices, in the order in which they are cut into groups.
+        size: experts in a group.
+        moment: along the columns, `[1|expert, column, column]`, positive definite.
+        row_moment: along the rows, `[1|expert, row, row]`.
+
+    Example:
+        >>> found = group_spectra(jnp.array([[[3.0, 0.0], [0.0, 1.0]]]), size=1)
+        >>> found.energies.round().tolist(), abs(found.bases).round().tolist()
+        ([[9.0, 1.0]], [[[1.0, 0.0], [0.0, 1.0]]])
+    """
+    stacked, inverse = _stacked(weight, moment, row_moment, size)
+    return _decomposed(stacked, inverse, min(stacked.shape[1:]))
+
+
+def _decomposed(stacked, inverse, rank: int) -> GroupSpectra:
     _, rows, columns = stacked.shape
     if rows < columns and rank <= rows:
         values, left = jnp.linalg.eigh(_gram(stacked), symmetrize_input=False)
-        values, left = values[:, ::-1][:, :rank], left[:, :, ::-1][:, :, :rank]
+        values, left = values[:, ::-1], left[:, :, ::-1][:, :, :rank]
         # Directions without energy have no right vector; zero serves as well.
         scale = jnp.where(values > 1e-12 * values[:, :1], 1 / jnp.sqrt(jnp.where(values > 0, values, 1.0)), 0.0)
-        right = jnp.matmul(jnp.swapaxes(left, 1, 2), stacked, precision=HIGHEST) * scale[:, :, None]
+        right = jnp.matmul(jnp.swapaxes(left, 1, 2), stacked, precision=HIGHEST) * scale[:, :rank, None]
     else:
         gram = jnp.matmul(jnp.swapaxes(stacked, 1, 2), stacked, precision=HIGHEST)
-        vectors = jnp.linalg.eigh(gram, symmetrize_input=False)[1]
-        right = jnp.swapaxes(vectors[:, :, ::-1][:, :, :rank], 1, 2)
-    return right if inverse is None else jnp.matmul(right, inverse, precision=HIGHEST)
+        values, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
+        values, right = values[:, ::-1], jnp.swapaxes(vectors[:, :, ::-1][:, :, :rank], 1, 2)
+    right = right if inverse is None else jnp.matmul(right, inverse, precision=HIGHEST)
+    return GroupSpectra(jnp.maximum(values, 0.0), right)
 
 
 def _gram(stacked):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmoe.solvers.group_spectra import group_bases, group_energies
+from jaxmoe.solvers.group_spectra import group_bases, group_energies, group_spectra
 
 E, P, Q = 7, 4, 18
 WEIGHT = np.random.default_rng(0).normal(size=(E, P, Q)) * np.geomspace(1, 0.1, Q)
@@ -69,6 +69,17 @@ def test_bases_lose_the_tail_at_every_rank(size, given):
             best = matrix - np.linalg.lstsq(rows.T, matrix.T, rcond=1e-9)[0].T @ rows
             tail = values[rank:].sum()
             assert np.sum(best**2) == pytest.approx(tail, rel=2e-3, abs=1e-5 * values.sum())
+
+
+@pytest.mark.parametrize("given", GIVEN)
+@pytest.mark.parametrize("size", SIZES)
+def test_one_decomposition_gives_both(size, given):
+    both = group_spectra(jnp.asarray(WEIGHT), size=size, **GIVEN[given])
+    energies = group_energies(jnp.asarray(WEIGHT), size=size, **GIVEN[given])
+    most = energies.shape[1]
+    np.testing.assert_allclose(both.energies, energies, rtol=1e-3, atol=1e-5 * float(energies.max()))
+    bases = group_bases(jnp.asarray(WEIGHT), size=size, rank=most, **GIVEN[given])
+    np.testing.assert_allclose(both.bases, bases, atol=1e-5 * float(abs(bases).max()))
 
 
 @pytest.mark.parametrize("size", [1, 3])
