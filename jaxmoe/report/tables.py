@@ -62,21 +62,29 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     """Return the tables of a plan: sizes, and what every layer will hold (equal neighbours on one row)."""
 
     def stored(layer):
-        return {spec["target"]: term(spec) for record in layer["projections"].values() for spec in record["terms"]}
+        # A term over gate and up stands in the records of both.
+        words = {}
+        for record in layer["projections"].values():
+            for spec in record["terms"]:
+                words.setdefault(spec["target"], {})[term(spec)] = None
+        return {target: " + ".join(parts) for target, parts in words.items()}
 
     rows = []
     for targets, group in groupby(plan["layers"], key=stored):
         members = list(group)
         indices = span([layer["layer"] for layer in members])
         for target, words in targets.items():
-            numbers = sum(
-                record["parameters"]
+            covered = [
+                record
                 for record in members[0]["projections"].values()
-                for spec in record["terms"]
-                if spec["target"] == target
-            )
-            rows.append((indices, target, words, f"{numbers:,}"))
-    return [*size_tables(plan), table(("layer", "target", "stored as", "numbers per layer"), rows)]
+                if any(spec["target"] == target for spec in record["terms"])
+            ]
+            numbers = sum(record["parameters"] for record in covered)
+            kept = sum(record["kept"] for record in covered) / len(covered)
+            rows.append((indices, target, words, f"{numbers:,}", f"{kept:.3f}"))
+    shared = f"the budget is shared by the rule {plan['allocation']!r}"
+    columns = ("layer", "target", "stored as", "numbers per layer", "kept")
+    return [*size_tables(plan), table(columns, rows, title=shared)]
 
 
 def size_tables(record: Mapping[str, Any]) -> list[Table]:
