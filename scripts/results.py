@@ -69,12 +69,16 @@ class Case:
         return output / self.checkpoint.name / "statistics"
 
     def command(self, output: Path) -> list[str]:
+        folder = str(self.folder(output))
+        return ["compress", str(self.checkpoint), folder, *self.options(output), "--export", "factored"]
+
+    def options(self, output: Path) -> list[str]:
+        """What `compress` and `plan` are both told."""
         method, setting, *_ = self.variant.split(":")
         ratio, _, of = self.ratio.partition(":")
-        command = ["compress", str(self.checkpoint), str(self.folder(output)), "--method", method]
-        command += ["--setting", setting, "--ratio", ratio, "--of", of or "experts", "--export", "factored"]
-        command += ["--statistics", str(self.statistics(output))] if self.calibrated else []
-        return command + [part for setting in self.settings for part in ("--set", setting)]
+        options = ["--method", method, "--setting", setting, "--ratio", ratio, "--of", of or "experts"]
+        options += ["--statistics", str(self.statistics(output))] if self.calibrated else []
+        return options + [part for setting in self.settings for part in ("--set", setting)]
 
 
 def main() -> None:
@@ -116,6 +120,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--length", type=int, default=256, help="tokens in a window")
     parser.add_argument("--windows", type=int, help="so many windows of each text instead of all")
+    parser.add_argument("--finished", action="store_true", help="tabulate what earlier runs measured, and run nothing")
     parser.add_argument("--check", type=int, metavar="N", help="repeat the originals and N cells in PyTorch")
     parser.add_argument("--into", type=Path, help=f"file in which to replace what stands between {BEGIN} and {END}")
     arguments = parser.parse_args()
@@ -154,15 +159,20 @@ def measure(case: Case, texts: list[Path], arguments: argparse.Namespace) -> dic
         "folder": str(folder),
         "command": shlex.join(["jaxmoe", *command]),
     }
-    done = jaxmoe(command)
+    cache = folder.parent / f"{folder.name}.json"
+    skipped = arguments.finished and not cache.exists()
+    # An infeasible size shows in the plan too.
+    done = jaxmoe(["plan", str(case.checkpoint), *case.options(arguments.output)] if skipped else command)
     if done.returncode:
         reason = json.loads(done.stdout)["error"] if done.returncode == 1 else ""
         if "out of reach" not in reason:
             raise SystemExit(f"{record['command']} ended with {done.returncode}")
         return {**record, "infeasible": reason}
+    if skipped:
+        return {**record, "missing": True}
     report = json.loads((folder / "report.json").read_text())
     record |= {key: report[key] for key in ("achieved", "parameters", "bytes", "seconds", "peak_bytes", "layers")}
-    return {**record, "evaluation": evaluate(folder, texts, arguments, folder.parent / f"{folder.name}.json")}
+    return {**record, "evaluation": evaluate(folder, texts, arguments, cache)}
 
 
 def evaluate(checkpoint: Path, texts: list[Path], arguments: argparse.Namespace, cache: Path) -> dict[str, Any]:
@@ -231,6 +241,8 @@ def perplexities(records: list[dict[str, Any]]) -> str:
 def cell(record: dict[str, Any], base: dict[str, Any]) -> str:
     if "infeasible" in record:
         return "–"
+    if "missing" in record:
+        return "not run"
     own = record["evaluation"]
     value = own["geometric_mean_perplexity"]
     pairs = zip(own["texts"], base["texts"], strict=True)
