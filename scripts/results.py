@@ -160,16 +160,22 @@ def measure(case: Case, texts: list[Path], arguments: argparse.Namespace) -> dic
         "command": shlex.join(["jaxmoe", *command]),
     }
     cache = folder.parent / f"{folder.name}.json"
-    skipped = arguments.finished and not cache.exists()
-    # An infeasible size shows in the plan too.
-    done = jaxmoe(["plan", str(case.checkpoint), *case.options(arguments.output)] if skipped else command)
-    if done.returncode:
+    if not arguments.finished:
+        done = jaxmoe(command)
+    elif not cache.exists():
+        # An impossible size shows in the plan too, whatever the rule.
+        plan = ["plan", str(case.checkpoint), *case.options(arguments.output), "--allocation", "uniform"]
+        done = jaxmoe(plan)
+        record["missing"] = True
+    else:
+        done = None
+    if done is not None and done.returncode:
         reason = json.loads(done.stdout)["error"] if done.returncode == 1 else ""
         if "out of reach" not in reason:
             raise SystemExit(f"{record['command']} ended with {done.returncode}")
         return {**record, "infeasible": reason}
-    if skipped:
-        return {**record, "missing": True}
+    if "missing" in record:
+        return record
     report = json.loads((folder / "report.json").read_text())
     record |= {key: report[key] for key in ("achieved", "parameters", "bytes", "seconds", "peak_bytes", "layers")}
     return {**record, "evaluation": evaluate(folder, texts, arguments, cache)}
