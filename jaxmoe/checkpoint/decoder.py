@@ -256,3 +256,14 @@ def expert_biases(names: tuple[str, ...], matrices: Mapping[str, Matrix], family
     (down,) = (matrices[name].read() for name in names if "down" in name)
     gate, up = (both[:, 0::2], both[:, 1::2]) if family.interleaved else np.split(both, 2, axis=1)
     return {"experts.gate.bias": gate, "experts.up.bias": up, "experts.down.bias": down}
+
+
+def join_expert_biases(
+    names: tuple[str, ...], biases: Mapping[str, np.ndarray], family: Family
+) -> dict[str, np.ndarray]:
+    """Return what the tensors of a fused layout hold of the biases of gate, up and down: `expert_biases` backwards."""
+    (both,) = (name for name in names if "gate_up" in name)
+    (down,) = (name for name in names if "down" in name)
+    gate, up = biases["experts.gate.bias"], biases["experts.up.bias"]
+    joined = np.stack([gate, up], -1).reshape(len(gate), -1) if family.interleaved else np.concatenate([gate, up], 1)
+    return {both: joined, down: biases["experts.down.bias"]}

@@ -98,12 +98,12 @@ class StoredModel:
 
     def layer(self, index: int) -> dict[str, Any]:
         """Return a layer's arrays by the names of `jaxmoe.model`, the routed experts as a `CompressedLayer`."""
-        arrays: dict[str, Any] = read(self._pieces(index), self.matrices)
+        arrays: dict[str, Any] = read(self.pieces(index), self.matrices)
         block = self.spec.layers[index].feed_forward
         if isinstance(block, ExpertBlock):
             arrays["experts"] = self.experts(index)
             if block.bias:
-                arrays |= expert_biases(self._biases(index), self.matrices, self.family)
+                arrays |= expert_biases(self.biases(index), self.matrices, self.family)
         return arrays
 
     def parameters(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class StoredModel:
     def experts(self, index: int) -> CompressedLayer:
         """Return the routed experts of a layer as they are stored."""
         if isinstance(self.checkpoint, CompressedCheckpoint):
-            return self.checkpoint.layer(self._modules[index])
+            return self.checkpoint.layer(self.modules[index])
         own = next(layer for layer in self.checkpoint.layers if layer.index == index)
         terms: dict[str, tuple[Term, ...]] = {
             name: (Dense(weight=self.checkpoint.projection(own, name)),) for name in own.shape.projections
@@ -128,14 +128,17 @@ class StoredModel:
         return CompressedLayer(terms=terms, sizes=own.shape)
 
     @cached_property
-    def _modules(self) -> dict[int, str]:
+    def modules(self) -> dict[int, str]:
+        """The paths of the experts' modules of a factored checkpoint, by layer."""
         assert isinstance(self.checkpoint, CompressedCheckpoint)
         return {_index(module): module for module in self.checkpoint.modules}
 
-    def _pieces(self, index: int) -> dict[str, Piece]:
+    def pieces(self, index: int) -> dict[str, Piece]:
+        """Return what a layer's arrays are read from, the routed experts excepted."""
         return layer_pieces(self.spec.layers[index], self.prefix(index), self.model_type, self.family)
 
-    def _biases(self, index: int) -> tuple[str, ...]:
+    def biases(self, index: int) -> tuple[str, ...]:
+        """Return the tensors that hold the biases of a layer's experts."""
         begin = self.prefix(index)
         return tuple(n for n in self.matrices if n.startswith(begin) and ".experts." in n and n.endswith("_bias"))
 
@@ -144,9 +147,9 @@ class StoredModel:
         pieces = [*end_pieces(self.spec, self.model_type).values()]
         biases: set[str] = set()
         for index, layer in enumerate(self.spec.layers):
-            pieces += self._pieces(index).values()
+            pieces += self.pieces(index).values()
             if isinstance(layer.feed_forward, ExpertBlock) and layer.feed_forward.bias:
-                biases |= set(self._biases(index))
+                biases |= set(self.biases(index))
         check_fit(pieces, self.matrices)
         wanted = biases | {piece.tensor for piece in pieces}
         check_all_known(self._decoder_tensors(), wanted)

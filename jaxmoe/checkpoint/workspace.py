@@ -174,6 +174,25 @@ class Workspace:
         sweep(self.output)
 
 
+def finished(output: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the report of an output that this very run has completed before, None where there is no output.
+
+    Raises:
+        JaxmoeError: the output is another run's, or none that jaxmoe wrote.
+    """
+    if not output.exists():
+        return None
+    try:
+        report = json.loads((output / "report.json").read_bytes())
+        same = report["run"] == json.loads(json.dumps(run))
+    except (OSError, ValueError, KeyError, TypeError):
+        same = False
+    if not same:
+        raise JaxmoeError(f"{output} exists and holds something else: remove it, or choose another output folder")
+    sweep(output)
+    return report
+
+
 def sweep(output: Path) -> None:
     """Remove what a process killed while publishing may have left in a complete output."""
     shutil.rmtree(output / JOURNAL, ignore_errors=True)

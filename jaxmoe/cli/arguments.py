@@ -52,6 +52,16 @@ class Form(StrEnum):
     orbax = "orbax"
 
 
+class Schedule(StrEnum):
+    cosine = "cosine"
+    stable = "stable"
+
+
+class Compute(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 CheckpointArgument = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="a folder or a hub id")]
 OutputArgument = Annotated[Path, typer.Argument(metavar="OUTPUT", help="the folder to create")]
 MethodOption = Annotated[str, typer.Option("--method", "-m", help="a method's name, such as svd or mobe")]
@@ -122,6 +132,36 @@ def _parse(method: str, name: str, text: str, hint: Any) -> Any:
             except ValueError:
                 raise JaxmoeError(f"--set {name}={text}: {method} takes {name} as {kind.__name__}") from None
     raise JaxmoeError(f"--set {name}={text}: {name} cannot be set from the command line")
+
+
+def loss_weights(text: str) -> dict[str, float]:
+    """Return the losses that `--loss NAME[=WEIGHT],...` names, by weight.
+
+    Example:
+        >>> loss_weights("distillation,balance=0.01")
+        {'distillation': 1.0, 'balance': 0.01}
+    """
+    weights = {}
+    for part in text.split(","):
+        name, separator, weight = part.partition("=")
+        try:
+            weights[name] = float(weight) if separator else 1.0
+        except ValueError:
+            raise JaxmoeError(f"--loss {text}: {weight!r} is no number; give NAME or NAME=WEIGHT") from None
+    return weights
+
+
+def mesh_sizes(text: str) -> tuple[int, int]:
+    """Return the sizes that `--mesh DATAxEXPERT` names.
+
+    Example:
+        >>> mesh_sizes("4x2")
+        (4, 2)
+    """
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise JaxmoeError(f"--mesh {text}: give DATAxEXPERT, such as 4x2")
+    return int(parts[0]), int(parts[1])
 
 
 def layer_span(text: str | None) -> tuple[int, int] | None:

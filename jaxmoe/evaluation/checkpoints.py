@@ -1,10 +1,8 @@
 """Evaluate a checkpoint on text files: what `jaxmoe evaluate` does."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.errors import JaxmoeError
@@ -13,7 +11,7 @@ from jaxmoe.evaluation.generation import IN_MEMORY
 from jaxmoe.evaluation.probe import probe
 from jaxmoe.evaluation.records import Evaluation
 from jaxmoe.evaluation.windows import Event
-from jaxmoe.texts import Tokenizer, text_windows, window_length
+from jaxmoe.texts import Tokenizer, check_same, text_windows, window_length
 
 GENERATED = 32
 
@@ -49,7 +47,7 @@ def evaluate_checkpoint(
     model, tokenizer = StoredModel(source, revision), Tokenizer.open(source, revision)
     original = None if against is None else StoredModel(against)
     if original is not None:
-        _check_same(tokenizer, Tokenizer.open(original.folder))
+        check_same(tokenizer, Tokenizer.open(original.folder))
     length = window_length(model.longest, length)
     if original is not None:
         window_length(original.longest, length)
@@ -73,17 +71,3 @@ def _generated(model: StoredModel) -> int:
 def _with_generation(result: Evaluation, generation) -> Evaluation:
     texts = (replace(text, generation=own) for text, own in zip(result.texts, generation, strict=True))
     return replace(result, texts=tuple(texts))
-
-
-def _check_same(tokenizer: Tokenizer, other: Tokenizer) -> None:
-    """Raise if two tokenizers differ in more than the layout of their files and how they would pad."""
-    if tokenizer.fingerprint != other.fingerprint and _rules(tokenizer.path) != _rules(other.path):
-        raise JaxmoeError(
-            f"the tokenizers {tokenizer.path} and {other.path} differ, so that the models speak of different tokens:"
-            " compare a model with its own original"
-        )
-
-
-def _rules(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return {name: value for name, value in content.items() if name not in ("padding", "truncation")}

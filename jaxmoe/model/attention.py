@@ -2,7 +2,9 @@
 
     softmax(scale * q kᵀ + mask) v
 
-Every sequence stands alone and starts at position 0. Scores and probabilities are computed in float32.
+Every sequence stands alone and starts at position 0. Several documents may be packed into one sequence: what a token
+sees then ends where its document begins, and as positions count only relative to each other, nothing else changes.
+Scores and probabilities are computed in float32.
 """
 
 from collections.abc import Mapping
@@ -11,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxmoe.model.linear import linear
 from jaxmoe.model.norm import normalize
@@ -22,7 +24,10 @@ Parameters = Mapping[str, Array]
 
 
 def attend(
-    x: Float[Array, "sequence position hidden"], parameters: Parameters, spec: Attention | LatentAttention
+    x: Float[Array, "sequence position hidden"],
+    parameters: Parameters,
+    spec: Attention | LatentAttention,
+    documents: Int[Array, "sequence position"] | None = None,
 ) -> Float[Array, "sequence position hidden"]:
     """Return what attention adds to the residual stream.
 
@@ -30,13 +35,14 @@ def attend(
         x: normalised hidden states.
         parameters: the layer's arrays, those of attention under `attention.`.
         spec: sizes and rules.
+        documents: a number for each token's document: tokens of other documents are not seen. None for one document.
     """
     if isinstance(spec, LatentAttention):
-        return _latent(x, parameters, spec)
-    return _grouped(x, parameters, spec)
+        return _latent(x, parameters, spec, documents)
+    return _grouped(x, parameters, spec, documents)
 
 
-def _grouped(x, parameters: Parameters, spec: Attention):
+def _grouped(x, parameters: Parameters, spec: Attention, documents):
     query, key, value = (linear(x, parameters, f"attention.{name}") for name in ("query", "key", "value"))
     if spec.norm is not None and spec.norm_over == "all":
         query = normalize(query, parameters, "attention.query_norm", spec.norm)
@@ -57,13 +63,13 @@ def _grouped(x, parameters: Parameters, spec: Attention):
         return part
 
     sinks = parameters["attention.sinks"] if spec.sinks else None
-    mixed = _mix(turned(query, "query"), turned(key, "key"), value, spec.scale, spec.window, sinks)
+    mixed = _mix(turned(query, "query"), turned(key, "key"), value, spec.scale, spec.window, sinks, documents)
     if spec.gated:
         mixed = mixed * jax.nn.sigmoid(linear(x, parameters, "attention.gate"))
     return linear(mixed, parameters, "attention.output")
 
 
-def _latent(x, parameters: Parameters, spec: LatentAttention):
+def _latent(x, parameters: Parameters, spec: LatentAttention, documents):
     if spec.query_rank is None:
         query = linear(x, parameters, "attention.query")
     else:
@@ -78,11 +84,11 @@ def _latent(x, parameters: Parameters, spec: LatentAttention):
     both = linear(small, parameters, "attention.kv_up").reshape(*x.shape[:2], spec.heads, spec.plain + spec.value)
     position = jnp.broadcast_to(position, (*both.shape[:3], spec.rotated))
     key = jnp.concatenate([both[..., : spec.plain], position], -1)
-    mixed = _mix(query, key, both[..., spec.plain :], spec.scale, None, None)
+    mixed = _mix(query, key, both[..., spec.plain :], spec.scale, None, None, documents)
     return linear(mixed, parameters, "attention.output")
 
 
-def _mix(query, key, value, scale: float, window: int | None, sinks):
+def _mix(query, key, value, scale: float, window: int | None, sinks, documents):
     """Return the values mixed by the attention probabilities, the heads side by side.
 
     Queries are worked on in chunks, each with the keys that any of them sees: half of the scores never exist, the rest
@@ -103,6 +109,9 @@ def _mix(query, key, value, scale: float, window: int | None, sinks):
         first = 0 if window is None else max(0, start - window + 1)
         distance = np.arange(start, end)[:, None] - np.arange(first, end)
         seen = (distance >= 0) & (distance < (window or length))
+        if documents is not None:
+            same = documents[:, start:end, None] == documents[:, None, first:end]
+            seen = (seen & same)[:, None, None]
         seen_keys, seen_values = key[:, :, first:end], value[:, :, first:end]
         chunks.append(mix(query[:, :, :, start:end], seen_keys, seen_values, seen, sinks))
     mixed = jnp.concatenate(chunks, axis=3)

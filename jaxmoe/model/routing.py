@@ -38,11 +38,7 @@ def route(x: Float[Array, "token hidden"], parameters: Mapping[str, Array], spec
         >>> route(jnp.ones((1, 1)), {"router.weight": jnp.array([[0.0], [2.0], [1.0]])}, spec).experts
         Array([[1, 2]], dtype=int32)
     """
-    weight = parameters["router.weight"].astype(jnp.float32)
-    # A token near the border between two experts must not change sides for the sake of a faster product.
-    logits = jnp.einsum("th,eh->te", x.astype(jnp.float32), weight, precision=lax.Precision.HIGHEST)
-    if spec.bias:
-        logits = logits + parameters["router.bias"].astype(jnp.float32)
+    logits = router_logits(x, parameters, spec)
     if spec.score == "sparse_mixer":
         return _sparse_mixer(logits, spec.jitter)
     if spec.score == "chosen":
@@ -59,6 +55,16 @@ def route(x: Float[Array, "token hidden"], parameters: Mapping[str, Array], spec
     if spec.normalize:
         weights = weights / jnp.maximum(jnp.sum(weights, -1, keepdims=True) + spec.epsilon, spec.floor)
     return Routes(experts, weights * spec.scale)
+
+
+def router_logits(
+    x: Float[Array, "token hidden"], parameters: Mapping[str, Array], spec: Router
+) -> Float[Array, "token expert"]:
+    """Return what the router makes of the tokens, before any score; arguments as of `route`."""
+    weight = parameters["router.weight"].astype(jnp.float32)
+    # A token near the border between two experts must not change sides for the sake of a faster product.
+    logits = jnp.einsum("th,eh->te", x.astype(jnp.float32), weight, precision=lax.Precision.HIGHEST)
+    return logits + parameters["router.bias"].astype(jnp.float32) if spec.bias else logits
 
 
 def _within_groups(choice, spec: Router):

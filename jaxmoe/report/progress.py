@@ -13,7 +13,7 @@ from jaxmoe.report.tables import span
 
 
 @contextmanager
-def progress(total: int, *, as_json: bool, doing: str = "compressing") -> Iterator:
+def progress(total: int, *, as_json: bool, doing: str = "compressing", unit: str = "layers") -> Iterator:
     """Yield the function that a pipeline calls with its events; everything goes to standard error."""
     if as_json:
         yield lambda event: print(json.dumps(event), file=sys.stderr, flush=True)
@@ -26,7 +26,7 @@ def progress(total: int, *, as_json: bool, doing: str = "compressing") -> Iterat
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("layers"),
+        TextColumn(unit),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(elapsed_when_finished=True),
@@ -35,7 +35,7 @@ def progress(total: int, *, as_json: bool, doing: str = "compressing") -> Iterat
         task = bar.add_task(doing, total=total)
 
         def show(event: dict[str, Any]) -> None:
-            if event["event"] in ("layer", "forward", "calibrated"):
+            if event["event"] in ("layer", "forward", "calibrated", "step"):
                 bar.update(task, completed=event["done"], total=event["total"])
             else:
                 bar.console.print(describe(event), highlight=False)
@@ -58,6 +58,8 @@ def describe(event: dict[str, Any]) -> str:
         return f"layer {event['layer']} calibrated ({event['done']} of {event['total']})"
     if event["event"] == "forward":
         return f"{event['model']}: forward through layer {event['done']} of {event['total']}"
+    if event["event"] == "step":
+        return f"step {event['done']} of {event['total']}: loss {event['loss']:.4f}"
     if event["event"] == "waiting":
         return f"this run's layers are done; layers {span(event['layers'])} are still to come from other runs"
     return f"written: {event['output']}"

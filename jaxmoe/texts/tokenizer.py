@@ -4,6 +4,7 @@ The ids are those that transformers gives with `add_special_tokens=False`: no tr
 end; words of the text that spell a special token become that token.
 """
 
+import json
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,17 @@ class Tokenizer:
             f"the tokenizer does not match the model: {self.path} has token id {token}, and vocab_size in"
             f" {files.CONFIG} is {self.vocabulary}; copy the tokenizer from the source of this very model"
         )
+
+
+def check_same(tokenizer: Tokenizer, other: Tokenizer) -> None:
+    """Raise if two tokenizers differ in more than the layout of their files and how they would pad."""
+    if tokenizer.fingerprint != other.fingerprint and _rules(tokenizer.path) != _rules(other.path):
+        raise JaxmoeError(
+            f"the tokenizers {tokenizer.path} and {other.path} differ, so that the models speak of different tokens:"
+            " compare a model with its own original"
+        )
+
+
+def _rules(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return {name: value for name, value in content.items() if name not in ("padding", "truncation")}

@@ -1,0 +1,97 @@
+"""A checkpoint whose arrays were trained: the same files' names, dtypes and configuration, other numbers.
+
+What was not trained is copied byte for byte; a quantised source is written without its quantisation, as everywhere.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.decoder import Piece, end_pieces, join_expert_biases
+from jaxmoe.checkpoint.reader import Checkpoint
+from jaxmoe.checkpoint.stored_model import StoredModel
+from jaxmoe.checkpoint.tensor_file import DTYPES, Planned
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.folder import complete_folder, side_files
+
+
+def write_trained(
+    model: StoredModel, parameters: Mapping[str, Any], changed: list[str], folder: Path
+) -> dict[str, int]:
+    """Write a checkpoint with other numbers into a folder, the index last.
+
+    Args:
+        model: the source.
+        parameters: all arrays as `jaxmoe.model.forward` takes them.
+        changed: names of those that differ from the source's, such as `layers.3.router.weight`.
+        folder: exists, and becomes a complete checkpoint.
+
+    Returns:
+        `{"parameters": elements, "bytes": bytes}` of all tensors in the folder.
+    """
+    new = dict(_new_tensors(model, parameters, changed))
+    source = model.checkpoint
+    planned = source.copied()
+    if isinstance(source, CompressedCheckpoint):
+        config = source.config
+        planned = [Planned(name, x.dtype, x.shape, x.view) for name, x in source.tensors.items()]
+    else:
+        config = source.dense_config()
+        for layer in source.layers:
+            planned += source.dense_tensors(layer, partial(_experts, source, layer, parameters, changed))
+    if unknown := sorted(new.keys() - {tensor.name for tensor in planned}):
+        raise RuntimeError(f"trained tensors that the source does not have: {unknown}")
+    planned = [_replaced(tensor, new[tensor.name]) if tensor.name in new else tensor for tensor in planned]
+    return complete_folder(folder, layers=[], copied=planned, config=config, code={}, beside=side_files(model.folder))
+
+
+def _replaced(tensor: Planned, array: np.ndarray) -> Planned:
+    dtype = DTYPES[tensor.code]
+    # A selection bias may be stored as a row.
+    values = np.asarray(array).astype(dtype).reshape(tensor.shape)
+    if not np.isfinite(values.astype(np.float32)).all():
+        raise JaxmoeError(f"{tensor.name}: trained to numbers that {dtype} cannot hold; try a smaller --learning-rate")
+    return Planned(tensor.name, tensor.dtype, tensor.shape, lambda: values)
+
+
+def _experts(source: Checkpoint, layer, parameters: Mapping[str, Any], changed: list[str], projection: str):
+    """Return a projection's dense matrices, trained or as they were."""
+    if f"layers.{layer.index}.experts.terms.{projection}.0.weight" not in changed:
+        return source.projection(layer, projection)
+    return np.asarray(parameters["layers"][layer.index]["experts"].terms[projection][0].weight)
+
+
+def _new_tensors(model: StoredModel, parameters: Mapping[str, Any], changed: list[str]) -> Iterator[tuple[str, Any]]:
+    """Yield what the tensors that hold changed arrays are to hold, by their names on disk; dense experts excepted."""
+    yield from _pieces(model, end_pieces(model.spec, model.model_type), parameters, changed)
+    for index, own in enumerate(parameters["layers"]):
+        begin = f"layers.{index}."
+        names = [name.removeprefix(begin) for name in changed if name.startswith(begin)]
+        yield from _pieces(model, model.pieces(index), own, names)
+        if any(name.endswith(".bias") and name.startswith("experts.") for name in names):
+            biases = {name: np.asarray(own[name], np.float32) for name in own if name.startswith("experts.")}
+            yield from join_expert_biases(model.biases(index), biases, model.family).items()
+        if not isinstance(model.checkpoint, CompressedCheckpoint) or index not in model.modules:
+            continue
+        module = model.modules[index]
+        if any(name.startswith("experts.terms.") for name in names):
+            yield from ((f"{module}.{name}", array) for name, array in own["experts"].tensors().items())
+        yield from ((f"{module}.{name}", own[name]) for name in names if name.startswith("auxiliary."))
+
+
+def _pieces(model: StoredModel, pieces: Mapping[str, Piece], arrays: Mapping[str, Any], changed: list[str]):
+    """Yield the tensors that hold some of these arrays, whole, where one holds several."""
+    joined: dict[str, np.ndarray] = {}
+    for name in changed:
+        if name not in pieces:
+            continue
+        piece = pieces[name]
+        if piece.tensor not in joined:
+            joined[piece.tensor] = np.array(model.matrices[piece.tensor].read(), np.float32)
+        whole = joined[piece.tensor]
+        whole[piece.rows] = np.asarray(arrays[name], np.float32).reshape(whole[piece.rows].shape)
+    yield from joined.items()

@@ -1,0 +1,271 @@
+"""Recover a checkpoint: train some of its arrays on text, and write the same checkpoint with other numbers.
+
+The whole model, the optimiser's memory of what is trained and the teacher are in memory at once. The run can be stopped
+at any moment; the same command goes on, and ends with the same bytes.
+"""
+
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxmoe
+from jaxmoe.checkpoint import files
+from jaxmoe.checkpoint.atomic import write_bytes
+from jaxmoe.checkpoint.stored_model import StoredModel
+from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.folder import dump
+from jaxmoe.export.trained import write_trained
+from jaxmoe.recovery.losses import TAUGHT, Side
+from jaxmoe.recovery.run import METRICS, train
+from jaxmoe.recovery.sharding import training_mesh
+from jaxmoe.recovery.trainable import merge, select
+from jaxmoe.recovery.training import Training
+from jaxmoe.texts import (
+    Document,
+    Rows,
+    Tokenizer,
+    chat_template,
+    check_same,
+    pack,
+    paragraphs,
+    read_dialogues,
+    read_texts,
+    tokenize_dialogue,
+    window_length,
+)
+
+REPORT, CARD = "report.json", "README.md"
+
+
+def recover(
+    source: str | Path,
+    output: str | Path,
+    texts: Sequence[str | Path] = (),
+    *,
+    instructions: Sequence[str | Path] = (),
+    prompts: bool = False,
+    teacher: str | Path | None = None,
+    sets: Sequence[str] = ("router", "norms"),
+    training: Training | None = None,
+    length: int | None = None,
+    seed: int = 0,
+    save_every: int = 50,
+    keep: int = 2,
+    mesh: tuple[int, int] | None = None,
+    resume: bool = True,
+    command: str = "",
+    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> dict[str, Any]:
+    """Train a checkpoint and write the result.
+
+    Args:
+        source: a folder or hub id, original or written by jaxmoe.
+        output: the folder to create; work in progress lies in `OUTPUT.partial` beside it.
+        texts: as `jaxmoe.texts.read_texts` takes them.
+        instructions: JSON-lines files of dialogues, see `jaxmoe.texts.read_dialogues`.
+        prompts: whether all of a dialogue is learned instead of its answers alone.
+        teacher: the original, a folder or hub id; needed by the losses `distillation` and `outputs`.
+        sets: what is trained, see `trainable.SETS`.
+        training: losses, steps, rates; the defaults of `Training` if None.
+        length: tokens in a row; None for what `texts.window_length` says.
+        seed: of the order of the data.
+        save_every: steps after which the training's state is saved.
+        keep: so many states remain.
+        mesh: devices over rows and over experts; None for one device.
+        resume: whether to go on with an unfinished run; False starts over.
+        command: the command line, for the report.
+        on_event: called with a small record after every step.
+
+    Returns:
+        The report, also written to `report.json`.
+
+    Raises:
+        JaxmoeError: a checkpoint or text cannot be used, the teacher is another model's, training diverged, the output
+            exists, or the disk is full.
+    """
+    training = training or Training()
+    output, begun = Path(output).absolute(), time.perf_counter()
+    model, tokenizer = StoredModel(source), Tokenizer.open(source)
+    original = _teacher(model, tokenizer, teacher, training)
+    length = window_length(model.longest, length)
+    rows = pack(documents(model.folder, tokenizer, texts, instructions, prompts=prompts), length)
+    run = {
+        "recover": model.checkpoint.fingerprint(),
+        "teacher": None if original is None else original.checkpoint.fingerprint(),
+        "rows": fingerprint({name: _digest(part) for name, part in rows._asdict().items()}),
+        "sets": list(sets),
+        "training": asdict(training),
+        "seed": seed,
+        "mesh": None if mesh is None else list(mesh),
+        "versions": {"jaxmoe": jaxmoe.__version__, "jax": jax.__version__, "numpy": np.__version__},
+        "platform": f"{jax.default_backend()} {platform.machine()}",
+    }
+    if (done := finished(output, run)) is not None:
+        on_event({"event": "complete", "output": str(output)})
+        return done
+    parameters = model.parameters()
+    chosen = select(parameters, sets)
+    workspace = Workspace(output, run)
+    with workspace.opened([], resume=resume), workspace.exclusive("training"):
+        folder = workspace.journal / "training"
+        folder.mkdir(exist_ok=True)
+        result = train(
+            Side(parameters, model.spec),
+            None if original is None else Side(original.parameters(), original.spec),
+            rows,
+            chosen,
+            training,
+            folder,
+            seed=seed,
+            save_every=save_every,
+            keep=keep,
+            mesh=None if mesh is None else training_mesh(*mesh),
+            on_event=on_event,
+        )
+        stored = write_trained(model, merge(parameters, result["trained"]), chosen, workspace.folder)
+        shutil.copyfile(folder / METRICS, workspace.folder / METRICS)
+        report = _report(model, original, output, sets, training, rows, length, result, stored)
+        report |= {"seed": seed, "command": command, "seconds": time.perf_counter() - begun, "run": run}
+        write_bytes(workspace.folder / REPORT, dump(report))
+        write_bytes(workspace.folder / CARD, _card(model.folder, report).encode())
+        workspace.publish()
+    on_event({"event": "complete", "output": str(output)})
+    return report
+
+
+def documents(
+    folder: Path,
+    tokenizer: Tokenizer,
+    texts: Sequence[str | Path],
+    instructions: Sequence[str | Path],
+    *,
+    prompts: bool = False,
+) -> list[Document]:
+    """Return the documents of texts and instructions, each ended by the tokenizer's end token if it has one.
+
+    Args:
+        folder: of the checkpoint, for its chat template.
+        tokenizer: of the checkpoint.
+        texts: as `jaxmoe.texts.read_texts` takes them; all of their tokens are learned.
+        instructions: files of dialogues.
+        prompts: whether all of a dialogue is learned.
+    """
+    if not texts and not instructions:
+        raise JaxmoeError("no text: give at least one text file, or a file of instructions")
+    found = []
+    for text in read_texts(texts) if texts else ():
+        for document in text.documents:
+            ids = tokenizer.encode(document)
+            if tokenizer.end is not None:
+                ids = np.append(ids, np.int32(tokenizer.end))
+            found.append(Document(ids, np.ones(len(ids), bool)))
+    spell = chat_template(folder) or paragraphs
+    for path in instructions:
+        for place, dialogue in enumerate(read_dialogues(path), start=1):
+            try:
+                found.append(tokenize_dialogue(dialogue, tokenizer, spell, prompts=prompts))
+            except JaxmoeError as error:
+                raise JaxmoeError(f"{path}, dialogue {place}: {error}") from None
+    return found
+
+
+def _teacher(model: StoredModel, tokenizer: Tokenizer, teacher, training: Training) -> StoredModel | None:
+    """Open the teacher, if a loss needs one, and check that it speaks of the same things."""
+    needed = [name for name in training.weights if name in TAUGHT]
+    if not needed:
+        if teacher is not None:
+            raise JaxmoeError(f"a teacher, but no loss that needs one: give {' or '.join(TAUGHT)}, or no teacher")
+        return None
+    if teacher is None:
+        raise JaxmoeError(f"the loss {needed[0]} needs a teacher: give the original checkpoint")
+    original = StoredModel(teacher)
+    if original.spec.vocabulary != model.spec.vocabulary:
+        raise JaxmoeError(
+            f"the teacher {original.folder} has {original.spec.vocabulary} tokens, {model.folder} has"
+            f" {model.spec.vocabulary}: give the model that it was made from"
+        )
+    check_same(tokenizer, Tokenizer.open(teacher))
+    sizes = [(own.spec.hidden, len(own.spec.layers)) for own in (model, original)]
+    if "outputs" in needed and sizes[0] != sizes[1]:
+        raise JaxmoeError(
+            f"the teacher has hidden size {sizes[1][0]} and {sizes[1][1]} layers, the model {sizes[0][0]} and"
+            f" {sizes[0][1]}: the loss outputs compares layer by layer; give the model that it was made from"
+        )
+    return original
+
+
+def _digest(part: np.ndarray) -> str:
+    from hashlib import sha256
+
+    return sha256(np.ascontiguousarray(part).data).hexdigest()
+
+
+def _report(model: StoredModel, original, output, sets, training, rows: Rows, length, result, stored) -> dict[str, Any]:
+    metrics = result["metrics"]
+    part = max(1, len(metrics) // 10)
+    losses = {
+        name: {
+            when: float(np.mean([line[name] for line in some]))
+            for when, some in (("first_tenth", metrics[:part]), ("last_tenth", metrics[-part:]))
+        }
+        for name in ("loss", *training.weights)
+    }
+    compression = model.folder / REPORT
+    return {
+        "jaxmoe": jaxmoe.__version__,
+        "source": str(model.folder),
+        "teacher": None if original is None else str(original.folder),
+        "output": str(output),
+        "trained": {
+            "sets": list(sets),
+            "arrays": len(result["trained"]),
+            "parameters": sum(array.size for array in result["trained"].values()),
+        },
+        "training": asdict(training),
+        "data": {
+            "rows": len(rows.ids),
+            "length": length,
+            "tokens": rows.tokens,
+            "learned": int(rows.learned.sum()),
+            "passes": training.steps * training.rows / len(rows.ids),
+        },
+        "losses": losses,
+        "stored": stored,
+        "compression": files.read_json(compression, "fetch it again") if compression.is_file() else None,
+    }
+
+
+def _card(folder: Path, report: dict[str, Any]) -> str:
+    """Return the source's model card with what training did."""
+    path = folder / CARD
+    before = path.read_text(encoding="utf-8").rstrip() if path.is_file() else f"# {folder.name}"
+    trained, data, training = report["trained"], report["data"], report["training"]
+    lines = [
+        before,
+        "",
+        "## Recovery",
+        "",
+        f"Trained with jaxmoe {report['jaxmoe']} after that: {', '.join(trained['sets'])} ({trained['parameters']:,} of"
+        f" {report['stored']['parameters']:,} parameters), {training['steps']} steps of {training['rows']} rows of"
+        f" {data['length']} tokens, {data['passes']:.2f} passes over {data['tokens']:,} tokens.",
+        "",
+        "| loss | mean of the first tenth of the steps | of the last |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {loss['first_tenth']:.4f} | {loss['last_tenth']:.4f} |"
+            for name, loss in report["losses"].items()
+        ),
+        "",
+        f"- teacher: {report['teacher'] or 'none'}",
+        f"- command: `{report['command']}`" if report["command"] else "- made through the Python interface",
+        "",
+    ]
+    return "\n".join(lines)
