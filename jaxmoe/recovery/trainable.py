@@ -1,8 +1,8 @@
 """Which of a decoder's arrays are trained: parameters split by name, and put together again.
 
 Every array has a name, such as `layers.3.router.weight` or `layers.3.experts.terms.down.0.left`. What is trained is
-kept in float32, whatever the model computes in; everything else stays as it is stored. Whole numbers (ranks, places, orders)
-are never trained, nor are biases that only choose experts: no gradient reaches them.
+kept in float32, whatever the model computes in; everything else stays as it is stored. Whole numbers (ranks, places,
+orders) are never trained, nor are biases that only choose experts: no gradient reaches them.
 """
 
 import re

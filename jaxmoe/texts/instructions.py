@@ -1,8 +1,8 @@
 """Instructions: dialogues in JSON lines, of which the answers are learned.
 
 A line is an object with `messages`, a list of `{"role": ..., "content": ...}` of system, user and assistant, or with
-`prompt` and `response`. Dialogues are spelled by the checkpoint's own chat template where it has one, else as plain paragraphs.
-What the template writes for an assistant's turn is learned, everything else only read.
+`prompt` and `response`. Dialogues are spelled by the checkpoint's own chat template where it has one, else as plain
+paragraphs. What the template writes for an assistant's turn is learned, everything else only read.
 """
 
 import json
