@@ -148,7 +148,7 @@ def run_layer(
     """
     source = states.open(index)
     # Without the experts, whose shapes may differ from layer to layer: one program attends for all.
-    attending = {name: array for name, array in parameters.items() if not name.startswith("experts")}
+    attending = {name: array for name, array in parameters.items() if not name.startswith(("experts", "auxiliary"))}
     for windows in states.batches(part):
         state = _attended(jnp.asarray(source[windows]), attending, spec=spec)
         given = None if extra is None else extra[windows]
@@ -169,7 +169,7 @@ def block_shape(state: Attended, spec: LayerSpec) -> BlockShape | None:
     """Choose the experts' blocks from the routing of a batch; None in a layer without experts."""
     if state.routes is None or not isinstance(spec.feed_forward, ExpertBlock):
         return None
-    chosen = np.asarray(state.routes.experts)
+    chosen = np.asarray(state.routes.experts)[:, : spec.feed_forward.running]
     experts = spec.feed_forward.shape.experts
     rows = block_rows(chosen.size, experts)
     return BlockShape(rows, blocks_needed(np.bincount(chosen.reshape(-1), minlength=experts), rows))

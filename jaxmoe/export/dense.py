@@ -25,6 +25,7 @@ def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
         JaxmoeError: the source is not factored or damaged, or the output exists.
     """
     opened = CompressedCheckpoint.open(source)
+    opened.check_dense()
     output = Path(output).absolute()
     workspace = Workspace(output, {"convert": "dense", "source": str(opened.folder)})
     workspace.check_free()

@@ -6,7 +6,8 @@ may write other keys than the hub has. The code in the folder is `jaxmoe/torch/r
 that name the architecture's classes; PyTorch is not needed to write it.
 
 The tensors of a compressed layer stand in the files as `<module>.<name>`, where `<module>` is the experts module's path
-in transformers and `<name>` a key of `CompressedLayer.tensors()`.
+in transformers and `<name>` a key of `CompressedLayer.tensors()`. Vectors of compressed experts (`model/auxiliary.py`)
+stand beside them as `<module>.auxiliary.<projection>` in float32, and `main_experts` in the module's record.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import jaxmoe
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.architectures import architecture
 from jaxmoe.factors import LayerShape
+from jaxmoe.model.auxiliary import RENORMS, MainExperts
 
 FORMAT_VERSION = 1
 """Of the layout that this module writes, and the newest that it reads."""
@@ -32,6 +34,7 @@ def factored_config(
     config: Mapping[str, Any],
     layers: Mapping[str, tuple[LayerShape, Mapping[str, Any]]],
     layouts: Mapping[str, Mapping[str, Any]] | None = None,
+    main: MainExperts | None = None,
 ) -> dict[str, Any]:
     """Return the original configuration edited for factored experts.
 
@@ -41,6 +44,7 @@ def factored_config(
             transformers. Layers that are not named keep their stock experts.
         layouts: how each module's dense experts lay on disk, so that they can be written like that again; it travels
             along and nothing here reads it.
+        main: the experts that run, where vectors stand in for the others; None where all chosen ones do.
 
     Raises:
         JaxmoeError: if the architecture's factored checkpoints could not be run.
@@ -56,6 +60,7 @@ def factored_config(
                 "shape": shape._asdict(),
                 "terms": spec,
                 **({"layout": layouts[module]} if layouts is not None else {}),
+                **({} if main is None else main.as_json()),
             }
             for module, (shape, spec) in layers.items()
         },
@@ -119,6 +124,25 @@ def read_spec(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tupl
         if key not in kept:
             original.pop(key, None)
     return original, layers
+
+
+def read_main_experts(config: Mapping[str, Any]) -> dict[str, MainExperts]:
+    """Return which experts run, for each experts module of a factored checkpoint in which vectors stand in for others.
+
+    Raises:
+        JaxmoeError: if the record is damaged.
+    """
+    found = {}
+    for module, entry in config["jaxmoe"]["experts"].items():
+        if "main_experts" in entry:
+            main, renorm = entry["main_experts"], entry.get("renorm", "none")
+            if type(main) is not int or main < 1 or renorm not in RENORMS:
+                raise JaxmoeError(
+                    f"{module}: {main!r} main experts, renorm {renorm!r}: the jaxmoe record in config.json is damaged,"
+                    " write the checkpoint again"
+                )
+            found[module] = MainExperts(main, renorm)
+    return found
 
 
 def remote_code(config: Mapping[str, Any]) -> dict[str, str]:

@@ -7,6 +7,8 @@ for all experts is applied once for every token, however many experts the token 
 goes to its experts, and for down behind their weighted sum,
 
     sum_k w_k (W_k + B) h_k  =  sum_k w_k W_k h_k  +  B sum_k w_k h_k
+
+Where the inputs of the projections are scaled token by token (`auxiliary.py`), that still holds.
 """
 
 from collections.abc import Mapping
@@ -19,7 +21,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors import CompressedLayer
+from jaxmoe.factors import TARGETS, CompressedLayer
+from jaxmoe.factors.term import per_expert
 from jaxmoe.model.grouped import (
     BlockShape,
     arrange,
@@ -45,7 +48,7 @@ ACTIVATIONS = {
 
 
 class ExpertRows(NamedTuple):
-    """What the chosen experts did with every token: activations, outputs before any weight, and their weighted sum.
+    """What the chosen experts did with every token: what down reads, outputs before any weight, and their weighted sum.
 
     The sum does not need `output`: under `jax.jit` only what is used is computed.
     """
@@ -80,6 +83,7 @@ def run_experts(
     shape: BlockShape | None = None,
     probes: Mapping[str, Float[Array, "token choice out"]] | None = None,
     weights: Float[Array, "token choice"] | None = None,
+    scales: Mapping[str, Float[Array, "token size"]] | None = None,
 ) -> ExpertRows:
     """Run every token through its chosen experts.
 
@@ -94,6 +98,8 @@ def run_experts(
             with respect to these outputs.
         weights: the router's, by which the outputs are combined; None weighs every choice by one. A term of `down` that
             chooses channels by what it reads sees the activations combined alike.
+        scales: factors of what `gate`, `up` and `down` read, token by token; None for ones. Gate and up then read
+            different rows, so that terms of both are applied twice.
 
     Returns:
         Intermediate activations and outputs of every assignment, and the weighted sum; differentiable in `x` and in the
@@ -103,11 +109,14 @@ def run_experts(
         rows = block_rows(chosen.size, experts.sizes.experts)
         shape = BlockShape(rows, most_blocks(chosen.size, experts.sizes.experts, rows))
     own, base = experts.split()
+    scales = {} if scales is None else {name: scale.astype(x.dtype) for name, scale in scales.items()}
+    reads = {name: x * scales[name] for name in ("gate", "up") if name in scales} or {"gate_up": x}
     intermediate, output = lax.platform_dependent(
-        x,
+        reads,
+        {name: scale for name, scale in scales.items() if name == "down"},
         chosen,
         own,
-        base.sums(x, ("gate", "up")),
+        _sums(base, reads),
         biases,
         probes or {},
         tpu=partial(_ragged, gate=gate),
@@ -128,38 +137,54 @@ def run_experts(
     return ExpertRows(intermediate, output, combined)
 
 
+def _sums(layer: CompressedLayer, reads: Mapping[str, Array], product=per_expert) -> dict[str, Array]:
+    """Multiply by gate and up, which read the rows of their own or those of both (`gate_up`)."""
+    sums: dict[str, Array] = {}
+    for target, rows in reads.items():
+        sums |= layer.sums(rows, TARGETS[target], product)
+    return sums
+
+
 def _blocked(
-    x, chosen, experts: CompressedLayer, once, biases, probes, *, gate: Gate, shape: BlockShape
+    reads, scales, chosen, experts: CompressedLayer, once, biases, probes, *, gate: Gate, shape: BlockShape
 ) -> tuple[Array, Array]:
     blocks = arrange(chosen, experts.sizes.experts, shape)
-    added = [{name: bias[blocks.expert][:, None].astype(x.dtype) for name, bias in biases.items()}]
+    dtype = next(iter(reads.values())).dtype
+    added = [{name: bias[blocks.expert][:, None].astype(dtype) for name, bias in biases.items()}]
     added.append({name: gather(probe, blocks) for name, probe in probes.items()})
     added.append({name: gather_tokens(rows, blocks) for name, rows in once.items()})
-    intermediate, output = _network(gather_tokens(x, blocks), experts, gate, added, block_product(blocks))
+    reads, scales = ({name: gather_tokens(rows, blocks) for name, rows in part.items()} for part in (reads, scales))
+    intermediate, output = _network(reads, scales, experts, gate, added, block_product(blocks))
     return scatter(intermediate, blocks), scatter(output, blocks)
 
 
-def _ragged(x, chosen, experts: CompressedLayer, once, biases, probes, *, gate: Gate) -> tuple[Array, Array]:
+def _ragged(
+    reads, scales, chosen, experts: CompressedLayer, once, biases, probes, *, gate: Gate
+) -> tuple[Array, Array]:
     flat = chosen.reshape(-1)
     order = jnp.argsort(flat, stable=True)
     counts = jnp.bincount(flat, length=experts.sizes.experts)
     token = order // chosen.shape[1]
-    added = [{name: bias[flat[order]].astype(x.dtype) for name, bias in biases.items()}]
+    dtype = next(iter(reads.values())).dtype
+    added = [{name: bias[flat[order]].astype(dtype) for name, bias in biases.items()}]
     added.append({name: probe.reshape(len(flat), -1)[order] for name, probe in probes.items()})
     added.append({name: rows[token] for name, rows in once.items()})
-    intermediate, output = _network(x[token], experts, gate, added, ragged_product(counts))
+    reads, scales = ({name: rows[token] for name, rows in part.items()} for part in (reads, scales))
+    intermediate, output = _network(reads, scales, experts, gate, added, ragged_product(counts))
     back = jnp.argsort(order).reshape(chosen.shape)
     return intermediate[back], output[back]
 
 
-def _network(rows, experts: CompressedLayer, gate: Gate, added, product) -> tuple[Array, Array]:
-    def run(rows, projections: tuple[str, ...], size: int) -> list[Array]:
+def _network(reads, scales, experts: CompressedLayer, gate: Gate, added, product) -> tuple[Array, Array]:
+    def whole(name: str, outputs: Mapping[str, Array], like: Array, size: int) -> Array:
         # All of a projection may be the same for all experts: then nothing of it is here.
-        nothing = jnp.zeros((*rows.shape[:-1], size), rows.dtype)
-        outputs = experts.sums(rows, projections, product)
-        return [sum((own[name] for own in added if name in own), outputs.get(name, nothing)) for name in projections]
+        nothing = jnp.zeros((*like.shape[:-1], size), like.dtype)
+        return sum((own[name] for own in added if name in own), outputs.get(name, nothing))
 
-    first, second = run(rows, ("gate", "up"), experts.sizes.intermediate)
+    outputs, like = _sums(experts, reads, product), next(iter(reads.values()))
+    first, second = (whole(name, outputs, like, experts.sizes.intermediate) for name in ("gate", "up"))
     intermediate = gated(first, second, gate)
-    (output,) = run(intermediate, ("down",), experts.sizes.hidden)
-    return intermediate, output
+    if "down" in scales:
+        intermediate = intermediate * scales["down"]
+    outputs = experts.sums(intermediate, ("down",), product)
+    return intermediate, whole("down", outputs, intermediate, experts.sizes.hidden)

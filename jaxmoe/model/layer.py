@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxmoe.model.attention import attend
+from jaxmoe.model.auxiliary import by_weight, divide, stand_in
 from jaxmoe.model.experts import gated, run_experts
 from jaxmoe.model.grouped import BlockShape
 from jaxmoe.model.linear import linear
@@ -27,7 +28,7 @@ class Attended(NamedTuple):
     """A layer after its attention.
 
     residual: the residual stream; inputs: what the feed-forward block reads, one row per token; routes: of these
-    tokens, None in a layer without experts.
+    tokens, those of the experts that run first; None in a layer without experts.
     """
 
     residual: Float[Array, "sequence position hidden"]
@@ -36,9 +37,9 @@ class Attended(NamedTuple):
 
 
 class Intermediates(NamedTuple):
-    """What happened inside a layer: the experts' inputs, routes, intermediate activations and unweighted outputs.
+    """What happened inside a layer: the experts' inputs, and of those that run routes, what down reads, and outputs.
 
-    All but `inputs` are None in a layer without experts.
+    Inputs are as the router sees them, and outputs unweighted. All but `inputs` are None in a layer without experts.
     """
 
     inputs: Float[Array, "token hidden"]
@@ -54,6 +55,7 @@ def layer(
     *,
     shape: BlockShape | None = None,
     probes: Mapping[str, Array] | None = None,
+    documents: Int[Array, "sequence position"] | None = None,
 ) -> tuple[Float[Array, "sequence position hidden"], Intermediates]:
     """Run one decoder layer.
 
@@ -63,21 +65,31 @@ def layer(
         spec: what the layer computes; static.
         shape: of the experts' blocks, see `run_experts`.
         probes: see `run_experts`.
+        documents: see `attend`.
 
     Returns:
         The hidden states after the layer, and what happened inside; what is not used costs nothing under `jax.jit`.
     """
-    return finish(attended(x, parameters, spec), parameters, spec, shape=shape, probes=probes)
+    return finish(attended(x, parameters, spec, documents), parameters, spec, shape=shape, probes=probes)
 
 
-def attended(x: Float[Array, "sequence position hidden"], parameters: Parameters, spec: LayerSpec) -> Attended:
+def attended(
+    x: Float[Array, "sequence position hidden"],
+    parameters: Parameters,
+    spec: LayerSpec,
+    documents: Int[Array, "sequence position"] | None = None,
+) -> Attended:
     """Run the first half of a layer: attention, the normalisation behind it, and the routing."""
     first = _before(x, parameters, "input_norm", spec)
-    added = attend(first, parameters, spec.attention)
+    added = attend(first, parameters, spec.attention, documents)
     x = x + _after(added, parameters, "input_norm", spec) * spec.multiplier
     second = first if spec.parallel else _before(x, parameters, "post_norm", spec)
     inputs = second.reshape(-1, spec.hidden)
-    routes = route(inputs, parameters, spec.feed_forward.router) if isinstance(spec.feed_forward, ExpertBlock) else None
+    block, routes = spec.feed_forward, None
+    if isinstance(block, ExpertBlock):
+        routes = route(inputs, parameters, block.router)
+        if block.running < block.router.top_k:
+            routes = by_weight(routes)
     return Attended(x, inputs, routes)
 
 
@@ -97,8 +109,12 @@ def finish(
     else:
         assert routes is not None
         biases = {name: parameters[f"experts.{name}.bias"] for name in ("gate", "up", "down") if block.bias}
+        scales = None
+        if block.running < block.router.top_k:
+            routes, auxiliary = divide(routes, block.running, block.renorm)
+            scales = stand_in(auxiliary, parameters)
         rows = run_experts(
-            inputs, routes.experts, parameters["experts"], block.gate, biases, shape, probes, routes.weights
+            inputs, routes.experts, parameters["experts"], block.gate, biases, shape, probes, routes.weights, scales
         )
         added = rows.combined
         seen = Intermediates(inputs, routes, rows.intermediate, rows.output)

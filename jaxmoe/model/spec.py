@@ -179,6 +179,9 @@ class ExpertBlock:
         shared: what all tokens use beside the routed experts, None for nothing.
         shared_gate: whether a sigmoid of the token scales that.
         scale: factor of what routed and shared experts give together.
+        main: how many of a token's experts run, those with the largest weights; vectors stand in for the others
+            (`auxiliary.py`). None runs all.
+        renorm: "main" scales the weights of those that run to the sum of all, "none" leaves them.
     """
 
     shape: LayerShape
@@ -188,6 +191,13 @@ class ExpertBlock:
     shared: DenseBlock | None = None
     shared_gate: bool = False
     scale: float = 1.0
+    main: int | None = None
+    renorm: str = "none"
+
+    @property
+    def running(self) -> int:
+        """Experts that run for every token."""
+        return self.router.top_k if self.main is None else self.main
 
 
 @dataclass(frozen=True, kw_only=True)

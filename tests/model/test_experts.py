@@ -205,8 +205,8 @@ def test_sorted_rows_equal_blocks(kind, routed):
     shape = BlockShape(rows, most_blocks(chosen.size, SIZES.experts, rows))
     own, base = layer.split()
     once = base.sums(x, ("gate", "up"))
-    blocked = _blocked(x, chosen, own, once, biases, {}, gate=BOUNDED, shape=shape)
-    ragged = _ragged(x, chosen, own, once, biases, {}, gate=BOUNDED)
+    blocked = _blocked({"gate_up": x}, {}, chosen, own, once, biases, {}, gate=BOUNDED, shape=shape)
+    ragged = _ragged({"gate_up": x}, {}, chosen, own, once, biases, {}, gate=BOUNDED)
     for a, b in zip(ragged, blocked, strict=True):
         close(a, np.asarray(b))
 
