@@ -133,9 +133,15 @@ class StoredModel:
 
     @cached_property
     def modules(self) -> dict[int, str]:
-        """The paths of the experts' modules of a factored checkpoint, by layer."""
-        assert isinstance(self.checkpoint, CompressedCheckpoint)
-        return {_index(module): module for module in self.checkpoint.modules}
+        """The paths of the routed experts' modules, by layer."""
+        if isinstance(self.checkpoint, CompressedCheckpoint):
+            return {_index(module): module for module in self.checkpoint.modules}
+        return {layer.index: layer.module for layer in self.checkpoint.layers}
+
+    def _main_experts(self) -> dict[int, MainExperts]:
+        if not isinstance(self.checkpoint, CompressedCheckpoint):
+            return {}
+        return {_index(module): main for module, main in self.checkpoint.main.items()}
 
     def pieces(self, index: int) -> dict[str, Piece]:
         """Return what a layer's arrays are read from, the routed experts excepted."""
