@@ -5,12 +5,11 @@ next one starts. A run that is killed goes on where it stopped and ends with the
 share one folder and complete it together.
 """
 
-import json
 import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -23,8 +22,9 @@ import numpy as np
 import jaxmoe
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.atomic import write_bytes
+from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
-from jaxmoe.checkpoint.workspace import Workspace, fingerprint, layer_file, sweep
+from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, layer_file
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.card import model_card
 from jaxmoe.export.factored import factored_config, remote_code
@@ -84,7 +84,7 @@ def compress(
     begun = time.perf_counter()
     check_statistics(plan, statistics)
     run = _run_record(checkpoint, plan, export, seed, statistics)
-    if (done := _finished(output, run)) is not None:
+    if (done := finished(output, run)) is not None:
         on_event({"event": "complete", "output": str(output)})
         return done
     mine = _selected(plan, layers)
@@ -113,7 +113,7 @@ def compress(
         report["calibration"] = None if statistics is None else statistics.describe()
         if not report["complete"]:
             # Another run may have finished the last layer and published while this one was still counting.
-            if (done := _finished(output, run)) is not None:
+            if (done := finished(output, run)) is not None:
                 return done
             on_event({"event": "waiting", "layers": report["missing_layers"]})
             return report
@@ -143,6 +143,13 @@ def _run_record(checkpoint: Checkpoint, plan: Plan, export: str, seed: int, stat
         "statistics": None if statistics is None else statistics.fingerprint(),
         "export": export,
         "seed": seed,
+        **where(),
+    }
+
+
+def where() -> dict[str, Any]:
+    """Return what beside the input decides the bytes of a result: versions and platform."""
+    return {
         "versions": {"jaxmoe": jaxmoe.__version__, "jax": jax.__version__, "numpy": np.__version__},
         "platform": f"{jax.default_backend()} {platform.machine()}",
     }
@@ -150,21 +157,6 @@ def _run_record(checkpoint: Checkpoint, plan: Plan, export: str, seed: int, stat
 
 def _layer_key(run: Mapping[str, Any], planned: PlannedLayer) -> str:
     return fingerprint({"run": run, "layer": planned.source.index, "terms": planned.template.spec()})
-
-
-def _finished(output: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the report of an output that this very run has completed before, None where there is no output."""
-    if not output.exists():
-        return None
-    try:
-        report = json.loads((output / "report.json").read_bytes())
-        same = report["run"] == json.loads(json.dumps(run))
-    except (OSError, ValueError, KeyError, TypeError):
-        same = False
-    if not same:
-        raise JaxmoeError(f"{output} exists and holds something else: remove it, or choose another output folder")
-    sweep(output)
-    return report
 
 
 def _selected(plan: Plan, layers: tuple[int, int] | None) -> list[PlannedLayer]:
@@ -295,24 +287,53 @@ def _report(checkpoint, output, plan, export, seed, command, entries, seconds) -
 
 def _publish(checkpoint, plan, export, workspace, run, specs, report, on_event) -> dict[str, Any]:
     if export == "dense":
-        config, code = checkpoint.dense_config(), {}
+        config, code, size = checkpoint.dense_config(), {}, None
     else:
         modules = {
             planned.source.module: (planned.source.shape, specs[planned.source.index]) for planned in plan.layers
         }
         config = factored_config(checkpoint.dense_config(), modules, checkpoint.layouts())
-        code = remote_code(checkpoint.dense_config())
+        code, size = remote_code(checkpoint.dense_config()), report["bytes"]["after"]
+    layers = [planned.source.index for planned in plan.layers]
+    return publish(checkpoint, workspace, {**report, "run": run}, layers, config, code, size, on_event)
+
+
+def publish(
+    checkpoint: Checkpoint | CompressedCheckpoint,
+    workspace: Workspace,
+    report: Mapping[str, Any],
+    layers: Iterable[int],
+    config: Mapping[str, Any],
+    code: Mapping[str, str],
+    size: int | None,
+    on_event: Event = lambda event: None,
+) -> dict[str, Any]:
+    """Complete a folder whose layers are all written, with its report and model card, and give it its name.
+
+    Args:
+        checkpoint: the source, of which everything but the experts is copied.
+        workspace: where the layers' files lie.
+        report: of the run, with the record that the workspace was opened with under `run`.
+        layers: indices of the layers.
+        config: what `config.json` will say.
+        code: the Python files that travel along.
+        size: bytes that all tensors take together, None if that was not counted before.
+        on_event: called when it is done.
+
+    Returns:
+        The report, with what the files hold under `stored`.
+    """
     stored = complete_folder(
         workspace.folder,
-        layers=[workspace.folder / layer_file(planned.source.index) for planned in plan.layers],
+        layers=[workspace.folder / layer_file(index) for index in layers],
         copied=checkpoint.copied(),
         config=config,
         code=code,
         beside=side_files(checkpoint.folder),
     )
-    if export == "factored" and stored["bytes"] != report["bytes"]["after"]:
-        raise RuntimeError(f"the files hold {stored}, the terms counted {report['bytes']}: a defect of jaxmoe")
-    report = {**report, "stored": stored, "run": run}
+    if size is not None and stored["bytes"] != size:
+        raise RuntimeError(f"the files hold {stored}, the terms counted {size}: a defect of jaxmoe")
+    report = {**report, "stored": stored}
     write_bytes(workspace.folder / "README.md", model_card(report).encode())
     write_bytes(workspace.folder / "report.json", dump(report))
     workspace.publish()

@@ -5,7 +5,6 @@ or of those that the checkpoint stores. Opening reads headers only and finds eve
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,7 @@ from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.factored import is_factored
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, Term
-from jaxmoe.model.auxiliary import MainExperts, check_main
+from jaxmoe.model.auxiliary import MainExperts, main_experts
 from jaxmoe.model.configuration import decoder_spec
 from jaxmoe.model.spec import DecoderSpec, ExpertBlock
 
@@ -70,7 +69,7 @@ class StoredModel:
         self.family: Family = family
         self.shapes: Mapping[int, LayerShape] = shapes
         try:
-            self.spec: DecoderSpec = _running(decoder_spec(self.config, shapes), self._main_experts())
+            self.spec: DecoderSpec = main_experts(decoder_spec(self.config, shapes), self._main_experts())
             self._check()
         except JaxmoeError as error:
             raise JaxmoeError(str(error) if str(self.folder) in str(error) else f"{self.folder}: {error}") from error
@@ -178,17 +177,6 @@ class StoredModel:
             if not {part.name for part in matrix.parts} & (predicting | routed)
             and not (self.spec.tied and name == "lm_head.weight")
         }
-
-
-def _running(spec: DecoderSpec, main: Mapping[int, MainExperts]) -> DecoderSpec:
-    """Return a spec in which only the main experts of some layers run."""
-    layers = list(spec.layers)
-    for index, (count, renorm) in main.items():
-        block = layers[index].feed_forward
-        assert isinstance(block, ExpertBlock)
-        check_main(count, block.router.top_k, renorm)
-        layers[index] = replace(layers[index], feed_forward=replace(block, main=count, renorm=renorm))
-    return replace(spec, layers=tuple(layers))
 
 
 def _index(module: str) -> int:

@@ -27,6 +27,7 @@ from jaxmoe.cli.arguments import (
     GradientsOption,
     JsonOption,
     LengthOption,
+    MainExpertsOption,
     MethodOption,
     Moments,
     OfOption,
@@ -125,7 +126,8 @@ def inspect(checkpoint: CheckpointArgument, revision: RevisionOption = None, as_
 def plan(
     checkpoint: CheckpointArgument,
     method: MethodOption,
-    ratio: RatioOption,
+    ratio: RatioOption = None,
+    main_experts: MainExpertsOption = None,
     of: OfOption = Scope.experts,
     setting: SettingOption = Setting.improved,
     set_: SetOption = None,
@@ -136,10 +138,18 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Print sizes, ranks and memory of a compression before anything runs."""
+    if method == "compressed_experts":
+        from jaxmoe.cli import main_experts as fewer
+
+        other = {"--ratio": ratio, "--allocation": allocation, "--statistics": statistics, "--weighted": weighted}
+        record, tables = fewer.plan(checkpoint, main_experts, setting, set_, revision, other)
+        _emit(record, as_json, *tables)
+        return
     from jaxmoe import methods
     from jaxmoe.plan import make_plan
     from jaxmoe.report.tables import plan_tables, size
 
+    ratio = _ratio(ratio, main_experts)
     recipe = methods.get(method)
     chosen = method_settings(recipe, setting, set_)
     opened = _open(checkpoint, revision)
@@ -156,7 +166,8 @@ def compress(
     checkpoint: CheckpointArgument,
     output: OutputArgument,
     method: MethodOption,
-    ratio: RatioOption,
+    ratio: RatioOption = None,
+    main_experts: MainExpertsOption = None,
     of: OfOption = Scope.experts,
     setting: SettingOption = Setting.improved,
     set_: SetOption = None,
@@ -180,11 +191,29 @@ def compress(
     as_json: JsonOption = False,
 ) -> None:
     """Write a smaller checkpoint that PyTorch loads."""
+    if method == "compressed_experts":
+        from jaxmoe.cli import main_experts as fewer
+
+        other = {"--ratio": ratio, "--allocation": allocation, "--statistics": statistics, "--gradients": gradients}
+        other |= {"--sequential": sequential, "--layers": layers, "--export dense": export is Export.dense}
+        record, tables = fewer.compress(
+            *(checkpoint, main_experts, setting, set_, revision, other),
+            output=output,
+            text=text,
+            sequences=sequences,
+            length=length,
+            seed=seed,
+            resume=resume,
+            as_json=as_json,
+        )
+        _emit(record, as_json, *tables)
+        return
     from jaxmoe import methods, pipeline
     from jaxmoe.plan import make_plan
     from jaxmoe.report.progress import progress
     from jaxmoe.report.tables import error_table, size_tables
 
+    ratio = _ratio(ratio, main_experts)
     recipe = methods.get(method)
     chosen = method_settings(recipe, setting, set_)
     span = layer_span(layers)
@@ -210,6 +239,15 @@ def compress(
             on_event=on_event,
         )
     _emit(report, as_json, error_table(report["layers"]), *size_tables(report))
+
+
+def _ratio(ratio: float | None, main_experts: int | None) -> float:
+    """Return the ratio that every method but one needs."""
+    if main_experts is not None:
+        raise JaxmoeError("--main-experts goes with --method compressed_experts: give other methods --ratio")
+    if ratio is None:
+        raise typer.BadParameter("give the fraction to remove, such as 0.4", param_hint="--ratio")
+    return ratio
 
 
 def _opened_statistics(folder: Path, checkpoint):

@@ -65,7 +65,10 @@ class Compute(StrEnum):
 CheckpointArgument = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="a folder or a hub id")]
 OutputArgument = Annotated[Path, typer.Argument(metavar="OUTPUT", help="the folder to create")]
 MethodOption = Annotated[str, typer.Option("--method", "-m", help="a method's name, such as svd or mobe")]
-RatioOption = Annotated[float, typer.Option("--ratio", "-r", help="removed fraction, such as 0.4")]
+RatioOption = Annotated[float | None, typer.Option("--ratio", "-r", help="removed fraction, such as 0.4")]
+MainExpertsOption = Annotated[
+    int | None, typer.Option("--main-experts", help="with compressed_experts: how many of a token's experts run")
+]
 OfOption = Annotated[Scope, typer.Option("--of", help="what the ratio is a fraction of")]
 SettingOption = Annotated[Setting, typer.Option("--setting", help="as published, or with jaxmoe's improvements")]
 AllocationOption = Annotated[

@@ -1,6 +1,6 @@
 """The model card: what was removed, what it cost, and the command that did it, in words a user of the hub reads."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -43,8 +43,11 @@ def model_card(report: Mapping[str, Any]) -> str:
         "",
         "| | before | after |",
         "|---|---|---|",
-        f"| parameters | {report['parameters']['before']:,} | {report['parameters']['after']:,} |",
-        f"| bytes | {report['bytes']['before']:,} | {report['bytes']['after']:,} |",
+        *(
+            f"| {name.replace('_', ' ')} | {report[name]['before']:,} | {report[name]['after']:,} |"
+            for name in ("parameters", "bytes", "active_parameters", "operations_per_token", "experts_per_token")
+            if name in report
+        ),
         f"| in the files | | {report['stored']['parameters']:,} parameters, {report['stored']['bytes']:,} bytes |",
         "",
         "| removed fraction of | touched matrices | routed experts | model |",
@@ -52,13 +55,7 @@ def model_card(report: Mapping[str, Any]) -> str:
         _ratio_row("requested", {requested["of"]: requested["ratio"]} if requested.get("of") else {}),
         _ratio_row("achieved", achieved),
         "",
-        "## Reconstruction error",
-        "",
-        "Relative Frobenius error of the stored numbers, mean over experts (worst expert in brackets).",
-        "",
-        "| layer | gate | up | down |",
-        "|---|---|---|---|",
-        *(_error_row(layer) for layer in report["layers"]),
+        *_errors(report["layers"]),
         "",
         "## How it was made",
         "",
@@ -79,6 +76,35 @@ def model_card(report: Mapping[str, Any]) -> str:
 def _ratio_row(name: str, ratios: Mapping[str, float]) -> str:
     cells = (f"{ratios[scope]:.4f}" if scope in ratios else "" for scope in ("touched", "experts", "model"))
     return f"| {name} | {' | '.join(cells)} |"
+
+
+def _errors(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the section on errors: of the matrices, or of the experts' sum where vectors stand in for some experts."""
+    if not all("error" in record for layer in layers for record in layer["projections"].values()):
+        return [
+            "## Experts that do not run",
+            "",
+            "The experts are stored as they were. For every token those of the largest router weights run, and vectors"
+            " of the others scale their inputs (Compressed Experts, arXiv 2503.00634). Relative squared error of the"
+            " experts' sum, with these experts left out and with vectors in their place:",
+            "",
+            "| layer | left out | stood in for |",
+            "|---|---|---|",
+            *(
+                f"| {layer['layer']} | {layer['error']['before']:.4f} | {layer['error']['after']:.4f} |"
+                for layer in layers
+                if "error" in layer
+            ),
+        ]
+    return [
+        "## Reconstruction error",
+        "",
+        "Relative Frobenius error of the stored numbers, mean over experts (worst expert in brackets).",
+        "",
+        "| layer | gate | up | down |",
+        "|---|---|---|---|",
+        *(_error_row(layer) for layer in layers),
+    ]
 
 
 def _error_row(layer: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ Source: Compressed Experts, arXiv 2503.00634; the weights are not scaled up ther
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from jaxtyping import Array, Float
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
 from jaxmoe.model.routing import Routes
+from jaxmoe.model.spec import DecoderSpec, ExpertBlock
 
 RENORMS = ("none", "main")
 """What becomes of the main experts' weights: nothing, or they are scaled to the sum of all chosen experts' weights."""
@@ -70,6 +72,25 @@ def check_main(main: int, top_k: int, renorm: str = "none") -> None:
         raise JaxmoeError(f"{main} main experts: a token chooses {top_k}, so give 1 to {top_k - 1}")
     if renorm not in RENORMS:
         raise JaxmoeError(f"renorm {renorm!r}: give {' or '.join(RENORMS)}")
+
+
+def main_experts(spec: DecoderSpec, main: Mapping[int, MainExperts]) -> DecoderSpec:
+    """Return what a decoder computes where only the main experts of some layers run.
+
+    Args:
+        spec: of the decoder.
+        main: which run, by the index of the layer.
+
+    Raises:
+        JaxmoeError: a layer's router chooses too few experts.
+    """
+    layers = list(spec.layers)
+    for index, (count, renorm) in main.items():
+        block = layers[index].feed_forward
+        assert isinstance(block, ExpertBlock)
+        check_main(count, block.router.top_k, renorm)
+        layers[index] = replace(layers[index], feed_forward=replace(block, main=count, renorm=renorm))
+    return replace(spec, layers=tuple(layers))
 
 
 def by_weight(routes: Routes) -> Routes:

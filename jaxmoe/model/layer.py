@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.model.attention import attend
 from jaxmoe.model.auxiliary import by_weight, divide, stand_in
-from jaxmoe.model.experts import gated, run_experts
+from jaxmoe.model.experts import ExpertRows, gated, run_experts
 from jaxmoe.model.grouped import BlockShape
 from jaxmoe.model.linear import linear
 from jaxmoe.model.norm import normalize
@@ -108,14 +108,7 @@ def finish(
         added, seen = dense(inputs, parameters, "feed_forward", block), Intermediates(inputs, None, None, None)
     else:
         assert routes is not None
-        biases = {name: parameters[f"experts.{name}.bias"] for name in ("gate", "up", "down") if block.bias}
-        scales = None
-        if block.running < block.router.top_k:
-            routes, auxiliary = divide(routes, block.running, block.renorm)
-            scales = stand_in(auxiliary, parameters)
-        rows = run_experts(
-            inputs, routes.experts, parameters["experts"], block.gate, biases, shape, probes, routes.weights, scales
-        )
+        rows, routes = routed(inputs, routes, parameters, block, shape=shape, probes=probes)
         added = rows.combined
         seen = Intermediates(inputs, routes, rows.intermediate, rows.output)
         if block.shared is not None:
@@ -123,6 +116,38 @@ def finish(
         added = added * block.scale
     added = _after(added.reshape(x.shape), parameters, "post_norm", spec)
     return x + added * spec.multiplier, seen
+
+
+def routed(
+    x: Float[Array, "token hidden"],
+    routes: Routes,
+    parameters: Parameters,
+    block: ExpertBlock,
+    *,
+    shape: BlockShape | None = None,
+    probes: Mapping[str, Array] | None = None,
+) -> tuple[ExpertRows, Routes]:
+    """Run those of a layer's routed experts that are to run, with what stands in for the others.
+
+    Args:
+        x: the tokens, as the router sees them.
+        routes: of all chosen experts; where not all run, in descending order of weights.
+        parameters: of the layer.
+        block: how many run.
+        shape: of the experts' blocks, see `run_experts`.
+        probes: see `run_experts`.
+
+    Returns:
+        What the experts did, and the routes of those that ran.
+    """
+    biases = {name: parameters[f"experts.{name}.bias"] for name in ("gate", "up", "down") if block.bias}
+    scales = None
+    if block.running < block.router.top_k:
+        routes, auxiliary = divide(routes, block.running, block.renorm)
+        scales = stand_in(auxiliary, parameters)
+    experts, weights = routes
+    rows = run_experts(x, experts, parameters["experts"], block.gate, biases, shape, probes, weights, scales)
+    return rows, routes
 
 
 def dense(

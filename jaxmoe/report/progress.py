@@ -54,12 +54,19 @@ def describe(event: dict[str, Any]) -> str:
         errors = ", ".join(f"{name} {record['error']:.4f}" for name, record in event["projections"].items())
         how = "kept from an earlier run" if event["resumed"] else f"{event['seconds']:.1f} s"
         return f"layer {event['layer']} ({event['done']} of {event['total']}, {how}): relative error {errors}"
+    if event["event"] == "main_experts":
+        error = event["error"]
+        learned = "" if error is None else f": error of its output {error['before']:.4f} -> {error['after']:.4f}"
+        return f"layer {event['layer']} ({event['done']} of {event['total']}, {event['seconds']:.1f} s){learned}"
     if event["event"] == "calibrated":
         return f"layer {event['layer']} calibrated ({event['done']} of {event['total']})"
     if event["event"] == "forward":
         return f"{event['model']}: forward through layer {event['done']} of {event['total']}"
     if event["event"] == "step":
         return f"step {event['done']} of {event['total']}: loss {event['loss']:.4f}"
+    if event["event"] == "cell":
+        found = event.get("reason") or f"perplexity {event['perplexity']:.2f}, compressed in {event['seconds']:.1f} s"
+        return f"{event['name']} ({event['done']} of {event['total']}): {found}"
     if event["event"] == "waiting":
         return f"this run's layers are done; layers {span(event['layers'])} are still to come from other runs"
     return f"written: {event['output']}"

@@ -95,8 +95,9 @@ def size_tables(record: Mapping[str, Any]) -> list[Table]:
         asked = f"{requested['ratio']:.4f}" if requested.get("of") == scope else ""
         rows.append((scope, asked, f"{removed:.4f}"))
     before_after = [
-        (name, show(record[name]["before"]), show(record[name]["after"]))
-        for name, show in (("parameters", "{:,}".format), ("bytes", "{:,}".format))
+        (name.replace("_", " "), f"{record[name]['before']:,}", f"{record[name]['after']:,}")
+        for name in ("parameters", "bytes", "active_parameters", "operations_per_token", "experts_per_token")
+        if name in record
     ]
     return [table(("removed of", "requested", "achieved"), rows), table(("model", "before", "after"), before_after)]
 
@@ -113,6 +114,22 @@ def error_table(layers: Iterable[Mapping[str, Any]]) -> Table:
         rows.append((layer["layer"], *cells))
     names = [name for name in ("gate", "up", "down") if any(name in layer["projections"] for layer in layers)]
     return table(("layer", *names), rows, title="relative error, mean over experts (worst)")
+
+
+def main_experts_table(layers: Iterable[Mapping[str, Any]]) -> Table:
+    """Return the error of each layer without experts and with what stands in for them, and what they weigh."""
+    rows = [
+        (
+            layer["layer"],
+            f"{layer['error']['before']:.4f}",
+            f"{layer['error']['after']:.4f}",
+            ", ".join(f"{share:.1%}" for share in layer["importance"]["by_rank"]),
+            len(layer["never_auxiliary"]),
+        )
+        for layer in layers
+    ]
+    columns = ("layer", "left out", "stood in for", "weight of the best, second, ...", "never auxiliary")
+    return table(columns, rows, title="relative squared error of the experts' sum, on tokens set apart")
 
 
 def calibration_table(record: Mapping[str, Any]) -> Table:

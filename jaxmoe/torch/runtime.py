@@ -12,6 +12,10 @@ rows: serving engines take an experts module whose parameters are all three-dime
 Whole numbers, such as ranks and places, are buffers: casts leave them alone.
 
 A term whose matrix is the same for all experts is applied to every token once, whatever the number of its experts.
+
+With `main_experts` in a module's record only so many of a token's experts run, those of the largest weights. Vectors of
+the others, averaged by their weights, scale the inputs of the projections instead (Compressed Experts, arXiv
+2503.00634). The stock router chooses and weighs; vectors and averages are float32 whatever the model is.
 """
 
 from functools import cached_property, reduce
@@ -549,6 +553,51 @@ TERMS = {
 }
 """The terms by the name that stands in `config.jaxmoe`."""
 
+
+class StandIn(nn.Module):
+    """Vectors that stand in for experts that do not run, one for the inputs of each of an expert's projections.
+
+    Args:
+        experts: how many there are.
+        inputs: what each projection reads, by its name: how many numbers.
+        main: how many of a token's experts run.
+        renorm: "main" scales the weights of those that run to the sum of all, "none" leaves them.
+        device: of the vectors.
+    """
+
+    LEAST = 1e-12
+    """Sums of router weights below this are taken for nothing."""
+
+    def __init__(self, experts, inputs, main, renorm, device):
+        super().__init__()
+        if renorm not in ("none", "main"):
+            raise ValueError(f"unknown renorm {renorm!r}: this file knows none, main")
+        self.experts, self.inputs, self.main, self.renorm = experts, dict(inputs), main, renorm
+        for name, size in self.inputs.items():
+            self.register_parameter(name, nn.Parameter(torch.ones(experts, size, dtype=torch.float32, device=device)))
+
+    def forward(self, index, weights):
+        """Return the experts that run, their weights, and the factors of each projection's inputs, token by token."""
+        if index.shape[-1] <= self.main:
+            return index, weights, {}
+        # Of equal weights the lower index comes first.
+        index, order = torch.sort(index, dim=-1)
+        weights, order = torch.sort(weights.gather(-1, order), dim=-1, descending=True, stable=True)
+        index = index.gather(-1, order)
+        first, rest = weights[:, : self.main], weights[:, self.main :].float()
+        if self.renorm == "main":
+            total, own = (part.float().sum(-1, keepdim=True) for part in (weights, first))
+            first = (first * (total / own.clamp(min=self.LEAST))).to(weights.dtype)
+        with torch.autocast(weights.device.type, enabled=False):
+            total = rest.sum(-1, keepdim=True)
+            enough = (total > self.LEAST) & (rest.shape[-1] > 1)
+            share = torch.where(enough, rest / torch.where(enough, total, 1), 1 / rest.shape[-1])
+            mixing = share.new_zeros(len(index), self.experts).scatter_add(1, index[:, self.main :], share)
+            vectors = torch.cat([getattr(self, name).float() for name in self.inputs], 1)
+            scales = (mixing @ vectors).split(list(self.inputs.values()), 1)
+        return index[:, : self.main], first, dict(zip(self.inputs, scales))
+
+
 TARGETS = ("gate", "up", "gate_up", "down")
 WEIGHTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -558,7 +607,8 @@ class FactoredExperts(nn.Module):
 
     Args:
         native: that module, from which gating rule, activation, biases and flags are taken over.
-        spec: the layer's entry in `config.jaxmoe["experts"]`: `shape` and `terms`.
+        spec: the layer's entry in `config.jaxmoe["experts"]`: `shape`, `terms` and, where not all of a token's experts
+            run, `main_experts`.
     """
 
     down: Any
@@ -593,6 +643,10 @@ class FactoredExperts(nn.Module):
             if unknown := [term.get("kind") for term in terms if term.get("kind") not in TERMS]:
                 raise ValueError(f"unknown term {unknown[0]!r} in {target}: this file knows {', '.join(TERMS)}")
             self.add_module(target, nn.ModuleList(TERMS[term["kind"]](term, shape, options) for term in terms))
+        self.auxiliary = None
+        if (main := spec.get("main_experts")) is not None:
+            inputs = {**({"gate": hidden} if self.gated else {}), "up": hidden, "down": intermediate}
+            self.auxiliary = StandIn(self.experts, inputs, main, spec.get("renorm", "none"), options["device"])
 
     def _check(self, native, shape):
         found = tuple(native.down_proj.shape)
@@ -608,21 +662,22 @@ class FactoredExperts(nn.Module):
         bias = getattr(self, name, None)
         return 0 if bias is None else bias[experts]
 
-    def _activate(self, tokens, token, routing, experts):
-        rows = tokens[token]
-        outs = {
-            target: [
-                # What is the same for all experts is computed once for a token, however many experts it has.
-                term(tokens)[token] if term.for_all else term(rows, routing)
-                for term in getattr(self, target, ())
-            ]
-            for target in ("gate", "up", "gate_up")
-        }
+    def _multiply(self, target, read, token, routing):
+        tokens, rows = read
+        # What is the same for all experts is computed once for a token, however many experts it has.
+        return [term(tokens)[token] if term.for_all else term(rows, routing) for term in getattr(self, target, ())]
+
+    def _activate(self, tokens, scales, token, routing, experts):
+        projections = ("gate", "up") if self.gated else ("up",)
+        scaled = [tokens * scales[name].to(tokens.dtype) for name in projections] if scales else [tokens]
+        reads = [(own, own[token]) for own in scaled]
+        outs = {name: self._multiply(name, read, token, routing) for name, read in zip(projections, reads * 2)}
         if not self.gated:
             return self.act_fn(reduce(torch.add, outs["up"]) + self._bias("up_proj_bias", experts))
-        for both in outs.pop("gate_up"):
-            for target, part in zip(("gate", "up"), both.chunk(2, -1)):
-                outs[target].append(part)
+        # Terms of both are applied twice where gate and up read different rows.
+        both = [self._multiply("gate_up", read, token, routing) for read in reads] * 2
+        for half, name in enumerate(projections):
+            outs[name] += [out.chunk(2, -1)[half] for out in both[half]]
         both = [reduce(torch.add, parts) for parts in outs.values()]
         # The gating rule and its bias see the outputs in the native order: concatenated, or interleaved (gpt_oss).
         concatenated = getattr(self, "is_concatenated", True)
@@ -630,12 +685,18 @@ class FactoredExperts(nn.Module):
         return self.native._apply_gate(self, gate_up + self._bias("gate_up_proj_bias", experts))
 
     def forward(self, hidden_states, top_k_index, top_k_weights):
+        scales = {}
+        if self.auxiliary is not None:
+            top_k_index, top_k_weights, scales = self.auxiliary(top_k_index, top_k_weights)
         top_k = top_k_index.shape[-1]
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
         experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
         ends = torch.searchsorted(experts, torch.arange(self.experts, device=experts.device), right=True)
         routing = Routing(ends.to(torch.int32))
-        inner = self._activate(tokens, order // top_k, routing, experts)
+        token = order // top_k
+        inner = self._activate(tokens, scales, token, routing, experts)
+        if scales:
+            inner = inner * scales["down"].to(inner.dtype)[token]
         weights, back = top_k_weights.reshape(-1)[order, None], torch.argsort(order)
 
         def summed(rows):
@@ -700,6 +761,8 @@ class Factored(PreTrainedModel):
         super().__init__(config, *args, **kwargs)
         swap_experts(self, spec["experts"])
         cache_blends(self, spec.get("cache_blends", False))
+        if any("main_experts" in entry for entry in spec["experts"].values()):
+            self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), "experts.auxiliary"}
         # Factors are replicated, not split over devices, and the stock plans would sum or mask the replicas' outputs.
         plan = self._tp_plan or {}
         self._tp_plan = {name: rule for name, rule in plan.items() if "experts" not in name.split(".")}

@@ -1,0 +1,52 @@
+"""The name and the settings of Compressed Experts.
+
+It is no `methods.Method`: those store fewer numbers at a ratio that one asks for, one target of a layer after another.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.methods.method import check_setting
+from jaxmoe.model.auxiliary import RENORMS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the vectors that stand in for experts are found from text.
+
+    Args:
+        setting: "improved"; "paper" has no way to find them without training the whole model, see `jaxmoe recover`.
+        renorm: what becomes of the main experts' weights, one of `model.auxiliary.RENORMS`.
+        steps: of Adam at most, for each layer.
+        rate: its learning rate at the start, which falls to nothing along a cosine.
+        batch: tokens of a step.
+        patience: stop after so many checks, one every 50 steps, without a smaller error on the tokens set apart.
+    """
+
+    setting: str = "improved"
+    renorm: str = "none"
+    steps: int = 400
+    rate: float = 0.02
+    batch: int = 2048
+    patience: int = 4
+
+    def __post_init__(self):
+        check_setting(self.setting)
+        if self.renorm not in RENORMS:
+            raise JaxmoeError(f"renorm {self.renorm!r}: give {' or '.join(RENORMS)}")
+        if self.steps < 1 or self.batch < 1 or self.patience < 1 or not 0 < self.rate < 1:
+            raise JaxmoeError(
+                f"steps={self.steps}, batch={self.batch}, patience={self.patience}, rate={self.rate}: give numbers of"
+                " at least 1, and a rate between 0 and 1"
+            )
+
+
+class MainMethod(NamedTuple):
+    """A method that is asked for a number of experts to run; `name` is how the command line spells it."""
+
+    name: str
+    settings: type[Settings]
+
+
+METHOD = MainMethod("compressed_experts", Settings)
