@@ -39,12 +39,16 @@ from jaxmoe.cli.arguments import (
     SetOption,
     Setting,
     SettingOption,
+    Settings,
     StatisticsOption,
     TextOption,
+    fractions,
+    import_module,
     layer_span,
     loss_weights,
     mesh_sizes,
     method_settings,
+    named_contenders,
 )
 from jaxmoe.errors import JaxmoeError
 
@@ -73,8 +77,20 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import", metavar="MODULE", help="module or Python file that registers further methods; may be repeated"
+        ),
+    ] = None,
 ) -> None:
     """Compress the experts of Mixture-of-Experts language models."""
+    for name in modules or []:
+        try:
+            import_module(name)
+        except JaxmoeError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
 
 
 def command(function):
@@ -196,6 +212,7 @@ def compress(
 
         other = {"--ratio": ratio, "--allocation": allocation, "--statistics": statistics, "--gradients": gradients}
         other |= {"--sequential": sequential, "--layers": layers, "--export dense": export is Export.dense}
+        other["--of"] = of is not Scope.experts
         record, tables = fewer.compress(
             *(checkpoint, main_experts, setting, set_, revision, other),
             output=output,
@@ -476,6 +493,66 @@ def recover(
             on_event=on_event,
         )
     _emit(report, as_json, *recovery_tables(report), f"written: {output}")
+
+
+@command
+def compare(
+    checkpoint: CheckpointArgument,
+    report: Annotated[Path, typer.Argument(metavar="REPORT", help="folder of the report; may hold an earlier one")],
+    methods: Annotated[str, typer.Option("--methods", help="names of methods, such as svd,mobe; svd is always there")],
+    ratios: Annotated[str, typer.Option("--ratios", help="removed fractions, such as .2,.4,.6")],
+    text: TextOption,
+    of: OfOption = Scope.experts,
+    calibration_text: Annotated[
+        list[Path] | None,
+        typer.Option("--calibration-text", metavar="PATH", help="texts to calibrate on, once for all methods"),
+    ] = None,
+    setting: Annotated[Settings, typer.Option("--setting", help="as for `compress`, or both")] = Settings.improved,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="METHOD[:SETTING]:NAME=VALUE", help="a setting of a method; may be repeated"),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="runs of every method and ratio, for mean and deviation")] = 1,
+    sequences: CalibrationOption = 128,
+    windows: Annotated[
+        int | None, typer.Option("--windows", help="windows of each text to evaluate on; by default all")
+    ] = None,
+    length: LengthOption = None,
+    keep: Annotated[bool, typer.Option("--keep", help="keep the compressed checkpoints in REPORT/checkpoints")] = False,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure methods at several sizes on one checkpoint: tables, and a report to read in a browser.
+
+    What is finished is kept in REPORT: the same command goes on where it stopped, and one with further methods, ratios
+    or seeds adds to what is there.
+    """
+    from jaxmoe.comparison import compare as run
+    from jaxmoe.report.comparison import NOTHING, comparison_table, reasons
+    from jaxmoe.report.progress import progress
+
+    contenders = named_contenders(methods, setting, set_)
+    with progress(0, as_json=as_json, doing="layers") as on_event:
+        result = run(
+            checkpoint,
+            report,
+            contenders,
+            ratios=fractions(ratios),
+            of=of.value,
+            texts=text,
+            calibration_texts=calibration_text,
+            sequences=sequences,
+            windows=windows,
+            length=length,
+            seeds=seeds,
+            keep=keep,
+            revision=revision,
+            on_event=on_event,
+        )
+    where = f"written: {report}/index.html, table.md, table.csv, comparison.json"
+    if "no_page" in result:
+        where = f"{result['no_page']}\nwritten: {report}/table.md, table.csv, comparison.json"
+    _emit(result, as_json, comparison_table(result), *(f"{NOTHING} {reason}" for reason in reasons(result)), where)
 
 
 @command

@@ -1,5 +1,7 @@
 """What the commands take: their arguments and options, and how the texts of some become values."""
 
+import importlib
+import importlib.util
 import sys
 from dataclasses import fields
 from enum import StrEnum
@@ -26,6 +28,12 @@ class Export(StrEnum):
 class Setting(StrEnum):
     paper = "paper"
     improved = "improved"
+
+
+class Settings(StrEnum):
+    paper = "paper"
+    improved = "improved"
+    both = "both"
 
 
 class Moments(StrEnum):
@@ -165,6 +173,64 @@ def mesh_sizes(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
         raise JaxmoeError(f"--mesh {text}: give DATAxEXPERT, such as 4x2")
     return int(parts[0]), int(parts[1])
+
+
+def import_module(name: str) -> None:
+    """Import a module, or a file whose name ends in .py, for the methods that it registers.
+
+    Raises:
+        JaxmoeError: it cannot be imported.
+    """
+    try:
+        if not name.endswith(".py"):
+            importlib.import_module(name)
+            return
+        path = Path(name).expanduser().resolve()
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if spec is None or spec.loader is None or not path.is_file():
+            raise ImportError("there is no such file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[path.stem] = module
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise JaxmoeError(f"--import {name}: {error}; give an installed module or a Python file") from error
+
+
+def named_contenders(names: str, setting: Settings, given: list[str] | None):
+    """Build what `compare` compares from `--methods`, `--setting` and `--set METHOD[:SETTING]:NAME=VALUE`."""
+    from jaxmoe import methods
+    from jaxmoe.comparison import Contender
+
+    recipes = [methods.get(name) for name in dict.fromkeys(filter(None, map(str.strip, names.split(","))))]
+    settings = [Setting.paper, Setting.improved] if setting is Settings.both else [Setting(setting.value)]
+    wanted: dict[tuple[str, Setting], list[str]] = {(recipe.name, own): [] for recipe in recipes for own in settings}
+    for text in given or []:
+        head, separator, value = text.partition("=")
+        method, *scope, name = head.split(":")
+        to = [key for key in wanted if key[0] == method and (not scope or scope == [key[1].value])]
+        if not separator or not to:
+            known = ", ".join(":".join(key) for key in wanted)
+            raise JaxmoeError(f"--set {text}: give METHOD:NAME=VALUE or METHOD:SETTING:NAME=VALUE of {known}")
+        for key in to:
+            wanted[key].append(f"{name}={value}")
+    return [
+        Contender(method=recipe, settings=method_settings(recipe, own, wanted[recipe.name, own]))
+        for recipe in recipes
+        for own in settings
+    ]
+
+
+def fractions(text: str) -> list[float]:
+    """Return the numbers of a list such as .2,.4.
+
+    Example:
+        >>> fractions(".2, 0.4")
+        [0.2, 0.4]
+    """
+    try:
+        return [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise JaxmoeError(f"--ratios {text}: give removed fractions, separated by commas, such as 0.2,0.4") from None
 
 
 def layer_span(text: str | None) -> tuple[int, int] | None:

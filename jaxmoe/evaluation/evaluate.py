@@ -14,7 +14,7 @@ from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.evaluation.clock import Clock
 from jaxmoe.evaluation.records import Evaluation, TextEvaluation
-from jaxmoe.evaluation.windows import Event, compare_windows, score_windows, walk
+from jaxmoe.evaluation.windows import Event, Walked, compare_windows, score_windows, walk
 from jaxmoe.texts import Windows
 
 
@@ -22,7 +22,7 @@ def evaluate(
     model: StoredModel,
     texts: Sequence[Windows],
     *,
-    against: StoredModel | None = None,
+    against: StoredModel | Walked | None = None,
     work: Path | None = None,
     on_event: Event = lambda event: None,
 ) -> Evaluation:
@@ -31,13 +31,15 @@ def evaluate(
     Args:
         model: original or compressed.
         texts: its windows, all of one length.
-        against: the original, whose vocabulary the model has; None for none.
+        against: the original, whose vocabulary the model has, or what `walk` made of it and these very windows; None for
+            none.
         work: folder on whose disk the hidden states lie; that for temporary files if None.
         on_event: called with a small record after every layer.
 
     Returns:
         The loss per text. Tokens per second count the model's work, reading its weights included, compiling not; where
-        two models' logits are compared, that time is shared alike.
+        two models' logits are compared, that time is shared alike; of an original that was walked before, it is all
+        the time that counts.
 
     Raises:
         JaxmoeError: activations or logits are not finite, or the two vocabularies differ.
@@ -62,7 +64,7 @@ def evaluate(
         return _evaluation(texts, scores.nats, clock.seconds)
     other, both = Clock(), Clock()
     with other.running():
-        original = walk(against, ids, work=work, on_event=on_event)
+        original = against if isinstance(against, Walked) else walk(against, ids, work=work, on_event=on_event)
     with both.running():
         scores, of_original, divergence = compare_windows(walked, original, ids)
     return _evaluation(

@@ -1,4 +1,10 @@
-"""One file per method: a recipe of scores, allocation, solvers and factors, and the registry of their names."""
+"""One file per method: a recipe of scores, allocation, solvers and factors, and the registry of their names.
+
+A method from elsewhere calls `register` when its module is imported. An installed package names that module under the
+entry points of the group `jaxmoe.methods`, which are loaded when a name is asked for that is not here.
+"""
+
+from importlib.metadata import entry_points
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods.d2moe import D2MOE
@@ -26,6 +32,9 @@ def get(name: str) -> Method:
         >>> get("svd").summary
         'truncated SVD of every expert'
     """
+    if name not in METHODS:
+        for entry in entry_points(group="jaxmoe.methods"):
+            entry.load()
     if name not in METHODS:
         raise JaxmoeError(f"unknown method {name!r}: the methods are {', '.join(sorted(METHODS))}")
     return METHODS[name]

@@ -1,0 +1,295 @@
+"""Compare contenders on one checkpoint: one calibration, one evaluation of the original, then cell after cell.
+
+A cell is compressed, evaluated against the original and removed before the next one begins, so that the disk holds one
+compressed checkpoint at a time. Sizes that a method cannot reach, and models that broke, are results with their reason.
+Everything that a cell depends on stands in its key, see `folder`.
+"""
+
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import jaxmoe
+from jaxmoe.calibration.checkpoint import SEQUENCES, calibrate_checkpoint
+from jaxmoe.calibration.folder import Statistics
+from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.checkpoint.atomic import write_bytes
+from jaxmoe.checkpoint.stored_model import StoredModel
+from jaxmoe.checkpoint.workspace import fingerprint
+from jaxmoe.comparison.cells import Cell, Contender, cells, with_baseline
+from jaxmoe.comparison.costs import forget_peak, token_costs
+from jaxmoe.comparison.diagnostics import routing, spectra
+from jaxmoe.comparison.folder import ComparisonFolder
+from jaxmoe.comparison.summary import rows
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.evaluation.evaluate import evaluate
+from jaxmoe.evaluation.windows import Walked, walk
+from jaxmoe.pipeline import check_statistics, compress
+from jaxmoe.plan import make_plan
+from jaxmoe.report.comparison import comparison_csv, comparison_markdown
+from jaxmoe.report.page import page
+from jaxmoe.texts import Tokenizer, Windows, text_windows, window_length
+
+Event = Callable[[dict[str, Any]], None]
+
+
+def compare(
+    source: str | Path,
+    report: str | Path,
+    contenders: Sequence[Contender],
+    *,
+    ratios: Sequence[float],
+    texts: Sequence[str | Path],
+    of: str = "experts",
+    calibration_texts: Sequence[str | Path] | None = None,
+    sequences: int | None = SEQUENCES,
+    windows: int | None = None,
+    length: int | None = None,
+    seeds: int = 1,
+    keep: bool = False,
+    revision: str | None = None,
+    on_event: Event = lambda event: None,
+) -> dict[str, Any]:
+    """Measure every contender at every ratio, and return everything that the folder knows of such cells.
+
+    Args:
+        source: a folder or a hub id.
+        report: folder of the comparison; what it holds from earlier runs is used again.
+        contenders: methods with their settings; plain SVD joins them where it is missing, see `cells.with_baseline`.
+        ratios: removed fractions.
+        texts: to evaluate on, as `jaxmoe.texts.read_texts` takes them.
+        of: what the ratios are fractions of, one of `plan.SCOPES`.
+        calibration_texts: to calibrate on, once for all; None for no calibration.
+        sequences: so many calibration windows of each text; all if None.
+        windows: so many windows of each text to evaluate on; all if None.
+        length: tokens in a window; None for what `texts.window_length` says.
+        seeds: cells of each contender and ratio, with the seeds 0, 1, ...
+        keep: whether compressed checkpoints stay, in `REPORT/checkpoints`.
+        revision: branch, tag or commit of a hub id.
+        on_event: called with a small record after every step.
+
+    Returns:
+        `source`, `texts`, `length`, `calibration`, `rows` (see `summary`), `cells`, `routing` (None without
+        calibration) and `spectra` (see `diagnostics`), all of it JSON; `no_page` says why there is no HTML report.
+
+    Raises:
+        JaxmoeError: what was asked for cannot be: a text, a ratio, the checkpoint or the folder.
+    """
+    asked = cells(with_baseline(contenders), ratios, of=of, seeds=seeds)
+    opened = Checkpoint.open(str(source), revision=revision)
+    model, tokenizer = StoredModel(opened.folder), Tokenizer.open(opened.folder)
+    length = window_length(model.longest, length)
+    cut = text_windows(texts, tokenizer, length=length, count=windows)
+    if calibration_texts is not None:
+        calibrated_on = text_windows(calibration_texts, tokenizer, length=length, count=sequences)
+    else:
+        calibrated_on = None
+    folder = ComparisonFolder(Path(report))
+    with folder.opened(opened.fingerprint()):
+        run = _Run(folder, opened, model, cut, str(source), revision, keep, on_event)
+        if calibration_texts is not None and calibrated_on is not None:
+            run.calibrate(calibration_texts, calibrated_on, sequences, contenders)
+        for position, cell in enumerate(asked):
+            record = run.cell(cell)
+            write_tables(folder.path, run.result())
+            on_event({"event": "cell", "name": cell.name, "done": position + 1, "total": len(asked), **_said(record)})
+        result = run.result()
+        write_tables(folder.path, result)
+        try:
+            write_bytes(folder.path / "index.html", page(result).encode())
+        except JaxmoeError as error:
+            if isinstance(error.__cause__, OSError):
+                raise
+            result["no_page"] = str(error)
+        return result
+
+
+def write_tables(folder: Path, result: dict[str, Any]) -> None:
+    """Write what was measured so far as JSON, Markdown and CSV."""
+    contents = {
+        "comparison.json": json.dumps(result, indent=1),
+        "table.md": comparison_markdown(result),
+        "table.csv": comparison_csv(result),
+    }
+    for name, content in contents.items():
+        write_bytes(folder / name, content.encode())
+
+
+def _said(record: dict[str, Any]) -> dict[str, Any]:
+    if "reason" in record:
+        return {"reason": record["reason"]}
+    return {"perplexity": record["evaluation"]["geometric_mean_perplexity"], "seconds": record["seconds"]}
+
+
+class _Run:
+    """One run of a comparison: what its cells share."""
+
+    def __init__(
+        self,
+        folder: ComparisonFolder,
+        checkpoint: Checkpoint,
+        model: StoredModel,
+        texts: Sequence[Windows],
+        source: str,
+        revision: str | None,
+        keep: bool,
+        on_event: Event,
+    ):
+        self.folder, self.checkpoint, self.model, self.texts = folder, checkpoint, model, texts
+        self.source, self.revision, self.keep = source, revision, keep
+        self.on_event: Event = lambda event: None if event["event"] == "complete" else on_event(event)
+        self.statistics: Statistics | None = None
+        self.calibration: dict[str, Any] | None = None
+        self.common = {
+            "model": model.fingerprint(),
+            "versions": {"jaxmoe": jaxmoe.__version__, "jax": jax.__version__},
+            "platform": f"{jax.default_backend()} {platform.machine()}",
+        }
+        self.question = {**self.common, "texts": _windows_identity(texts)}
+        self.walked: Walked | None = None
+
+    @property
+    def context(self) -> str:
+        """What cells must have in common to stand in one table."""
+        return fingerprint({**self.question, "calibration": self.calibration})
+
+    def calibrate(
+        self, paths, texts: Sequence[Windows], sequences: int | None, contenders: Sequence[Contender]
+    ) -> None:
+        """Gather the statistics of all cells, with gradients if any of them wants those, or find them in the folder."""
+        self.calibration = {"texts": _windows_identity(texts)}
+        digest = fingerprint({**self.common, **self.calibration})[:8]
+        plain = self.folder.path / f"statistics-{digest}"
+        rich = plain.with_name(f"{plain.name}-gradients")
+        gradients = rich.exists() or any(contender.wants_gradients for contender in contenders)
+        self.statistics = calibrate_checkpoint(
+            self.checkpoint.folder,
+            paths,
+            rich if gradients else plain,
+            sequences=sequences,
+            length=texts[0].ids.shape[1],
+            gradients="sequence" if gradients else None,
+            on_event=self.on_event,
+        ).check(self.checkpoint)
+
+    def cell(self, cell: Cell) -> dict[str, Any]:
+        """Return the record of a cell, measured now unless it was before."""
+        contender = cell.contender
+        statistics = self.statistics if contender.calibrated else None
+        # Statistics with gradients serve those who do not use these just as well: their cells stay what they are.
+        gradients = statistics is not None and contender.wants_gradients and statistics.record.gradients
+        decided = {**contender.identity(), "ratio": cell.ratio, "of": cell.of, "seed": cell.seed}
+        key = fingerprint({"cell": decided, "context": self.context, "gradients": gradients or None})
+        output = self.folder.checkpoint(cell.name, key)
+        known = self.folder.find(key)
+        if known is not None and ("reason" in known or output.exists() or not self.keep):
+            return known
+        command = cell.command(self.source, output, None if statistics is None else statistics.folder, self.revision)
+        record = {
+            "context": self.context,
+            **decided,
+            "setting": contender.setting,
+            "changed": contender.changed,
+            "calibrated": statistics is not None,
+            "name": cell.name,
+            "command": command,
+        }
+        return self.folder.add(key, {**record, **self._measured(cell, output, command, statistics)})
+
+    def _measured(self, cell: Cell, output: Path, command: str, statistics: Statistics | None) -> dict[str, Any]:
+        contender = cell.contender
+        try:
+            plan = make_plan(
+                self.checkpoint,
+                contender.method,
+                contender.settings,
+                ratio=cell.ratio,
+                of=cell.of,
+                statistics=statistics,
+            )
+            check_statistics(plan, statistics)
+            forget_peak()
+            begin = time.perf_counter()
+            report = compress(
+                self.checkpoint,
+                output,
+                plan,
+                seed=cell.seed,
+                command=command,
+                statistics=statistics,
+                on_event=self.on_event,
+            )
+            seconds = time.perf_counter() - begin
+            small = StoredModel(output)
+            measured = evaluate(small, self.texts, against=self._original(), on_event=self.on_event)
+        except JaxmoeError as error:
+            if isinstance(error.__cause__, OSError):
+                raise  # A full disk says nothing of the cell.
+            return {"reason": str(error)}
+        costs = token_costs(small)
+        if not self.keep:
+            shutil.rmtree(output)
+        # Programs of sizes that do not come again: kept, they would count as the memory of later cells.
+        jax.clear_caches()
+        evaluation = measured.as_json()
+        del evaluation["against"]
+        kept = ("requested", "achieved", "allocation", "parameters", "bytes", "outcomes", "peak_bytes")
+        return {
+            **{name: report[name] for name in kept},
+            **costs,
+            # A run that went on counts what it did before, too.
+            "seconds": max(seconds, report["layer_seconds"]),
+            "layers": [{"layer": layer["layer"], "projections": layer["projections"]} for layer in report["layers"]],
+            "evaluation": evaluation,
+        }
+
+    def _original(self) -> Walked:
+        """Return the original's hidden states behind its last layer, which all cells are compared with."""
+        if self.walked is None:
+            self.walked = walk(self.model, np.concatenate([text.ids for text in self.texts]), on_event=self.on_event)
+        return self.walked
+
+    def original(self) -> dict[str, Any]:
+        """Return what was measured of the original."""
+        key = fingerprint({"original": self.question})
+        known = self.folder.find(key)
+        if known is not None:
+            return known
+        measured = evaluate(self.model, self.texts, on_event=self.on_event).as_json()
+        sizes = {"parameters": self.checkpoint.parameters, "bytes": self.checkpoint.bytes}
+        return self.folder.add(key, {**sizes, **token_costs(self.model), "evaluation": measured})
+
+    def spectra(self) -> list[dict[str, Any]]:
+        key = fingerprint({"spectra": self.common})
+        known = self.folder.find(key)
+        return (known or self.folder.add(key, {"spectra": spectra(self.checkpoint)}))["spectra"]
+
+    def result(self) -> dict[str, Any]:
+        original, found = self.original(), self.folder.cells(self.context)
+        statistics = self.statistics
+        return {
+            "jaxmoe": jaxmoe.__version__,
+            "source": self.source,
+            "model_type": self.model.model_type,
+            "texts": [{"name": text.name, "windows": len(text.ids), "left_out": text.left_out} for text in self.texts],
+            "length": self.texts[0].ids.shape[1],
+            "calibration": None if statistics is None else statistics.describe(),
+            "rows": rows(original, found),
+            "cells": found,
+            "routing": None if statistics is None else routing(statistics),
+            "spectra": self.spectra(),
+        }
+
+
+def _windows_identity(texts: Sequence[Windows]) -> list[dict[str, Any]]:
+    return [
+        {"name": text.name, "fingerprint": text.fingerprint, "windows": len(text.ids), "length": text.ids.shape[1]}
+        for text in texts
+    ]

@@ -1,0 +1,231 @@
+"""The report of a comparison: one HTML file that needs nothing else, neither network nor jaxmoe.
+
+Figures are SVG inside the page. Their ink is `currentColor`, so that they follow the page into the dark and onto paper,
+and every one has a text alternative and a caption.
+"""
+
+import io
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.report import plots
+from jaxmoe.report.comparison import NOTHING, columns, label, reasons
+from jaxmoe.report.tables import size
+
+INK = "#010203"
+"""Stands for the colour of the text around a figure."""
+
+WIDTH = 7.4
+"""Inches of a figure: about the text width of the page."""
+
+STYLE: Any = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "jaxmoe",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+}
+
+
+class Figure(NamedTuple):
+    """A figure of the page: its heading, what it shows, what a reader without eyes is told, and the drawing."""
+
+    id: str
+    title: str
+    caption: str
+    alternative: str
+    svg: str
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """Return the report of a comparison as HTML.
+
+    Args:
+        data: what `jaxmoe.comparison.compare` returned.
+
+    Raises:
+        JaxmoeError: jinja2 or matplotlib is not installed.
+    """
+    try:
+        import jinja2
+        import matplotlib
+    except ImportError as error:
+        raise JaxmoeError(f'the HTML report needs {error.name}: pip install "jaxmoe[plots]"') from None
+    with matplotlib.rc_context(STYLE):
+        figures = _figures(data)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("jaxmoe.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    shown = columns(data)
+    rows = [
+        [{"text": column.text(row), "sort": _sortable(column.value(row))} for column in shown] for row in data["rows"]
+    ]
+    return environment.get_template("comparison.html").render(
+        data=data,
+        columns=shown,
+        rows=rows,
+        figures=figures,
+        reasons=reasons(data),
+        cells=[{"title": _title(cell), **cell} for cell in data["cells"]],
+        size=size,
+        nothing=NOTHING,
+    )
+
+
+def _sortable(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _title(cell: Mapping[str, Any]) -> str:
+    seed = f", seed {cell['seed']}" if cell["seed"] else ""
+    return f"{label(cell)}, {cell['ratio']:g} of {cell['of']}{seed}"
+
+
+def _figures(data: Mapping[str, Any]) -> list[Figure]:
+    return [*_pareto(data), *_layers(data), *_routing(data), *_matrices(data)]
+
+
+def _pareto(data: Mapping[str, Any]) -> list[Figure]:
+    done = [row for row in data["rows"][1:] if "bytes" in row]
+    if not done:
+        return []
+    best = min(done, key=lambda row: row["growth"])
+    least, most = (size(end(row["bytes"] for row in done), "B") for end in (min, max))
+    told = (
+        f"{len({label(row) for row in done})} contenders, {len(done)} points from {least} to {most}; nearest to the"
+        f" original is {label(best)} with {best['growth']:.3f} times its perplexity. The table has all numbers."
+    )
+    shared = "Each line is a contender, each point a size; down and to the left is better."
+    found = []
+    for measure, title in (
+        ("geometric_mean_perplexity", "Perplexity against size"),
+        ("nats_lost", "Nats lost against size"),
+    ):
+        svg = _draw([lambda ax, m=measure: plots.plot_pareto(data, ax, measure=m)], height=4.2, name=measure)
+        found.append(Figure(measure.replace("_", "-"), title, shared, f"Line plot. {told}", svg))
+    return found
+
+
+def _layers(data: Mapping[str, Any]) -> list[Figure]:
+    cells = [cell for cell in data["cells"] if "layers" in cell]
+    if not cells:
+        return []
+    names = list(cells[0]["layers"][0]["projections"])
+    found = []
+    for field, title, caption in (
+        ("error", "Error of every layer", "Relative error of the matrices, mean over the experts of a layer."),
+        ("kept", "Kept share of every layer", "Which fraction of its numbers a layer keeps: who got how much."),
+        (
+            "rank",
+            "Rank in every layer",
+            "Rank of all terms together, mean over experts; full where a matrix is untouched.",
+        ),
+    ):
+        values = {
+            name: [plots.field_value(layer["projections"][name], field) for cell in cells for layer in cell["layers"]]
+            for name in names
+        }
+        spans = ", ".join(f"{name} {min(own):.3g} to {max(own):.3g}" for name, own in values.items())
+        told = f"Heat maps of {plots.FIELDS[field]}, layers by cells, one for each projection: {spans}."
+        drawings = [lambda ax, n=name, f=field: plots.plot_layers(data, ax, projection=n, field=f) for name in names]
+        svg = _draw(drawings, height=_height(len(cells[0]["layers"])), name=field, shared=1.6)
+        found.append(Figure(f"layers-{field}", title, caption, told, svg))
+    return found
+
+
+def _routing(data: Mapping[str, Any]) -> list[Figure]:
+    if data["routing"] is None:
+        return []
+    layers, counts = data["routing"]["layers"], data["routing"]["counts"]
+    load = plots.expert_load(data)
+    told = (
+        f"Heat map of the load of {len(load)} experts in {len(layers)} layers. The busiest has {load.max():.1f} times"
+        f" what an even load would give it, the least used {load.min():.2f} times."
+    )
+    height = _height(len(layers))
+    every = _draw([lambda ax: plots.plot_load(data, ax)], height=height + 0.5, name="load")
+    domains = [lambda ax, d=domain: plots.plot_domain_load(data, ax, domain=d) for domain in counts]
+    own = _draw(domains, height=height, name="domains", shared=0.5)
+    names = ", ".join(counts)
+    return [
+        Figure("load", "Load of the experts", "How often each expert was chosen; 1 is even.", told, every),
+        Figure(
+            "domains",
+            "Load by text",
+            "How much more often an expert was chosen on one text than on all: 1 is twice as often, -1 half as often.",
+            f"Heat maps of experts by layers, one for each calibration text: {names}.",
+            own,
+        ),
+    ]
+
+
+def _matrices(data: Mapping[str, Any]) -> list[Figure]:
+    found = data["spectra"]
+    names = list(dict.fromkeys(entry["projection"] for entry in found))
+    layers = len({entry["layer"] for entry in found})
+    means = {
+        name: [rank / e["size"] for e in found if e["projection"] == name for rank in e["effective_ranks"]]
+        for name in names
+    }
+    told = ", ".join(f"{name} {sum(own) / len(own):.0%}" for name, own in means.items())
+    spectra = [lambda ax, n=name: plots.plot_spectra(data, ax, projection=n) for name in names]
+    ranks = [lambda ax, n=name: plots.plot_effective_ranks(data, ax, projection=n) for name in names]
+    return [
+        Figure(
+            "spectra",
+            "Singular values of the original",
+            "The slower a line falls, the more a low rank costs. Mean over the experts of a layer.",
+            f"Line plots of singular values, one for each projection, a line for each of {layers} layers.",
+            _draw(spectra, height=2.6, name="spectra"),
+        ),
+        Figure(
+            "effective-ranks",
+            "Effective ranks of the original",
+            "How many directions an expert's matrix uses: the exponential of the entropy of its energies.",
+            f"Heat maps of experts by layers. In the mean, of the full rank: {told}.",
+            _draw(ranks, height=_height(layers), name="ranks", shared=0.5),
+        ),
+    ]
+
+
+def _height(layers: int) -> float:
+    """Return the inches of a heat map with so many layers."""
+    return min(3.2, 0.9 + 0.14 * layers)
+
+
+def _draw(drawings: list[Callable[[Any], Any]], *, height: float, name: str, shared: float | None = None) -> str:
+    """Return one SVG of axes below each other, each of that height in inches; `shared` inches lie below the last.
+
+    With `shared`, axes name their columns below the last of them only.
+    """
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure as Drawing
+
+    figure = Drawing(figsize=(WIDTH, height * len(drawings) + (shared or 0)), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.subplots(len(drawings), 1, squeeze=False)[:, 0]
+    for ax, draw in zip(axes, drawings):
+        draw(ax)
+        if shared is not None and ax is not axes[-1]:
+            ax.tick_params(labelbottom=False)
+            ax.set_xlabel("")
+    content = io.StringIO()
+    figure.savefig(content, format="svg", transparent=True)
+    return _embedded(content.getvalue(), name)
+
+
+def _embedded(svg: str, name: str) -> str:
+    """Return an SVG file as a part of a page: without its declarations, with ids of its own and the page's ink."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg, count=2)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
+    # The text alternative stands on the element around it.
+    svg = svg.replace("<svg", '<svg aria-hidden="true" focusable="false"', 1)
+    return svg.replace(INK, "currentColor").strip()
