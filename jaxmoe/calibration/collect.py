@@ -21,6 +21,7 @@ from jaxmoe.calibration.record import Record, Source
 from jaxmoe.calibration.statistics import FIELDS, LayerStatistics, merge_arrays
 from jaxmoe.calibration.sums import POOLED, Summing
 from jaxmoe.calibration.writer import StatisticsWriter
+from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.mapped import create_mapped
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import JOURNAL
@@ -98,6 +99,11 @@ def make_record(
         raise JaxmoeError(f"layers {first}:{end} hold no routed experts: they lie in layers {known[0]} to {known[-1]}")
     if gradients is not None and any(len(text.ids[0]) < 2 for text in texts):
         raise JaxmoeError("windows of one token predict nothing: give a length of at least 2")
+    if gradients is not None and isinstance(model.checkpoint, CompressedCheckpoint) and model.checkpoint.main:
+        raise JaxmoeError(
+            f"{model.folder}: vectors scale what its experts read, and the Fisher information of these is not gathered:"
+            " calibrate the checkpoint that it was made of, or without gradients"
+        )
     sources = {
         text.name: (
             Source(

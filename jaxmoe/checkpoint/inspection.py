@@ -62,10 +62,16 @@ def _compressed(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
         "expert_parameters": checkpoint.count().numbers,
         "moe_layers": [int(module.split(".layers.")[1].split(".")[0]) for module in checkpoint.modules],
         "layers": [
-            {"module": module, **checkpoint.shapes[module]._asdict(), "terms": dict(checkpoint.specs[module])}
+            {
+                "module": module,
+                **checkpoint.shapes[module]._asdict(),
+                "terms": dict(checkpoint.specs[module]),
+                **(checkpoint.main[module].as_json() if module in checkpoint.main else {}),
+            }
             for module in checkpoint.modules
         ],
-        "exports": ["dense"],
+        "main_experts": max((main.count for main in checkpoint.main.values()), default=None),
+        "exports": [] if checkpoint.main else ["dense"],
         "notes": [f"compressed by jaxmoe {checkpoint.config['jaxmoe'].get('version')}"],
     }
 

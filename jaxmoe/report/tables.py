@@ -207,8 +207,12 @@ def inspection_tables(record: Mapping[str, Any]) -> list[Any]:
         ("in routed experts", f"{record['expert_parameters']:,}"),
         ("size", f"{record['bytes']:,} bytes ({size(record['bytes'], 'B')}) in {record['tensors']:,} tensors"),
         ("dtypes", ", ".join(f"{name} {size(count, 'B')}" for name, count in record["dtypes"].items())),
-        *((name.replace("_", " "), record[name]) for name in ("experts_per_token", "routing") if record.get(name)),
-        ("can be written", ", ".join(record["exports"])),
+        *(
+            (name.replace("_", " "), record[name])
+            for name in ("experts_per_token", "main_experts", "routing")
+            if record.get(name)
+        ),
+        ("can be written", ", ".join(record["exports"]) or "as it is"),
     ]
     rows = []
     shape_of = dict(zip(record["moe_layers"], record["layers"], strict=True))
