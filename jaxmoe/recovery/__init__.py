@@ -1,6 +1,6 @@
 """Recovery: training a compressed model, on arrays (`losses`, `training`) and on checkpoints (`recover`)."""
 
-from jaxmoe.recovery.losses import LOSSES, Batch, Side, losses
+from jaxmoe.recovery.losses import LOSSES, Batch, Side, batch_losses
 from jaxmoe.recovery.recover import recover
 from jaxmoe.recovery.trainable import SETS, merge, select, split
 from jaxmoe.recovery.training import State, Training, begin, train_step
@@ -12,8 +12,8 @@ __all__ = [
     "Side",
     "State",
     "Training",
+    "batch_losses",
     "begin",
-    "losses",
     "merge",
     "recover",
     "select",

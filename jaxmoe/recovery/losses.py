@@ -74,7 +74,7 @@ def _counted(batch: Batch) -> Bool[Array, "row position"]:
     return batch.learned[:, 1:] & (batch.documents[:, 1:] == batch.documents[:, :-1])
 
 
-def losses(
+def batch_losses(
     student: Side,
     teacher: Side | None,
     batch: Batch,
@@ -147,7 +147,7 @@ def _load(seen: Intermediates, parameters, documents, spec: LayerSpec):
     chances = jax.nn.softmax(router_logits(seen.inputs, parameters, router), -1)
     mean = jnp.sum(chances * within, 0) / tokens
     chosen = jax.nn.one_hot(seen.routes.experts, router.experts).sum(1)
-    return router.experts * jnp.sum(mean * jnp.sum(chosen * within, 0) / (tokens * router.top_k))
+    return router.experts * jnp.sum(mean * jnp.sum(chosen * within, 0) / (tokens * seen.routes.experts.shape[1]))
 
 
 def _apart(passed, aims, within):
@@ -176,7 +176,9 @@ def _likelihoods(student: Side, x, teacher: Side | None, taught, batch: Batch, t
     @jax.checkpoint
     def block(ends, x, taught, targets, counted):
         logits = head(x, ends, student.spec).astype(jnp.float32)
-        nats = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, targets[:, None], -1)[:, 0]
+        # Not `take_along_axis`, whose gradient writes one number after the other.
+        target = jnp.sum(jnp.where(targets[:, None] == jnp.arange(logits.shape[-1]), logits, 0), -1)
+        nats = jax.nn.logsumexp(logits, -1) - target
         divergence = jnp.zeros(())
         if taught is not None and teacher is not None:
             aim = jax.nn.log_softmax(head(taught, teacher.parameters, teacher.spec).astype(jnp.float32) / temperature)

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.recovery.losses import Batch, Side, check_weights, count_learned, losses
+from jaxmoe.recovery.losses import Batch, Side, batch_losses, check_weights, count_learned
 from jaxmoe.recovery.trainable import merge
 
 SCHEDULES = ("cosine", "stable")
@@ -174,7 +174,7 @@ def train_step(
     def total(trained, part: Batch):
         student = Side(merge(frozen, trained), specs[0])
         other = None if teacher is None else Side(teacher, specs[1])
-        found = losses(
+        found = batch_losses(
             student, other, part, wanted=wanted, counted=share, temperature=training.temperature, dtype=dtype
         )
         return sum(training.weights[name] * value for name, value in found.items()), found
@@ -188,5 +188,5 @@ def train_step(
     (gradient, found), _ = lax.scan(add, zeros, parts)
     gradient, found = jax.tree.map(lambda x: x / training.accumulate, (gradient, found))
     updates, memory = optimizer(training).update(gradient, state.optimizer, state.trained)
-    found |= {"gradient_norm": optax.global_norm(gradient), "learning_rate": learning_rate(training)(state.step)}
+    found |= {"gradient_norm": optax.tree.norm(gradient), "learning_rate": learning_rate(training)(state.step)}
     return State(optax.apply_updates(state.trained, updates), memory, state.step + 1, state.key), found
