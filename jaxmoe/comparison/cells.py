@@ -95,7 +95,7 @@ class Cell:
             'svd-improved-0.4-experts-seed0'
         """
         method = self.contender.method.name
-        return f"{method}-{self.contender.setting}-{self.ratio:g}-{self.of}-seed{self.seed}"
+        return f"{method}-{self.contender.setting}-{self.ratio}-{self.of}-seed{self.seed}"
 
     def command(self, source: str, output: Path, statistics: Path | None, revision: str | None = None) -> str:
         """Return the command line that makes the cell.
@@ -108,7 +108,7 @@ class Cell:
         """
         outside = _outside(self.contender.method)
         words = ["jaxmoe", *(["--import", outside] if outside else []), "compress", source, str(output)]
-        words += [*self.contender.options(), "--ratio", f"{self.ratio:g}", "--of", self.of]
+        words += [*self.contender.options(), "--ratio", str(self.ratio), "--of", self.of]
         words += ["--statistics", str(statistics)] if statistics is not None else []
         words += ["--seed", str(self.seed)] if self.seed else []
         return shlex.join(words + (["--revision", revision] if revision else []))
