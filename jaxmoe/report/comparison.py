@@ -183,12 +183,42 @@ def comparison_table(record: Mapping[str, Any]) -> Table:
     return table([c.title for c in shown], [[c.text(row) for c in shown] for row in record["rows"]])
 
 
+def overview(record: Mapping[str, Any]) -> list[list[str]]:
+    """Return contenders by sizes, the header first: perplexity, how many times the original's, and the worst text.
+
+    Example:
+        >>> row = {"method": "svd", "setting": "paper", "changed": {}, "requested": {"ratio": 0.4, "of": "experts"}}
+        >>> quality = {"geometric_mean_perplexity": 4.0, "growth": 2.0, "worst": {"name": "code", "growth": 3.0}}
+        >>> overview({"rows": [{"geometric_mean_perplexity": 2.0}, row | quality]})
+        [['original 2.00', '40% of experts'], ['svd paper', '4.00 (x2.000; code x3.000)']]
+    """
+    original, *others = record["rows"]
+    asked = [(row["requested"]["of"], row["requested"]["ratio"]) for row in others]
+    sizes = {size: f"{100 * size[1]:g}% of {size[0]}" for size in sorted(set(asked))}
+    lines = [[f"original {original['geometric_mean_perplexity']:.2f}", *sizes.values()]]
+    cells = {(label(row), size): row for row, size in zip(others, asked)}
+    for name in dict.fromkeys(map(label, others)):
+        found = [cells.get((name, size)) for size in sizes]
+        lines.append([name, *("" if row is None else _quality(row) for row in found)])
+    return lines
+
+
+def _quality(row: Row) -> str:
+    if "growth" not in row:
+        return NOTHING
+    worst = f"{row['worst']['name']} x{row['worst']['growth']:.3f}"
+    return f"{row['geometric_mean_perplexity']:.2f} (x{row['growth']:.3f}; {worst})"
+
+
+def _markdown(header: list[str], *lines: list[str]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
+
+
 def comparison_markdown(record: Mapping[str, Any]) -> str:
-    """Return all columns in Markdown, then why some rows are empty, then the commands."""
+    """Return the overview and all columns in Markdown, then why some rows are empty, then the commands."""
     shown = columns(record)
-    lines = [[c.title for c in shown], ["---"] * len(shown)]
-    lines += [[c.text(row) for c in shown] for row in record["rows"]]
-    parts = ["\n".join(f"| {' | '.join(line)} |" for line in lines)]
+    lines = [[c.text(row) for c in shown] for row in record["rows"]]
+    parts = [_markdown(*overview(record)), _markdown([c.title for c in shown], *lines)]
     if notes := reasons(record):
         parts.append("\n".join(f"- {NOTHING} {note}" for note in notes))
     commands = [command for row in record["rows"] for command in row.get("commands", ())]

@@ -224,6 +224,8 @@ def _embedded(svg: str, name: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", svg, count=2)
+    # Images are named by their content, so that equal ones have equal names, to which nothing refers.
+    svg = re.sub(r'(<image\b[^>]*?)\s+id="[^"]*"', r"\1", svg)
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
     # The text alternative stands on the element around it.

@@ -1,0 +1,185 @@
+"""`jaxmoe compare`: its cells equal single runs, what is finished stays, and a comparison grows."""
+
+import csv
+import json
+import math
+import shlex
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+from program import ENVIRONMENT, command, jaxmoe
+from small_comparison import ASKED, CALIBRATION, OPTIONS, RATIO, contender, contenders
+
+from jaxmoe.comparison import compare
+from jaxmoe.data import demo_texts
+
+OWN = '''
+"""Truncated SVD that never looks at what was calibrated."""
+from jaxmoe import methods
+from jaxmoe.methods.method import Evidence
+from jaxmoe.methods.svd import SVD
+
+
+def fit(weight, template, settings, *, evidence, key=None):
+    return SVD.fit(weight, template, settings, evidence=Evidence(target=evidence.target), key=key)
+
+
+methods.register(SVD._replace(name="own", summary="unweighted SVD", fit=fit))
+'''
+
+
+def times(folder):
+    return {path: path.stat().st_mtime_ns for path in (folder / ".jaxmoe" / "records").iterdir()}
+
+
+def test_rows_say_what_the_cells_measured(compared):
+    original, *others = compared.result["rows"]
+    assert original["method"] == "original"
+    assert [(row["method"], row["setting"]) for row in others] == [
+        ("svd", "paper"),
+        ("svd", "improved"),
+        ("mobe", "paper"),
+    ]
+    for setting in ("paper", "improved"):
+        row, cell = compared.row("svd", setting), compared.cell("svd", setting)
+        nats = np.array([text["nats_per_token"] for text in cell["evaluation"]["texts"]])
+        before = np.log([original["perplexity"][text["name"]] for text in cell["evaluation"]["texts"]])
+        assert row["geometric_mean_perplexity"] == pytest.approx(np.exp(nats.mean()))
+        assert row["nats_lost"] == pytest.approx((nats - before).mean())
+        assert row["growth"] == pytest.approx(math.exp(row["nats_lost"]))
+        assert row["worst"]["growth"] == pytest.approx(np.exp(np.max(nats - before)))
+        assert row["kl"] > 0
+        assert 0 < row["top1_agreement"] < 1
+        assert RATIO <= row["achieved"]["experts"] < RATIO + 0.02
+        errors = [record["error"] for layer in cell["layers"] for record in layer["projections"].values()]
+        assert row["error"] == pytest.approx(np.mean(errors))
+        assert row["operations_per_token"] < original["operations_per_token"]
+    # What published SVD does not use, it is not given.
+    assert compared.row("svd", "paper")["weighted_error"] is None
+    assert compared.row("svd", "improved")["weighted_error"] > 0
+    assert compared.row("svd", "improved")["kl"] < compared.row("svd", "paper")["kl"]
+
+
+def test_a_size_out_of_reach_is_a_result(compared):
+    row = compared.row("mobe", "paper")
+    assert "out of reach" in row["reason"]
+    assert "achieved" not in row
+    assert row["commands"][0].split()[:2] == ["jaxmoe", "compress"]
+    assert row["reason"] in (compared.folder / "table.md").read_text()
+
+
+def test_tables_hold_the_rows(compared):
+    assert json.loads((compared.folder / "comparison.json").read_text()) == compared.result
+    lines = list(csv.DictReader((compared.folder / "table.csv").open()))
+    assert [line["method"] for line in lines] == ["original", "svd paper", "svd improved", "mobe paper, steps=5"]
+    for line, row in zip(lines, compared.result["rows"], strict=True):
+        for key in ("geometric_mean_perplexity", "kl", "error", "active_parameters", "seconds"):
+            assert line[key] == ("" if row.get(key) is None else str(row[key]))
+        for name, value in row.get("perplexity", {}).items():
+            assert float(line[f"perplexity_{name}"]) == value
+    header, rule, *body = (compared.folder / "table.md").read_text().split("\n\n")[1].splitlines()
+    assert len(body) == len(lines)
+    assert {line.count("|") for line in (header, rule, *body)} == {header.count("|")}
+    row = compared.row("svd", "improved")
+    assert f"| {row['geometric_mean_perplexity']:.2f} |" in body[2]
+    overview = (compared.folder / "table.md").read_text().split("\n\n")[0].splitlines()
+    assert overview[0].endswith("| 80% of experts |")
+    assert f"| svd improved | {row['geometric_mean_perplexity']:.2f} (x{row['growth']:.3f}; " in overview[3]
+    assert overview[4] == "| mobe paper, steps=5 | – |"
+
+
+def test_a_cell_equals_single_runs(compared, tmp_path):
+    cell = compared.cell("svd", "improved")
+    program, name, source, _, *options = shlex.split(cell["command"])
+    assert (program, name, source) == ("jaxmoe", "compress", str(compared.source))
+    done = jaxmoe(name, source, tmp_path / "small", *options, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    for key in ("requested", "achieved", "parameters", "bytes", "allocation", "outcomes"):
+        assert cell[key] == report[key]
+    assert [layer["projections"] for layer in cell["layers"]] == [layer["projections"] for layer in report["layers"]]
+    texts = [part for path in demo_texts()[:2] for part in ("--text", path)]
+    done = jaxmoe("evaluate", tmp_path / "small", *texts, "--sequences", 2, "--length", 64, "--generate", 0, "--json",
+                  "--against", source)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    single = json.loads(done.stdout)
+    for key in ("texts", "geometric_mean_perplexity", "kl", "top1_agreement"):
+        assert cell["evaluation"][key] == single[key]
+    before = {text["name"]: text["perplexity"] for text in single["against"]["texts"]}
+    assert compared.row("original")["perplexity"] == pytest.approx(before, rel=1e-6)
+
+
+def test_what_is_finished_is_not_measured_again(compared, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("measured again")
+
+    before = times(compared.folder)
+    for name in ("compress", "evaluate", "walk", "spectra"):
+        monkeypatch.setattr(f"jaxmoe.comparison.run.{name}", refuse)
+    # Without matplotlib the tables are written all the same.
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    (compared.folder / "table.csv").unlink()
+    again = compare(compared.source, compared.folder, contenders(), **ASKED)
+    assert 'pip install "jaxmoe[plots]"' in again.pop("no_page")
+    assert again == compared.result
+    assert (compared.folder / "table.csv").exists()
+    assert times(compared.folder) == before
+
+
+def test_a_method_from_elsewhere_joins(compared, tmp_path):
+    """On the command line, into the folder of before: cells that are there stay, and are in the new table too."""
+    (tmp_path / "own.py").write_text(OWN)
+    before = times(compared.folder)
+    run = ("--import", tmp_path / "own.py", "compare", compared.source, compared.folder, "--methods", "own")
+    done = jaxmoe(*run, *OPTIONS, *CALIBRATION, "--json")
+    assert done.returncode == 0, done.stderr
+    grown = json.loads(done.stdout)
+    assert [row["method"] for row in grown["rows"]] == ["original", "svd", "svd", "mobe", "own"]
+    assert grown["rows"][:4] == compared.result["rows"]
+    after = times(compared.folder)
+    assert len(after) == len(before) + 1
+    assert {path: after[path] for path in before} == before
+    (own,) = (cell for cell in grown["cells"] if cell["method"] == "own")
+    assert own["command"].startswith(f"jaxmoe --import {tmp_path / 'own.py'} compress ")
+    # Not weighing by what was seen costs weighted error and gains plain error.
+    (row,) = (row for row in grown["rows"] if row["method"] == "own")
+    assert row["weighted_error"] > compared.row("svd", "improved")["weighted_error"]
+    assert row["error"] < compared.row("svd", "improved")["error"]
+    planned = jaxmoe("--import", tmp_path / "own.py", "plan", compared.source, "--method", "own", "--ratio", "0.4")
+    assert planned.returncode == 0, planned.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(compared, tmp_path):
+    report = tmp_path / "report"
+    run = ("compare", compared.source, report, "--methods", "svd", "--setting", "paper", *OPTIONS)
+    run = tuple(x if x != RATIO else f"{RATIO},0.85" for x in run)
+    process = subprocess.Popen(command(*run), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        begin = time.monotonic()
+        while not (report / "table.csv").exists():
+            assert process.poll() is None
+            assert time.monotonic() - begin < 240
+            time.sleep(0.1)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    before = times(report)
+    done = jaxmoe(*run, "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    after = times(report)
+    assert {path: after[path] for path in before} == before
+    assert [cell["ratio"] for cell in said["cells"]] == [RATIO, 0.85]
+    assert said["cells"][0]["evaluation"]["texts"] == compared.cell("svd", "paper")["evaluation"]["texts"]
+    assert not list((report / "checkpoints").iterdir())
+
+
+def test_changed_settings_are_new_contenders():
+    assert contender("mobe", setting="paper", steps=5).changed == {"steps": 5}
+    assert contender("mobe", setting="paper").options() == ["--method", "mobe", "--setting", "paper"]
+    names = {tuple(sorted(c.identity()["settings"].items())) for c in contenders()}
+    assert len(names) == 2

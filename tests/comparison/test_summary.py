@@ -1,0 +1,109 @@
+"""Rows of several seeds, and the cells and commands of a comparison."""
+
+import numpy as np
+import pytest
+from small_comparison import contender
+
+from jaxmoe.comparison.cells import cells, with_baseline
+from jaxmoe.comparison.summary import rows
+from jaxmoe.report.comparison import comparison_csv, comparison_markdown
+
+
+def evaluation(*nats):
+    texts = [{"name": name, "nats_per_token": own, "perplexity": float(np.exp(own))} for name, own in zip("ab", nats)]
+    return {
+        "texts": texts,
+        "geometric_mean_perplexity": float(np.exp(np.mean(nats))),
+        "kl": nats[0] / 10,
+        "top1_agreement": 0.5,
+    }
+
+
+def cell(seed, *nats, **more):
+    projections = {"up": {"error": 0.1 * (seed + 1), "weighted_error": None}}
+    record = {
+        "method": "mobe",
+        "setting": "paper",
+        "changed": {},
+        "calibrated": False,
+        "ratio": 0.4,
+        "of": "experts",
+        "seed": seed,
+        "command": f"jaxmoe compress --seed {seed}",
+    }
+    if not nats:
+        return {**record, **more}
+    return {
+        **record,
+        "achieved": {"touched": 0.5, "experts": 0.4, "model": 0.2},
+        "allocation": "uniform",
+        "parameters": {"before": 100, "after": 80},
+        "bytes": {"before": 200, "after": 160},
+        "seconds": 1.0 + seed,
+        "peak_bytes": 1e6,
+        "active_parameters": 10,
+        "operations_per_token": 20,
+        "outcomes": [{"kind": "behind_svd"}] * seed,
+        "layers": [{"layer": 0, "projections": projections}],
+        "evaluation": evaluation(*nats),
+        **more,
+    }
+
+
+ORIGINAL = {
+    "parameters": 100,
+    "bytes": 200,
+    "active_parameters": 30,
+    "operations_per_token": 60,
+    "evaluation": evaluation(1.0, 2.0),
+}
+
+
+def test_seeds_become_mean_and_standard_deviation():
+    losses = [(1.5, 2.0), (1.1, 2.8), (1.2, 2.4)]
+    _, row = rows(ORIGINAL, [cell(seed, *nats) for seed, nats in enumerate(losses)])
+    perplexities = np.exp(np.mean(losses, axis=1))
+    assert row["seeds"] == [0, 1, 2]
+    assert row["geometric_mean_perplexity"] == pytest.approx(perplexities.mean())
+    assert row["spread"]["geometric_mean_perplexity"] == pytest.approx(perplexities.std(ddof=1))
+    assert row["nats_lost"] == pytest.approx(np.mean(losses) - 1.5)
+    assert row["perplexity"]["b"] == pytest.approx(np.exp([2.0, 2.8, 2.4]).mean())
+    # The worst of all seeds, not of their mean.
+    assert row["worst"] == {"name": "b", "growth": pytest.approx(np.exp(0.8))}
+    assert row["weighted_error"] is None
+    assert "weighted_error" not in row["spread"]
+    assert row["outcomes"] == {"behind_svd": 3}
+    data = {"rows": rows(ORIGINAL, [cell(0, 1.5, 2.0), cell(1, 1.1, 2.8)]), "texts": [{"name": "a"}, {"name": "b"}]}
+    mean, deviation = np.mean(perplexities[:2]), np.std(perplexities[:2], ddof=1)
+    assert f"| {mean:.2f} ± {deviation:.2f} |" in comparison_markdown(data)
+    assert "geometric_mean_perplexity_sd" in comparison_csv(data).splitlines()[0]
+
+
+def test_a_seed_that_failed_is_told():
+    _, row = rows(ORIGINAL, [cell(0, 1.5, 2.0), cell(1, reason="not finite")])
+    assert row["seeds"] == [0]
+    assert row["reason"] == "not finite"
+    assert row["spread"] == {}
+    assert len(row["commands"]) == 2
+
+
+def test_cells_are_every_combination_in_order():
+    both = [contender("svd", setting="paper"), contender("mobe", steps=7)]
+    made = cells(both, [0.6, 0.2, 0.6], of="model", seeds=2)
+    assert [(c.contender.method.name, c.ratio, c.seed) for c in made] == [
+        (name, ratio, seed) for name in ("svd", "mobe") for ratio in (0.2, 0.6) for seed in (0, 1)
+    ]
+    assert len({c.name for c in made}) == 8
+    assert made[-1].command("CKPT", "OUT", None) == (
+        "jaxmoe compress CKPT OUT --method mobe --setting improved --set steps=7 --ratio 0.6 --of model --seed 1"
+    )
+
+
+def test_plain_svd_joins_in_every_setting():
+    joined = with_baseline([contender("mobe"), contender("mobe", setting="paper"), contender("svd", setting="paper")])
+    assert [(c.method.name, c.setting) for c in joined] == [
+        ("svd", "improved"),
+        ("mobe", "improved"),
+        ("mobe", "paper"),
+        ("svd", "paper"),
+    ]
