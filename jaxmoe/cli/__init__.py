@@ -106,7 +106,7 @@ def command(function):
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            resumes = "; the same command goes on where it stopped" if "resume" in kwargs else ""
+            resumes = "; the same command goes on where it stopped" if {"resume", "report"} & kwargs.keys() else ""
             print(f"stopped{resumes}", file=sys.stderr)
             raise typer.Exit(130) from None
 
@@ -513,7 +513,7 @@ def compare(
         typer.Option("--set", metavar="METHOD[:SETTING]:NAME=VALUE", help="a setting of a method; may be repeated"),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="runs of every method and ratio, for mean and deviation")] = 1,
-    sequences: CalibrationOption = 128,
+    sequences: Annotated[int, typer.Option("--sequences", help="windows of each text to calibrate on")] = 128,
     windows: Annotated[
         int | None, typer.Option("--windows", help="windows of each text to evaluate on; by default all")
     ] = None,
@@ -524,8 +524,7 @@ def compare(
 ) -> None:
     """Measure methods at several sizes on one checkpoint: tables, and a report to read in a browser.
 
-    What is finished is kept in REPORT: the same command goes on where it stopped, and one with further methods, ratios
-    or seeds adds to what is there.
+    The same command goes on where it stopped; with further methods, ratios or seeds it adds to what is in REPORT.
     """
     from jaxmoe.comparison import compare as run
     from jaxmoe.report.comparison import NOTHING, comparison_table, reasons

@@ -242,6 +242,7 @@ class _Run:
         del evaluation["against"]
         kept = ("requested", "achieved", "allocation", "parameters", "bytes", "outcomes", "peak_bytes")
         return {
+            "output": str(output),
             **{name: report[name] for name in kept},
             **costs,
             # A run that went on counts what it did before, too.

@@ -210,7 +210,15 @@ def _quality(row: Row) -> str:
     return f"{row['geometric_mean_perplexity']:.2f} (x{row['growth']:.3f}; {worst})"
 
 
-def _markdown(header: list[str], *lines: list[str]) -> str:
+def markdown(header: list[str], *lines: list[str]) -> str:
+    """Return a table in Markdown.
+
+    Example:
+        >>> print(markdown(["a", "b"], ["1", "2"]))
+        | a | b |
+        | --- | --- |
+        | 1 | 2 |
+    """
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
 
 
@@ -218,7 +226,7 @@ def comparison_markdown(record: Mapping[str, Any]) -> str:
     """Return the overview and all columns in Markdown, then why some rows are empty, then the commands."""
     shown = columns(record)
     lines = [[c.text(row) for c in shown] for row in record["rows"]]
-    parts = [_markdown(*overview(record)), _markdown([c.title for c in shown], *lines)]
+    parts = [markdown(*overview(record)), markdown([c.title for c in shown], *lines)]
     if notes := reasons(record):
         parts.append("\n".join(f"- {NOTHING} {note}" for note in notes))
     commands = [command for row in record["rows"] for command in row.get("commands", ())]
