@@ -444,6 +444,9 @@ def recover(
     clip: Annotated[float, typer.Option("--clip", help="bound of the gradient's norm")] = 1.0,
     temperature: Annotated[float, typer.Option("--temperature", help="of the distributions of distillation")] = 1.0,
     dtype: Annotated[Compute, typer.Option("--dtype", help="of the computation")] = Compute.float32,
+    rematerialize: Annotated[
+        bool, typer.Option("--rematerialize", help="compute layers again in the backward pass, to save memory")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", help="of the order of the data")] = 0,
     save_every: Annotated[int, typer.Option("--save-every", help="steps between saved states")] = 50,
     keep: Annotated[int, typer.Option("--keep", help="saved states that remain")] = 2,
@@ -472,6 +475,7 @@ def recover(
         clip=clip,
         temperature=temperature,
         dtype=dtype.value,
+        rematerialize=rematerialize,
     )
     with progress(steps, as_json=as_json, doing="training", unit="steps") as on_event:
         report = run(

@@ -83,6 +83,7 @@ def batch_losses(
     counted: Float[Array, ""] | float | None = None,
     temperature: float = 1.0,
     dtype: Any = jnp.float32,
+    rematerialize: bool = False,
 ) -> dict[str, Float[Array, ""]]:
     """Return the losses of a batch by name, differentiable in the student's parameters.
 
@@ -94,8 +95,9 @@ def batch_losses(
         counted: by how many tokens sums over learned tokens are divided; by default as many as there are.
         temperature: of the distributions that distillation compares.
         dtype: of the computation; logits, probabilities and routing are float32 in any.
+        rematerialize: whether the backward pass computes every layer again, so that only what enters a layer is kept.
     """
-    run = partial(_run, batch=batch, dtype=dtype, keep="outputs" in wanted)
+    run = partial(_run, batch=batch, dtype=dtype, keep="outputs" in wanted, again=rematerialize)
     x, passed, balance = run(student, balance="balance" in wanted)
     found = {}
     if "balance" in wanted:
@@ -113,13 +115,14 @@ def batch_losses(
     return {name: found[name] for name in LOSSES if name in wanted}
 
 
-def _run(side: Side, *, batch: Batch, dtype, keep: bool, balance: bool):
+def _run(side: Side, *, batch: Batch, dtype, keep: bool, again: bool, balance: bool):
     """Return the hidden states that leave the last layer, perhaps those of all layers, and the balance loss."""
     spec = side.spec
     x = embed(batch.ids, side.parameters, spec).astype(dtype)
     kept, loads = [], []
     for own, rules in zip(side.parameters["layers"], spec.layers, strict=True):
-        x, load = _layer(x, own, batch.documents, spec=rules, balance=balance)
+        run = partial(_layer, documents=batch.documents, spec=rules, balance=balance)
+        x, load = (jax.checkpoint(run) if again else run)(x, own)
         if keep:
             kept.append(x)
         if load is not None:
@@ -127,15 +130,9 @@ def _run(side: Side, *, batch: Batch, dtype, keep: bool, balance: bool):
     return x, kept, sum(loads) / max(1, len(loads))
 
 
-def _layer(x, parameters, documents, *, spec: LayerSpec, balance: bool):
-    """Run a layer whose backward pass computes everything in it again: only what enters a layer is kept."""
-
-    @jax.checkpoint
-    def run(x, parameters):
-        out, seen = layer(x, parameters, spec, documents=documents)
-        return out, _load(seen, parameters, documents, spec) if balance else None
-
-    return run(x, parameters)
+def _layer(x, parameters, *, documents, spec: LayerSpec, balance: bool):
+    out, seen = layer(x, parameters, spec, documents=documents)
+    return out, _load(seen, parameters, documents, spec) if balance else None
 
 
 def _load(seen: Intermediates, parameters, documents, spec: LayerSpec):

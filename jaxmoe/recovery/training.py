@@ -41,6 +41,8 @@ class Training:
         clip: bound of the gradient's norm.
         temperature: of distillation.
         dtype: of the computation; what is trained is float32 in any.
+        rematerialize: whether the backward pass computes every layer again instead of keeping what is inside: a third
+            more work, far less memory.
 
     Example:
         >>> Training(steps=100).weights
@@ -58,6 +60,7 @@ class Training:
     clip: float = 1.0
     temperature: float = 1.0
     dtype: str = "float32"
+    rematerialize: bool = False
 
     def __post_init__(self):
         check_weights(self.weights)
@@ -175,7 +178,14 @@ def train_step(
         student = Side(merge(frozen, trained), specs[0])
         other = None if teacher is None else Side(teacher, specs[1])
         found = batch_losses(
-            student, other, part, wanted=wanted, counted=share, temperature=training.temperature, dtype=dtype
+            student,
+            other,
+            part,
+            wanted=wanted,
+            counted=share,
+            temperature=training.temperature,
+            dtype=dtype,
+            rematerialize=training.rematerialize,
         )
         return sum(training.weights[name] * value for name, value in found.items()), found
 

@@ -2,9 +2,8 @@
 
     python scripts/benchmarks/training.py CHECKPOINT [--rows 8] [--length 256] [--rounds 5]
 
-Both sides hold the whole model in float32 and take the same rows of tokens. JAX computes every layer again in the
-backward pass, so that it keeps only what enters a layer; PyTorch keeps everything. One core, CPU seconds, contestants
-in turn, medians.
+Both sides hold the whole model in float32, take the same rows of tokens and keep all activations. One core, CPU
+seconds, contestants in turn, medians.
 """
 
 import argparse

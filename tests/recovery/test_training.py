@@ -98,6 +98,12 @@ def test_parts_of_a_batch_give_the_same_step(small):
         np.testing.assert_allclose(cut.trained[name], array, atol=2e-6, err_msg=name)
 
 
+def test_layers_computed_again_give_the_same_step(small):
+    kept, again = (stepped(small, Training(rows=4, rematerialize=flag), ("all",)) for flag in (False, True))
+    assert float(again[1]["loss"]) == pytest.approx(float(kept[1]["loss"]), rel=1e-6)
+    assert float(again[1]["gradient_norm"]) == pytest.approx(float(kept[1]["gradient_norm"]), rel=1e-4)
+
+
 def test_what_is_trained_stays_in_float32(small):
     state, found = stepped(small, Training(rows=4, dtype="bfloat16"))
     assert {array.dtype for array in state.trained.values()} == {jnp.dtype("float32")}
