@@ -11,6 +11,7 @@ of each sequence and expert are then formed on their own, so that no gradient of
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,6 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.model.decoder import head
-from jaxmoe.model.grouped import BlockShape, arrange, most_blocks, summed_rows
 from jaxmoe.model.layer import Intermediates, layer
 from jaxmoe.model.spec import DecoderSpec, ExpertBlock, LayerSpec
 
@@ -94,12 +94,26 @@ def layer_backward(
     entered, deltas = back(gradient)
     fisher = {}
     if isinstance(block, ExpertBlock):
-        fisher = _squares(seen, deltas, block.shape.experts, sequences=x.shape[0], whole=mode == "sequence")
+        fisher = summed_squares(seen, deltas, block.shape.experts, sequences=x.shape[0], whole=mode == "sequence")
     return entered, fisher, seen
 
 
-def _squares(seen: Intermediates, deltas: Projections, experts: int, *, sequences: int, whole: bool) -> Projections:
-    """Return the sums of squared products, of whole sequences or of single tokens, `[expert, out, in]`."""
+ROWS = (16, 32, 48, 64, 96, 128, 192, 256)
+"""Rows of the products that are summed: the last for as long as there are more, then the first that holds the rest."""
+
+
+def summed_squares(
+    seen: Intermediates, deltas: Projections, experts: int, *, sequences: int, whole: bool
+) -> Projections:
+    """Return the sums of squared products of each projection, `[expert, out, in]`.
+
+    Args:
+        seen: what the layer's experts read, and which token chose them.
+        deltas: gradients with respect to the outputs of the projections, `[token, choice, out]`.
+        experts: how many there are.
+        sequences: of equal length that the tokens belong to, one after the other.
+        whole: whether the products of a sequence are added up before they are squared, or every token's is squared.
+    """
     assert seen.routes is not None
     assert seen.intermediate is not None
     chosen = seen.routes.experts
@@ -108,22 +122,23 @@ def _squares(seen: Intermediates, deltas: Projections, experts: int, *, sequence
         # Single tokens are squared before they are summed: it does not matter in which sequence they lie.
         sequences = 1
     # Assignments are sorted by expert and, within it, by sequence: a pair of both is what is squared.
-    pairs = chosen * sequences + (jnp.arange(tokens) // (tokens // sequences))[:, None]
-    numbers = seen.inputs.shape[1] * seen.intermediate.shape[2]
-    rows = max(32, summed_rows(chosen.size, experts * sequences, numbers))
-    blocks = arrange(pairs, experts * sequences, BlockShape(rows, most_blocks(chosen.size, experts * sequences, rows)))
-    counts = jnp.bincount(pairs.reshape(-1), length=experts * sequences)
-    needed = -(-counts // rows)
-    first = jnp.cumsum(needed) - needed
+    pairs = (chosen * sequences + (jnp.arange(tokens) // (tokens // sequences))[:, None]).reshape(-1)
+    counts = jnp.bincount(pairs, length=experts * sequences)
+    first = jnp.cumsum(counts) - counts
     (occupied,) = jnp.nonzero(counts, size=len(counts))
+    # A token chooses an expert once.
+    sizes = ROWS[: int(np.searchsorted(ROWS, tokens // sequences)) + 1]
+    # Behind the last assignment stand numbers of none, whose rows are zeros.
+    order = jnp.pad(jnp.argsort(pairs, stable=True), (0, sizes[-1]), constant_values=chosen.size)
     left = {name: delta.reshape(chosen.size, -1) for name, delta in deltas.items()}
     intermediate = seen.intermediate.reshape(chosen.size, -1)
     outputs = [name for name in deltas if name != "down"]
     ends = np.cumsum([left[name].shape[1] for name in outputs])
 
-    def product(index):
-        place = blocks.assignment[index]
-        # Rows of padding lie behind the last one.
+    def products(begin, end, size: int):
+        """Multiply the assignments from `begin` to `end`, at most `size` of them, with what they read."""
+        own = jnp.arange(size) < end - begin
+        place = jnp.where(own, lax.dynamic_slice(order, (begin,), (size,)), chosen.size)
         rows = {name: array.at[place].get(mode="fill", fill_value=0) for name, array in left.items()}
         # Gate and up read the same rows: one product serves both.
         factors = {
@@ -132,23 +147,25 @@ def _squares(seen: Intermediates, deltas: Projections, experts: int, *, sequence
         }
         if not whole:
             factors = jax.tree.map(jnp.square, factors)
-        products = {
-            name: jnp.einsum("to,ti->oi", *both, precision=lax.Precision.HIGHEST) for name, both in factors.items()
-        }
-        split = jnp.split(products["first"], ends[:-1])
-        return {**dict(zip(outputs, split, strict=True)), "down": products["down"]}
+        return {name: jnp.einsum("to,ti->oi", *both, precision=lax.Precision.HIGHEST) for name, both in factors.items()}
+
+    fitting = [partial(products, size=size) for size in sizes]
 
     def pair(position, totals):
         index = occupied[position]
-        begin = first[index]
+        begin, end = first[index], first[index] + counts[index]
+        full = (counts[index] - 1) // sizes[-1]
+        last = begin + full * sizes[-1]
+        sums = lax.switch(jnp.searchsorted(jnp.array(sizes), end - last), fitting, last, end)
 
-        def further(index, sums):
-            return jax.tree.map(jnp.add, sums, product(index))
+        def further(chunk, sums):
+            return jax.tree.map(jnp.add, sums, products(begin + chunk * sizes[-1], end, sizes[-1]))
 
-        sums = lax.fori_loop(begin + 1, begin + needed[index], further, product(begin))
+        sums = lax.fori_loop(0, full, further, sums)
         if whole:
             sums = jax.tree.map(jnp.square, sums)
-        return {name: total.at[index // sequences].add(sums[name]) for name, total in totals.items()}
+        split = dict(zip(outputs, jnp.split(sums["first"], ends[:-1]), strict=True)) | {"down": sums["down"]}
+        return {name: total.at[index // sequences].add(split[name]) for name, total in totals.items()}
 
     totals = {
         name: jnp.zeros((experts, array.shape[1], (intermediate if name == "down" else seen.inputs).shape[1]))

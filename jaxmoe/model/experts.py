@@ -28,8 +28,8 @@ from jaxmoe.model.grouped import (
     arrange,
     block_product,
     block_rows,
-    gather,
     gather_tokens,
+    gather_zeros,
     most_blocks,
     ragged_product,
     scatter,
@@ -94,7 +94,7 @@ def run_experts(
         gate: how gate and up are joined.
         biases: `gate`, `up` and `down` where the family has them, else empty.
         shape: of the blocks, chosen on the host from real counts; None takes what is enough for any routing.
-        probes: added to the outputs of `gate`, `up` and `down`: a gradient with respect to zeros here is the gradient
+        probes: zeros, added to the outputs of `gate`, `up` and `down`: a gradient with respect to them is the gradient
             with respect to these outputs.
         weights: the router's, by which the outputs are combined; None weighs every choice by one. A term of `down` that
             chooses channels by what it reads sees the activations combined alike.
@@ -151,7 +151,7 @@ def _blocked(
     blocks = arrange(chosen, experts.sizes.experts, shape)
     dtype = next(iter(reads.values())).dtype
     added = [{name: bias[blocks.expert][:, None].astype(dtype) for name, bias in biases.items()}]
-    added.append({name: gather(probe, blocks) for name, probe in probes.items()})
+    added.append({name: gather_zeros(probe, blocks) for name, probe in probes.items()})
     added.append({name: gather_tokens(rows, blocks) for name, rows in once.items()})
     reads, scales = ({name: gather_tokens(rows, blocks) for name, rows in part.items()} for part in (reads, scales))
     intermediate, output = _network(reads, scales, experts, gate, added, block_product(blocks))

@@ -138,6 +138,12 @@ def gather(x: Float[Array, "token choice size"], blocks: Blocks) -> Float[Array,
 
 
 @jax.custom_vjp
+def gather_zeros(x: Float[Array, "token choice size"], blocks: Blocks) -> Float[Array, "block row size"]:
+    """Return what `gather` does of zeros, without reading them; the gradient is the same."""
+    return jnp.zeros((*blocks.assignment.shape, x.shape[-1]), x.dtype)
+
+
+@jax.custom_vjp
 def gather_tokens(x: Float[Array, "token size"], blocks: Blocks) -> Float[Array, "block row size"]:
     """Return the tokens' rows in blocks, zeros where a row is padding."""
     return x.at[blocks.assignment // blocks.place.shape[1]].get(mode="fill", fill_value=0)
@@ -158,6 +164,7 @@ def _remembering(function):
 # round. Left to itself JAX adds rows up one after the other, behind copies of all of them.
 gather.defvjp(_remembering(gather), lambda blocks, rows: (scatter(rows, blocks), None))
 gather_tokens.defvjp(_remembering(gather_tokens), lambda blocks, rows: (jnp.sum(scatter(rows, blocks), 1), None))
+gather_zeros.defvjp(_remembering(gather_zeros), lambda blocks, rows: (scatter(rows, blocks), None))
 scatter.defvjp(_remembering(scatter), lambda blocks, x: (gather(x, blocks), None))
 
 

@@ -1,5 +1,7 @@
 """Calibration through the JAX model: equal to PyTorch's door, to jax.grad, and to itself however it is cut."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,14 +9,14 @@ import pytest
 from tiny_models import load_tiny, save_tiny
 
 from jaxmoe.calibration.collect import calibrate
-from jaxmoe.calibration.fisher import layer_backward, sequence_loss
+from jaxmoe.calibration.fisher import layer_backward, sequence_loss, summed_squares
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Dense
 from jaxmoe.model.decoder import embed
-from jaxmoe.model.layer import Attended, attended, finish, layer
+from jaxmoe.model.layer import Attended, Intermediates, attended, finish, layer
 from jaxmoe.model.routing import Routes
 from jaxmoe.streaming import on_device
 from jaxmoe.texts import Tokenizer, Windows, text_windows
@@ -88,10 +90,11 @@ def test_fisher_of_one_layer_equals_a_copy_of_the_experts_for_every_token(mode, 
     model = StoredModel(tmp_path)
     spec, parameters = model.spec.layers[1], on_device(model.layer(1))
     x, gradient = np.random.default_rng(0).standard_normal((2, 2, 7, 64)).astype(np.float32)
-    _, found, _ = layer_backward(jnp.asarray(x), jnp.asarray(gradient), parameters, spec, mode=mode)
+    walk_back = jax.jit(partial(layer_backward, spec=spec, mode=mode))
+    _, found, _ = walk_back(jnp.asarray(x), jnp.asarray(gradient), parameters)
 
     # Behind attention every token goes its own way: with experts of its own, their gradient is the token's part.
-    residual, inputs, routes = attended(jnp.asarray(x), parameters, spec)
+    residual, inputs, routes = jax.jit(partial(attended, spec=spec))(jnp.asarray(x), parameters)
     weights = {name: parameters["experts"].materialize(name) for name in ("gate", "up", "down")}
 
     def loss(weights, residual, inputs, experts, scores, gradient):
@@ -106,6 +109,34 @@ def test_fisher_of_one_layer_equals_a_copy_of_the_experts_for_every_token(mode, 
         whole = np.asarray(part, np.float64).reshape(2, 7, *part.shape[1:])
         expected = (whole.sum(1) ** 2).sum(0) if mode == "sequence" else (whole**2).sum((0, 1))
         assert np.linalg.norm(found[name] - expected) <= 1e-5 * np.linalg.norm(expected), name
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_products_of_any_number_of_rows_are_summed(whole):
+    """Expert 0 sees every token, expert 1 + s the first tokens of sequence s, as many as `counts` says."""
+    counts, length = [0, 1, 16, 17, 200, 256, 300], 300
+    experts, tokens = len(counts) + 1, len(counts) * length
+    rng = np.random.default_rng(0)
+    chosen = np.zeros((tokens, 2), np.int32)
+    for sequence, count in enumerate(counts):
+        chosen[sequence * length :][:count, 1] = 1 + sequence
+        # The rest goes to an expert that nobody asks about.
+        chosen[sequence * length + count : (sequence + 1) * length, 1] = experts
+    inputs, intermediate = rng.standard_normal((tokens, 5)), rng.standard_normal((tokens, 2, 3))
+    deltas = {name: rng.standard_normal((tokens, 2, 5 if name == "down" else 3)) for name in ("gate", "up", "down")}
+    numbers = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (inputs, intermediate, deltas))
+    seen = Intermediates(numbers[0], Routes(jnp.asarray(chosen), jnp.ones((tokens, 2))), numbers[1], None)
+    squares = jax.jit(partial(summed_squares, experts=experts + 1, sequences=len(counts), whole=whole))
+    found = squares(seen, numbers[2])
+    for name, delta in deltas.items():
+        right = intermediate if name == "down" else np.repeat(inputs[:, None], 2, 1)
+        for expert in range(experts + 1):
+            expected = 0
+            for sequence in range(len(counts)):
+                rows = slice(sequence * length, (sequence + 1) * length)
+                d, x = (part[rows][chosen[rows] == expert] for part in (delta, right))
+                expected += (d.T @ x) ** 2 if whole else (d**2).T @ x**2
+            assert np.linalg.norm(found[name][expert] - expected) <= 1e-5 * np.linalg.norm(expected), (name, expert)
 
 
 def test_few_experts_at_a_time_give_the_same(tmp_path):
