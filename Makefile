@@ -42,7 +42,7 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 
 bench: $(INSTALLED)
-	for name in svd closed_form conversion basis_learning base_once forward calibration; do \
+	for name in svd closed_form conversion basis_learning base_once compressed_experts forward calibration training; do \
 	  echo "== $$name"; $(BIN)/python scripts/benchmarks/$$name.py || exit 1; done
 
 clean:
