@@ -11,7 +11,7 @@ settings finds those that still apply.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,14 +75,14 @@ class ComparisonFolder:
         write_bytes(self.records / f"{key}.json", json.dumps(record).encode())
         return dict(record)
 
-    def cells(self, context: str) -> list[dict[str, Any]]:
-        """Return the records of all cells of one context, those of earlier runs too; of equal cells the newest."""
+    def cells(self, contexts: Collection[str]) -> list[dict[str, Any]]:
+        """Return the records of all cells of some contexts, those of earlier runs too; of equal cells the newest."""
         paths = sorted(self.records.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
         found = [json.loads(path.read_bytes()) for path in paths]
         newest = {
             fingerprint({name: record[name] for name in ("method", "settings", "ratio", "of", "seed")}): record
             for record in found
-            if record.get("context") == context
+            if record.get("context") in contexts
         }
         return list(newest.values())
 

@@ -6,7 +6,6 @@ Everything that a cell depends on stands in its key, see `folder`.
 """
 
 import json
-import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ from jaxmoe.comparison.summary import rows
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.evaluation.evaluate import evaluate
 from jaxmoe.evaluation.windows import Walked, walk
-from jaxmoe.pipeline import check_statistics, compress
+from jaxmoe.pipeline import check_statistics, compress, where
 from jaxmoe.plan import make_plan
 from jaxmoe.report.comparison import comparison_csv, comparison_markdown
 from jaxmoe.report.page import page
@@ -147,18 +146,13 @@ class _Run:
         self.on_event: Event = lambda event: None if event["event"] == "complete" else on_event(event)
         self.statistics: Statistics | None = None
         self.calibration: dict[str, Any] | None = None
-        self.common = {
-            "model": model.fingerprint(),
-            "versions": {"jaxmoe": jaxmoe.__version__, "jax": jax.__version__},
-            "platform": f"{jax.default_backend()} {platform.machine()}",
-        }
+        self.common = {"model": model.fingerprint(), **where()}
         self.question = {**self.common, "texts": _windows_identity(texts)}
         self.walked: Walked | None = None
 
-    @property
-    def context(self) -> str:
-        """What cells must have in common to stand in one table."""
-        return fingerprint({**self.question, "calibration": self.calibration})
+    def context(self, calibrated: bool) -> str:
+        """Return what cells must have in common to stand in one table: the calibration only if they use one."""
+        return fingerprint({**self.question, "calibration": self.calibration if calibrated else "unused"})
 
     def calibrate(
         self, paths, texts: Sequence[Windows], sequences: int | None, contenders: Sequence[Contender]
@@ -186,14 +180,15 @@ class _Run:
         # Statistics with gradients serve those who do not use these just as well: their cells stay what they are.
         gradients = statistics is not None and contender.wants_gradients and statistics.record.gradients
         decided = {**contender.identity(), "ratio": cell.ratio, "of": cell.of, "seed": cell.seed}
-        key = fingerprint({"cell": decided, "context": self.context, "gradients": gradients or None})
+        context = self.context(contender.calibrated)
+        key = fingerprint({"cell": decided, "context": context, "gradients": gradients or None})
         output = self.folder.checkpoint(cell.name, key)
         known = self.folder.find(key)
         if known is not None and ("reason" in known or output.exists() or not self.keep):
             return known
         command = cell.command(self.source, output, None if statistics is None else statistics.folder, self.revision)
         record = {
-            "context": self.context,
+            "context": context,
             **decided,
             "setting": contender.setting,
             "changed": contender.changed,
@@ -229,15 +224,16 @@ class _Run:
             seconds = time.perf_counter() - begin
             small = StoredModel(output)
             measured = evaluate(small, self.texts, against=self._original(), on_event=self.on_event)
+            costs = token_costs(small)
         except JaxmoeError as error:
             if isinstance(error.__cause__, OSError):
                 raise  # A full disk says nothing of the cell.
             return {"reason": str(error)}
-        costs = token_costs(small)
-        if not self.keep:
-            shutil.rmtree(output)
-        # Programs of sizes that do not come again: kept, they would count as the memory of later cells.
-        jax.clear_caches()
+        finally:
+            if not self.keep:
+                shutil.rmtree(output, ignore_errors=True)
+            # Programs of sizes that do not come again: kept, they would count as the memory of later cells.
+            jax.clear_caches()
         evaluation = measured.as_json()
         del evaluation["against"]
         kept = ("requested", "achieved", "allocation", "parameters", "bytes", "outcomes", "peak_bytes")
@@ -273,7 +269,7 @@ class _Run:
         return (known or self.folder.add(key, {"spectra": spectra(self.checkpoint)}))["spectra"]
 
     def result(self) -> dict[str, Any]:
-        original, found = self.original(), self.folder.cells(self.context)
+        original, found = self.original(), self.folder.cells({self.context(True), self.context(False)})
         statistics = self.statistics
         return {
             "jaxmoe": jaxmoe.__version__,
