@@ -45,7 +45,7 @@ def test_both_doors_agree(family, gradients, tmp_path):
     from jaxmoe.torch import statistics
 
     save_tiny(family, tmp_path / "model")
-    texts = [random_windows("one"), random_windows("two", windows=3, seed=1)]
+    texts = [random_windows("one"), random_windows("two", windows=4, seed=1)]
     found = calibrate(StoredModel(tmp_path / "model"), texts, tmp_path / "statistics", gradients=gradients, tokens=32)
     torch_model = load_tiny(tmp_path / "model", dtype="float32")
     for text in texts:
