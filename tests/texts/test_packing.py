@@ -47,7 +47,11 @@ def test_what_is_not_to_be_learned_is_not():
 
 @pytest.mark.parametrize(
     ("documents", "length", "message"),
-    [([], 4, "nothing to learn"), (numbered([1, 1]), 4, "nothing to learn"), (numbered([5]), 1, "length of at least 2")],
+    [
+        ([], 4, "nothing to learn"),
+        (numbered([1, 1]), 4, "nothing to learn"),
+        (numbered([5]), 1, "length of at least 2"),
+    ],
 )
 def test_what_cannot_be_packed(documents, length, message):
     with pytest.raises(JaxmoeError, match=message):
