@@ -31,8 +31,8 @@ def evaluate(
     Args:
         model: original or compressed.
         texts: its windows, all of one length.
-        against: the original, whose vocabulary the model has, or what `walk` made of it and these very windows; None for
-            none.
+        against: the original, whose vocabulary the model has, or what `walk` made of it and these very windows; None
+            for none.
         work: folder on whose disk the hidden states lie; that for temporary files if None.
         on_event: called with a small record after every layer.
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -35,9 +36,9 @@ LOGITS = 1 << 24
 class Batch(NamedTuple):
     """Rows of packed documents, see `texts.packing.Rows`."""
 
-    ids: Int[Array, "row position"]
-    documents: Int[Array, "row position"]
-    learned: Bool[Array, "row position"]
+    ids: Int[Array | np.ndarray, "row position"]
+    documents: Int[Array | np.ndarray, "row position"]
+    learned: Bool[Array | np.ndarray, "row position"]
 
 
 class Side(NamedTuple):
@@ -71,7 +72,8 @@ def count_learned(batch: Batch) -> Float[Array, ""]:
 
 
 def _counted(batch: Batch) -> Bool[Array, "row position"]:
-    return batch.learned[:, 1:] & (batch.documents[:, 1:] == batch.documents[:, :-1])
+    documents, learned = jnp.asarray(batch.documents), jnp.asarray(batch.learned)
+    return learned[:, 1:] & (documents[:, 1:] == documents[:, :-1])
 
 
 def batch_losses(
@@ -118,7 +120,7 @@ def batch_losses(
 def _run(side: Side, *, batch: Batch, dtype, keep: bool, again: bool, balance: bool):
     """Return the hidden states that leave the last layer, perhaps those of all layers, and the balance loss."""
     spec = side.spec
-    x = embed(batch.ids, side.parameters, spec).astype(dtype)
+    x = embed(jnp.asarray(batch.ids), side.parameters, spec).astype(dtype)
     kept, loads = [], []
     for own, rules in zip(side.parameters["layers"], spec.layers, strict=True):
         run = partial(_layer, documents=batch.documents, spec=rules, balance=balance)

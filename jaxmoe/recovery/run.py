@@ -74,10 +74,10 @@ def train(
     state = begin(trained, training, seed)
     specs = (student.spec, None if teacher is None else teacher.spec)
     step = jax.jit(partial(train_step, specs=specs, training=training), donate_argnums=0)
-    policy = ocp.training.preservation_policies.LatestN(keep)
-    with ocp.training.Checkpointer(
-        (folder / STATES).absolute(), preservation_policy=policy, cleanup_tmp_directories=True
-    ) as states:
+    # Any: Orbax declares another class of the same policies.
+    policy: Any = ocp.training.preservation_policies.LatestN(keep)
+    place = str((folder / STATES).absolute())
+    with ocp.training.Checkpointer(place, preservation_policy=policy, cleanup_tmp_directories=True) as states:
         if states.latest is not None:
             state = _restored(states.latest.step, states, state)
         metrics = _metrics(folder / METRICS, int(state.step))

@@ -199,4 +199,5 @@ def train_step(
     gradient, found = jax.tree.map(lambda x: x / training.accumulate, (gradient, found))
     updates, memory = optimizer(training).update(gradient, state.optimizer, state.trained)
     found |= {"gradient_norm": optax.tree.norm(gradient), "learning_rate": learning_rate(training)(state.step)}
-    return State(optax.apply_updates(state.trained, updates), memory, state.step + 1, state.key), found
+    trained = jax.tree.map(jnp.add, state.trained, updates)
+    return State(trained, memory, state.step + 1, state.key), found
