@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -130,16 +131,17 @@ def test_what_is_finished_is_not_measured_again(compared, monkeypatch):
 
 
 def test_a_method_from_elsewhere_joins(compared, tmp_path):
-    """On the command line, into the folder of before: cells that are there stay, and are in the new table too."""
+    """On the command line, into a copy of what was there: its cells stay, and are in the new table too."""
     (tmp_path / "own.py").write_text(OWN)
-    before = times(compared.folder)
-    run = ("--import", tmp_path / "own.py", "compare", compared.source, compared.folder, "--methods", "own")
+    folder = shutil.copytree(compared.folder, tmp_path / "report")
+    before = times(folder)
+    run = ("--import", tmp_path / "own.py", "compare", compared.source, folder, "--methods", "own")
     done = jaxmoe(*run, *OPTIONS, *CALIBRATION, "--json")
     assert done.returncode == 0, done.stderr
     grown = json.loads(done.stdout)
     assert [row["method"] for row in grown["rows"]] == ["original", "svd", "svd", "mobe", "own"]
     assert grown["rows"][:4] == compared.result["rows"]
-    after = times(compared.folder)
+    after = times(folder)
     assert len(after) == len(before) + 1
     assert {path: after[path] for path in before} == before
     (own,) = (cell for cell in grown["cells"] if cell["method"] == "own")
