@@ -39,6 +39,7 @@ _HOMES = {
     "jaxmoe.model": ("Decoder",),
     "jaxmoe.pipeline": ("compress",),
     "jaxmoe.plan": ("Plan", "make_plan"),
+    "jaxmoe.recovery": ("Training", "recover"),
     "jaxmoe.solvers.basis_learning": ("learn_basis",),
     "jaxmoe.solvers.mixture": ("solve_coefficients",),
     "jaxmoe.solvers.residual": ("hashed_residual", "largest_entries"),

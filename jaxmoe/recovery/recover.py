@@ -53,7 +53,7 @@ def recover(
     instructions: Sequence[str | Path] = (),
     prompts: bool = False,
     teacher: str | Path | None = None,
-    sets: Sequence[str] = ("router", "norms"),
+    sets: Sequence[str] = ("router", "norms", "factors"),
     training: Training | None = None,
     length: int | None = None,
     seed: int = 0,
