@@ -50,11 +50,8 @@ def write_trained(
 
 
 def _replaced(tensor: Planned, array: np.ndarray) -> Planned:
-    dtype = DTYPES[tensor.code]
     # A selection bias may be stored as a row.
-    values = np.asarray(array).astype(dtype).reshape(tensor.shape)
-    if not np.isfinite(values.astype(np.float32)).all():
-        raise JaxmoeError(f"{tensor.name}: trained to numbers that {dtype} cannot hold; try a smaller --learning-rate")
+    values = _stored(tensor.name, array, DTYPES[tensor.code]).reshape(tensor.shape)
     return Planned(tensor.name, tensor.dtype, tensor.shape, lambda: values)
 
 
@@ -62,7 +59,16 @@ def _experts(source: Checkpoint, layer, parameters: Mapping[str, Any], changed: 
     """Return a projection's dense matrices, trained or as they were."""
     if f"layers.{layer.index}.experts.terms.{projection}.0.weight" not in changed:
         return source.projection(layer, projection)
-    return np.asarray(parameters["layers"][layer.index]["experts"].terms[projection][0].weight)
+    trained = parameters["layers"][layer.index]["experts"].terms[projection][0].weight
+    return _stored(f"layer {layer.index}, {projection}", trained, layer.dtype)
+
+
+def _stored(name: str, array: Any, dtype: np.dtype) -> np.ndarray:
+    """Return trained numbers in the dtype of the files, or raise if it cannot hold them."""
+    values = np.asarray(array).astype(dtype)
+    if not np.isfinite(values.astype(np.float32)).all():
+        raise JaxmoeError(f"{name}: trained to numbers that {dtype} cannot hold; try a smaller --learning-rate")
+    return values
 
 
 def _new_tensors(model: StoredModel, parameters: Mapping[str, Any], changed: list[str]) -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +204,6 @@ def _teacher(model: StoredModel, tokenizer: Tokenizer, teacher, training: Traini
 
 
 def _digest(part: np.ndarray) -> str:
-    from hashlib import sha256
-
     return sha256(np.ascontiguousarray(part).data).hexdigest()
 
 

@@ -206,6 +206,19 @@ def test_every_array_is_written_where_it_is_read(family, tmp_path):
         np.testing.assert_array_equal(array, changed[name], err_msg=name)
 
 
+@pytest.mark.parametrize("name", ["layers.0.router.weight", "layers.0.experts.terms.up.0.weight"])
+def test_numbers_that_the_files_cannot_hold_are_refused(name, tmp_path):
+    from jaxmoe.errors import JaxmoeError
+    from jaxmoe.export.trained import write_trained
+
+    model = StoredModel(demo_checkpoint())
+    parameters = model.parameters()
+    array = dict(zip(names(parameters), _leaves(parameters)))[name]
+    with pytest.raises(JaxmoeError, match="bfloat16 cannot hold"):
+        write_trained(model, merge(parameters, {name: np.full(array.shape, 3.4e38, np.float32)}), [name], tmp_path)
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
 def _leaves(tree):
     import jax
 

@@ -150,6 +150,7 @@ import jax, jax.numpy as jnp, numpy as np
 assert jax.device_count() == 8
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.data import demo_checkpoint
+from jaxmoe.errors import JaxmoeError
 from jaxmoe.recovery import Batch, Training, begin, merge, select, split, train_step
 from jaxmoe.recovery.sharding import place_batch, place_parameters, shardings, training_mesh
 from dataclasses import replace
@@ -184,7 +185,7 @@ for name, x in alone.trained.items():
     np.testing.assert_allclose(spread.trained[name], x, atol=2e-5, err_msg=name)
 try:
     training_mesh(4, 4)
-except Exception as error:
+except JaxmoeError as error:
     assert "there are 8" in str(error)
 else:
     raise AssertionError
