@@ -130,6 +130,16 @@ class StoredModel:
         }
         return CompressedLayer(terms=terms, sizes=own.shape)
 
+    def abstract_experts(self, index: int) -> CompressedLayer:
+        """Return the routed experts of a layer for counting: dense ones without values, which need not be read."""
+        if isinstance(self.checkpoint, CompressedCheckpoint):
+            return self.experts(index)
+        own = next(layer for layer in self.checkpoint.layers if layer.index == index)
+        terms: dict[str, tuple[Term, ...]] = {
+            name: (Dense.abstract(own.shape.of(name), own.dtype),) for name in own.shape.projections
+        }
+        return CompressedLayer(terms=terms, sizes=own.shape)
+
     @cached_property
     def modules(self) -> dict[int, str]:
         """The paths of the routed experts' modules, by layer."""

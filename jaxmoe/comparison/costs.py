@@ -4,9 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.factors import CompressedLayer, Dense, Term
 from jaxmoe.model.spec import ExpertBlock
 from jaxmoe.model.work import activity
 
@@ -25,7 +23,7 @@ def token_costs(model: StoredModel) -> dict[str, Any]:
         True
     """
     blocks = [
-        (layer.feed_forward, _experts(model, index))
+        (layer.feed_forward, model.abstract_experts(index))
         for index, layer in enumerate(model.spec.layers)
         if isinstance(layer.feed_forward, ExpertBlock)
     ]
@@ -34,17 +32,6 @@ def token_costs(model: StoredModel) -> dict[str, Any]:
         "active_parameters": model.checkpoint.parameters - found.stored + found.active,
         "operations_per_token": found.operations,
     }
-
-
-def _experts(model: StoredModel, index: int) -> CompressedLayer:
-    """Return the terms of a layer; dense ones without values, which need not be read."""
-    if not isinstance(model.checkpoint, Checkpoint):
-        return model.experts(index)
-    own = next(layer for layer in model.checkpoint.layers if layer.index == index)
-    terms: dict[str, tuple[Term, ...]] = {
-        name: (Dense.abstract(own.shape.of(name), own.dtype),) for name in own.shape.projections
-    }
-    return CompressedLayer(terms=terms, sizes=own.shape)
 
 
 def forget_peak() -> None:

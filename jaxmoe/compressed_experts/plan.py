@@ -4,13 +4,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.compressed_experts.settings import METHOD
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.architectures import architecture
-from jaxmoe.factors import CompressedLayer, Count, Dense
+from jaxmoe.factors import Count
 from jaxmoe.model.auxiliary import MainExperts, main_experts, vector_shapes
 from jaxmoe.model.spec import DecoderSpec, ExpertBlock
 from jaxmoe.model.work import Activity, activity
@@ -80,7 +79,8 @@ def make_main_plan(model: StoredModel, main: MainExperts) -> MainPlan:
         )
     architecture(model.model_type)
     spec = main_experts(model.spec, dict.fromkeys(model.modules, main))
-    other, layers = source.parameters - stored(model).numbers, abstract_layers(model)
+    other = source.parameters - stored(model).numbers
+    layers = {index: model.abstract_experts(index) for index in model.modules}
     before, after = (
         activity(other, [(block, layers[index]) for index, block in blocks(own)]) for own in (model.spec, spec)
     )
@@ -99,17 +99,4 @@ def blocks(spec: DecoderSpec) -> Iterable[tuple[int, ExpertBlock]]:
 
 def stored(model: StoredModel) -> Count:
     """Count what the routed experts of a model store."""
-    return sum((layer.count() for layer in abstract_layers(model).values()), Count(0, 0))
-
-
-def abstract_layers(model: StoredModel) -> dict[int, CompressedLayer]:
-    """Return the terms of each layer's experts; dense ones without values, which need not be read."""
-    if not isinstance(model.checkpoint, Checkpoint):
-        return {index: model.experts(index) for index in model.modules}
-    return {
-        own.index: CompressedLayer(
-            terms={name: (Dense.abstract(own.shape.of(name), own.dtype),) for name in own.shape.projections},
-            sizes=own.shape,
-        )
-        for own in model.checkpoint.layers
-    }
+    return sum((model.abstract_experts(index).count() for index in model.modules), Count(0, 0))
