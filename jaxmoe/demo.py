@@ -6,10 +6,9 @@ from typing import Any
 
 from jaxmoe import methods
 from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.compression import carry_out, plan_compression
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.evaluation import evaluate_checkpoint
-from jaxmoe.pipeline import compress
-from jaxmoe.plan import make_plan
 from jaxmoe.report.tables import table
 
 METHODS = {"svd": {}, "mobe": {"steps": 1_000}}
@@ -33,11 +32,11 @@ def run(output: Path, on_event) -> tuple[Any, ...]:
         for ratio in RATIOS:
             folder = output / f"{name}-{ratio}"
             recipe = methods.get(name)
-            plan = make_plan(source, recipe, recipe.settings(**chosen), ratio=ratio, of="experts")
+            plan = plan_compression(source, recipe, recipe.settings(**chosen), ratio=ratio, of="experts")
             start = time.perf_counter()
             command = f"jaxmoe compress {source.folder} {folder} --method {name} --ratio {ratio}"
             command += "".join(f" --set {setting}={value}" for setting, value in chosen.items())
-            report = compress(source, folder, plan, command=command, on_event=on_event)
+            report = carry_out(source, folder, plan, command=command, on_event=on_event)
             rows.append(
                 {
                     "name": f"{name} {ratio:.0%}",

@@ -9,7 +9,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxmoe
-from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.checkpoint import Checkpoint, MoELayer
 from jaxmoe.checkpoint.atomic import write_bytes
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
@@ -122,8 +122,8 @@ def compress(
             return _publish(checkpoint, plan, export, workspace, run, specs, report, on_event)
 
 
-def check_statistics(plan: Plan, statistics: Sums | None) -> None:
-    """Raise if the method needs what the statistics did not keep."""
+def check_statistics(plan: Any, statistics: Sums | None) -> None:
+    """Raise if the method of a plan needs what the statistics did not keep."""
     keeps = frozenset() if statistics is None else statistics.keeps
     if missing := {name: mend for name, mend in plan.method.requires(plan.settings).items() if name not in keeps}:
         mends = "; ".join(dict.fromkeys(missing.values()))
@@ -175,20 +175,11 @@ def _compress_layer(checkpoint, plan, planned, export, seed, statistics, workspa
     source = planned.source
     sums = None if statistics is None else statistics.layer(source.index)
     layer, outcomes, histories = fit_layer(checkpoint, plan, planned, seed, sums)
-    projections = describe(layer)
     touched = {projection for target in planned.touched for projection in TARGETS[target]}
-    for projection, record in projections.items():
-        errors = weighted = np.zeros(source.shape.experts)
-        # As shrunk, but without the floor: what the calibration tokens lose.
-        moment = moments(sums, projection, floor=0.0)
-        if projection in touched:
-            weight = checkpoint.projection(source, projection)
-            errors = relative_errors(weight, layer, projection)
-            weighted = relative_errors(weight, layer, projection, moment=moment)
-        record["error"] = float(errors.mean())
-        record["worst_error"] = float(errors.max())
-        record["worst_expert"] = int(errors.argmax())
-        record["weighted_error"] = None if moment is None else float(weighted.mean())
+    projections = {
+        projection: {**record, **measured_errors(checkpoint, source, layer, projection, sums, projection in touched)}
+        for projection, record in describe(layer).items()
+    }
     if export == "dense":
         tensors = checkpoint.dense_tensors(source, partial(_materialized, layer))
     else:
@@ -213,6 +204,30 @@ def _compress_layer(checkpoint, plan, planned, export, seed, statistics, workspa
         "peak_bytes": peak_bytes(),
     }
     return workspace.finish(source.index, key, checksum, record)
+
+
+def measured_errors(
+    checkpoint: Checkpoint,
+    source: MoELayer,
+    layer: CompressedLayer,
+    projection: str,
+    sums: LayerSums | None,
+    touched: bool = True,
+) -> dict[str, Any]:
+    """Return what a report says of one projection's errors; those that were not touched are known to be zero."""
+    errors = weighted = np.zeros(source.shape.experts)
+    # As shrunk, but without the floor: what the calibration tokens lose.
+    moment = moments(sums, projection, floor=0.0)
+    if touched:
+        weight = checkpoint.projection(source, projection)
+        errors = relative_errors(weight, layer, projection)
+        weighted = relative_errors(weight, layer, projection, moment=moment)
+    return {
+        "error": float(errors.mean()),
+        "worst_error": float(errors.max()),
+        "worst_expert": int(errors.argmax()),
+        "weighted_error": None if moment is None else float(weighted.mean()),
+    }
 
 
 def fit_layer(
@@ -307,6 +322,8 @@ def publish(
     code: Mapping[str, str],
     size: int | None,
     on_event: Event = lambda event: None,
+    *,
+    copied: Sequence[Planned] | None = None,
 ) -> dict[str, Any]:
     """Complete a folder whose layers are all written, with its report and model card, and give it its name.
 
@@ -319,6 +336,7 @@ def publish(
         code: the Python files that travel along.
         size: bytes that all tensors take together, None if that was not counted before.
         on_event: called when it is done.
+        copied: what the layers' files lack; None for everything of the source but the experts.
 
     Returns:
         The report, with what the files hold under `stored`.
@@ -326,7 +344,7 @@ def publish(
     stored = complete_folder(
         workspace.folder,
         layers=[workspace.folder / layer_file(index) for index in layers],
-        copied=checkpoint.copied(),
+        copied=checkpoint.copied() if copied is None else copied,
         config=config,
         code=code,
         beside=side_files(checkpoint.folder),

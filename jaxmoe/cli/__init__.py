@@ -162,7 +162,7 @@ def plan(
         _emit(record, as_json, *tables)
         return
     from jaxmoe import methods
-    from jaxmoe.plan import make_plan
+    from jaxmoe.compression import plan_compression
     from jaxmoe.report.tables import plan_tables, size
 
     ratio = _ratio(ratio, main_experts)
@@ -171,7 +171,7 @@ def plan(
     opened = _open(checkpoint, revision)
     sums = None if statistics is None else _opened_statistics(statistics, opened)
     options = {"weighted": weighted, "allocation": allocation, "statistics": sums}
-    planned = make_plan(opened, recipe, chosen, ratio=ratio, of=of.value, **options)
+    planned = plan_compression(opened, recipe, chosen, ratio=ratio, of=of.value, **options)
     summary = planned.summary()
     peak = f"predicted peak memory beyond the idle program: {size(summary['peak_bytes'], 'B')}"
     _emit(summary, as_json, *plan_tables(summary), peak)
@@ -199,7 +199,7 @@ def compress(
     sequential: Annotated[
         bool, typer.Option("--sequential", help="with --text: calibrate each layer behind the compressed ones")
     ] = False,
-    export: ExportOption = Export.factored,
+    export: ExportOption = None,
     seed: Annotated[int, typer.Option("--seed", help="of everything random")] = 0,
     layers: Annotated[str | None, typer.Option("--layers", metavar="A:B", help="work on layers A to B-1 only")] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="go on with an unfinished run")] = True,
@@ -225,8 +225,8 @@ def compress(
         )
         _emit(record, as_json, *tables)
         return
-    from jaxmoe import methods, pipeline
-    from jaxmoe.plan import make_plan
+    from jaxmoe import methods
+    from jaxmoe.compression import carry_out, plan_compression
     from jaxmoe.report.progress import progress
     from jaxmoe.report.tables import error_table, size_tables
 
@@ -237,17 +237,18 @@ def compress(
     opened = _open(checkpoint, revision)
     if text:
         # An impossible size is refused before hours of calibration, not after.
-        make_plan(opened, recipe, chosen, ratio=ratio, of=of.value, weighted=True, allocation="uniform")
+        plan_compression(opened, recipe, chosen, ratio=ratio, of=of.value, weighted=True, allocation="uniform")
         fisher = any(name.startswith("fisher") for name in recipe.requires(chosen))
         gradients = gradients or (Gradients.sequence if fisher else None)
     with progress(len(opened.layers), as_json=as_json) as on_event:
         sums = _statistics(opened, output, statistics, text, sequences, length, gradients, sequential, span, on_event)
-        planned = make_plan(opened, recipe, chosen, ratio=ratio, of=of.value, allocation=allocation, statistics=sums)
-        report = pipeline.compress(
+        budget = {"ratio": ratio, "of": of.value, "allocation": allocation}
+        planned = plan_compression(opened, recipe, chosen, **budget, statistics=sums)
+        report = carry_out(
             opened,
             output,
             planned,
-            export=export.value,
+            export=None if export is None else export.value,
             seed=seed,
             layers=span,
             resume=resume,

@@ -23,6 +23,7 @@ class Scope(StrEnum):
 class Export(StrEnum):
     factored = "factored"
     dense = "dense"
+    slim = "slim"
 
 
 class Setting(StrEnum):
@@ -91,7 +92,14 @@ StatisticsOption = Annotated[
     Path | None,
     typer.Option("--statistics", metavar="FOLDER", help="what `calibrate` gathered, to weigh errors by"),
 ]
-ExportOption = Annotated[Export, typer.Option("--export", help="factored: smaller files; dense: stock files")]
+ExportOption = Annotated[
+    Export | None,
+    typer.Option(
+        "--export",
+        help="factored (the default): smaller files; dense: stock files of the old size; slim: smaller stock files, as"
+        " methods that remove experts or channels always write",
+    ),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="a setting of the method; may be repeated")
 ]

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.methods import Method
+from jaxmoe.methods import AnyMethod
+from jaxmoe.methods.frequency import FREQUENCY
+from jaxmoe.methods.reap import REAP
 from jaxmoe.methods.svd import SVD
 
 
@@ -33,7 +35,7 @@ class Contender:
         {'steps': 20}
     """
 
-    method: Method
+    method: AnyMethod
     settings: Any
 
     @property
@@ -114,13 +116,22 @@ class Cell:
         return shlex.join(words + (["--revision", revision] if revision else []))
 
 
-def with_baseline(contenders: Sequence[Contender]) -> list[Contender]:
-    """Return the contenders, and before them truncated SVD of every expert in their settings unless it is there."""
+def with_baselines(contenders: Sequence[Contender], *, calibrated: bool) -> list[Contender]:
+    """Return the contenders, and before them the cheap methods that every comparison has, unless they are there.
+
+    These are truncated SVD of every expert in the contenders' settings and, where there are statistics, pruning of
+    experts by frequency and by REAP.
+    """
     missing = dict.fromkeys(contender.setting for contender in contenders)
     for contender in contenders:
         if contender.method is SVD:
             missing.pop(contender.setting, None)
-    return [*(Contender(method=SVD, settings=SVD.settings(setting=s)) for s in missing), *contenders]
+    baselines = [Contender(method=SVD, settings=SVD.settings(setting=s)) for s in missing]
+    there = {contender.method.name for contender in contenders}
+    if calibrated and contenders:
+        pruning = (method for method in (FREQUENCY, REAP) if method.name not in there)
+        baselines += [Contender(method=method, settings=method.settings()) for method in pruning]
+    return [*baselines, *contenders]
 
 
 def cells(contenders: Sequence[Contender], ratios: Sequence[float], *, of: str = "experts", seeds: int = 1):
@@ -150,7 +161,7 @@ def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _outside(method: Method) -> str | None:
+def _outside(method: AnyMethod) -> str | None:
     """Return what `--import` takes for a method that does not come with jaxmoe, None for one that does."""
     module = inspect.getmodule(method.fit)
     name = "__main__" if module is None else module.__name__
@@ -161,7 +172,7 @@ def _outside(method: Method) -> str | None:
     return name if PathFinder.find_spec(top) is not None else str(module.__file__)
 
 
-def _code(method: Method) -> str | None:
+def _code(method: AnyMethod) -> str | None:
     """Return a SHA-256 of the source of a method that does not come with jaxmoe, so that a changed one is new."""
     module = inspect.getmodule(method.fit)
     if module is not None and module.__name__.split(".")[0] == "jaxmoe":

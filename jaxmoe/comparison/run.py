@@ -22,16 +22,16 @@ from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.atomic import write_bytes
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import fingerprint
-from jaxmoe.comparison.cells import Cell, Contender, cells, with_baseline
+from jaxmoe.comparison.cells import Cell, Contender, cells, with_baselines
 from jaxmoe.comparison.costs import forget_peak, token_costs
 from jaxmoe.comparison.diagnostics import routing, spectra
 from jaxmoe.comparison.folder import ComparisonFolder
 from jaxmoe.comparison.summary import rows
+from jaxmoe.compression import carry_out, plan_compression
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.evaluation.evaluate import evaluate
 from jaxmoe.evaluation.windows import Walked, walk
-from jaxmoe.pipeline import check_statistics, compress, where
-from jaxmoe.plan import make_plan
+from jaxmoe.pipeline import check_statistics, where
 from jaxmoe.report.comparison import comparison_csv, comparison_markdown
 from jaxmoe.report.page import page
 from jaxmoe.texts import Tokenizer, Windows, text_windows, window_length
@@ -61,7 +61,7 @@ def compare(
     Args:
         source: a folder or a hub id.
         report: folder of the comparison; what it holds from earlier runs is used again.
-        contenders: methods with their settings; plain SVD joins them where it is missing, see `cells.with_baseline`.
+        contenders: methods with their settings; cheap baselines join them, see `cells.with_baselines`.
         ratios: removed fractions.
         texts: to evaluate on, as `jaxmoe.texts.read_texts` takes them.
         of: what the ratios are fractions of, one of `plan.SCOPES`.
@@ -81,7 +81,8 @@ def compare(
     Raises:
         JaxmoeError: what was asked for cannot be: a text, a ratio, the checkpoint or the folder.
     """
-    asked = cells(with_baseline(contenders), ratios, of=of, seeds=seeds)
+    everyone = with_baselines(contenders, calibrated=calibration_texts is not None)
+    asked = cells(everyone, ratios, of=of, seeds=seeds)
     opened = Checkpoint.open(str(source), revision=revision)
     model, tokenizer = StoredModel(opened.folder), Tokenizer.open(opened.folder)
     length = window_length(model.longest, length)
@@ -201,7 +202,7 @@ class _Run:
     def _measured(self, cell: Cell, output: Path, command: str, statistics: Statistics | None) -> dict[str, Any]:
         contender = cell.contender
         try:
-            plan = make_plan(
+            plan = plan_compression(
                 self.checkpoint,
                 contender.method,
                 contender.settings,
@@ -212,7 +213,7 @@ class _Run:
             check_statistics(plan, statistics)
             forget_peak()
             begin = time.perf_counter()
-            report = compress(
+            report = carry_out(
                 self.checkpoint,
                 output,
                 plan,

@@ -3,6 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+_FORMS = {
+    "factored": "The experts are stored as factors: the model needs transformers 5.16 or newer and the code in this"
+    " folder (`trust_remote_code=True`, or `import jaxmoe.torch` before loading).",
+    "dense": "The experts were written back as dense matrices: any program that runs the original runs this folder, and"
+    " nothing is saved on disk. The ratios below are those of the factors.",
+    "slim": "Some of the experts, or some of their channels, were removed: any program that runs the original"
+    " architecture runs this folder.",
+}
+"""What a reader has to know of each form of a checkpoint."""
+
 
 def model_card(report: Mapping[str, Any]) -> str:
     """Return the README.md of a compressed checkpoint.
@@ -18,13 +28,7 @@ def model_card(report: Mapping[str, Any]) -> str:
         + (", trust_remote_code=True" if factored else "")
         + ")"
     )
-    form = (
-        "The experts are stored as factors: the model needs transformers 5.16 or newer and the code in this folder "
-        "(`trust_remote_code=True`, or `import jaxmoe.torch` before loading)."
-        if factored
-        else "The experts were written back as dense matrices: any program that runs the original runs this folder, "
-        "and nothing is saved on disk. The ratios below are those of the factors."
-    )
+    form = _FORMS[report["export"]]
     lines = [
         "---",
         "library_name: transformers",

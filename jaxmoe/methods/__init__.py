@@ -7,17 +7,25 @@ entry points of the group `jaxmoe.methods`, which are loaded when a name is aske
 from importlib.metadata import entry_points
 
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.methods.camera import CAMERA
 from jaxmoe.methods.d2moe import D2MOE
+from jaxmoe.methods.frequency import FREQUENCY
 from jaxmoe.methods.method import Evidence, Fit, Method, Outcome, Slot
 from jaxmoe.methods.mobe import MOBE
+from jaxmoe.methods.nystrom import NYSTROM
+from jaxmoe.methods.reap import REAP
 from jaxmoe.methods.rfid import RFID
+from jaxmoe.methods.slimming import SlimMethod
 from jaxmoe.methods.svd import SVD
 
-METHODS: dict[str, Method] = {}
+AnyMethod = Method | SlimMethod
+"""What a name may stand for: factors of the experts, or fewer and smaller ones."""
+
+METHODS: dict[str, AnyMethod] = {}
 """The registered methods by name."""
 
 
-def register(method: Method) -> Method:
+def register(method: AnyMethod) -> AnyMethod:
     """Make a method known under its name, to the library and the command line."""
     if METHODS.get(method.name, method) is not method:
         raise JaxmoeError(f"a method named {method.name!r} is registered already: choose another name")
@@ -25,7 +33,7 @@ def register(method: Method) -> Method:
     return method
 
 
-def get(name: str) -> Method:
+def get(name: str) -> AnyMethod:
     """Return the method of that name.
 
     Example:
@@ -40,7 +48,7 @@ def get(name: str) -> Method:
     return METHODS[name]
 
 
-for _method in (SVD, MOBE, RFID, D2MOE):
+for _method in (SVD, MOBE, RFID, D2MOE, FREQUENCY, REAP, CAMERA, NYSTROM):
     register(_method)
 
-__all__ = ["METHODS", "Evidence", "Fit", "Method", "Outcome", "Slot", "get", "register"]
+__all__ = ["METHODS", "AnyMethod", "Evidence", "Fit", "Method", "Outcome", "SlimMethod", "Slot", "get", "register"]

@@ -45,6 +45,7 @@ CASES = {
 def contestant(name: str, given: dict, weight, counts, moments):
     """Return a function that fits the layer once."""
     recipe = methods.get(name)
+    assert isinstance(recipe, methods.Method)
     chosen = recipe.settings(**given)
     sizes = LayerShape(weight.shape[0], HIDDEN, INTERMEDIATE)
     slot = recipe.slot("gate", sizes, weight.dtype, chosen, KEPT)

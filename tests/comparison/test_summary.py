@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from small_comparison import contender
 
-from jaxmoe.comparison.cells import cells, with_baseline
+from jaxmoe.comparison.cells import cells, with_baselines
 from jaxmoe.comparison.summary import rows
 from jaxmoe.report.comparison import comparison_csv, comparison_markdown
 
@@ -99,11 +99,18 @@ def test_cells_are_every_combination_in_order():
     )
 
 
-def test_plain_svd_joins_in_every_setting():
-    joined = with_baseline([contender("mobe"), contender("mobe", setting="paper"), contender("svd", setting="paper")])
+def test_baselines_join():
+    asked = [contender("mobe"), contender("mobe", setting="paper"), contender("svd", setting="paper")]
+    joined = with_baselines(asked, calibrated=False)
     assert [(c.method.name, c.setting) for c in joined] == [
         ("svd", "improved"),
         ("mobe", "improved"),
         ("mobe", "paper"),
         ("svd", "paper"),
+    ]
+    calibrated = with_baselines([contender("reap"), contender("svd")], calibrated=True)
+    assert [(c.method.name, c.setting) for c in calibrated] == [
+        ("frequency", "improved"),
+        ("reap", "improved"),
+        ("svd", "improved"),
     ]

@@ -1,0 +1,94 @@
+"""Plan and carry out any method: factors of the experts, or fewer and smaller ones."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxmoe import pipeline
+from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.methods import Method, SlimMethod
+from jaxmoe.plan import Plan, make_plan
+from jaxmoe.slimming import SlimPlan, make_slim_plan, slim
+from jaxmoe.weighing import Sums
+
+Event = Callable[[dict[str, Any]], None]
+
+EXPORTS = (*pipeline.EXPORTS, "slim")
+"""The forms of a result; slimming methods have the last one only, all others the first ones."""
+
+
+def plan_compression(
+    checkpoint: Checkpoint,
+    method: Method | SlimMethod,
+    settings: Any,
+    *,
+    ratio: float,
+    of: str = "experts",
+    weighted: bool = False,
+    allocation: str | None = None,
+    statistics: Sums | None = None,
+) -> Plan | SlimPlan:
+    """Plan a compression; the arguments are those of `plan.make_plan`.
+
+    Raises:
+        JaxmoeError: the ratio is out of reach, or the method does not take an argument.
+    """
+    if isinstance(method, SlimMethod):
+        if allocation not in (None, "uniform"):
+            raise JaxmoeError(f"--allocation {allocation}: {method.name} keeps the same number in every layer")
+        return make_slim_plan(checkpoint, method, settings, ratio=ratio, of=of)
+    return make_plan(
+        checkpoint,
+        method,
+        settings,
+        ratio=ratio,
+        of=of,
+        weighted=weighted,
+        allocation=allocation,
+        statistics=statistics,
+    )
+
+
+def carry_out(
+    checkpoint: Checkpoint,
+    output: str | Path,
+    plan: Plan | SlimPlan,
+    *,
+    export: str | None = None,
+    seed: int = 0,
+    layers: tuple[int, int] | None = None,
+    resume: bool = True,
+    command: str = "",
+    statistics: Sums | None = None,
+    on_event: Event = lambda event: None,
+) -> dict[str, Any]:
+    """Carry out a plan and return the report; the arguments are those of `pipeline.compress`.
+
+    Args:
+        checkpoint: the source.
+        output: the folder to create.
+        plan: from `plan_compression`.
+        export: one of `EXPORTS`; None for "slim" where the plan is one, else "factored".
+        seed: of everything random; slimming has nothing that is.
+        layers: as there; slimming goes through all of them, since it takes seconds.
+        resume: as there.
+        command: as there.
+        statistics: as there.
+        on_event: as there.
+
+    Raises:
+        JaxmoeError: the method does not take an argument, or the run fails.
+    """
+    shared = {"resume": resume, "command": command, "statistics": statistics, "on_event": on_event}
+    if isinstance(plan, SlimPlan):
+        if layers is not None or export not in (None, "slim"):
+            raise JaxmoeError(
+                f"{plan.method.name} goes through all layers and writes a checkpoint of the original architecture:"
+                " leave out --layers and --export"
+            )
+        return slim(checkpoint, output, plan, **shared)
+    if export == "slim":
+        slimming = "frequency, reap, camera and nystrom"
+        raise JaxmoeError(f"--export slim: {plan.method.name} removes no experts and no channels, as {slimming} do")
+    return pipeline.compress(checkpoint, output, plan, export=export or "factored", seed=seed, layers=layers, **shared)

@@ -1,0 +1,211 @@
+"""What a ratio means where whole experts or channels are removed: how many stay, the same in every layer."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.checkpoint.families import UNKNOWN, decoder_config
+from jaxmoe.checkpoint.tensor_file import Planned
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors import LayerShape
+from jaxmoe.methods.slimming import SlimMethod
+from jaxmoe.plan import SCOPES
+from jaxmoe.slimming.files import GROUPS, check_stock, slim_config, slim_copied, slim_edited, slim_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlimPlan:
+    """How many experts, or channels of every expert, stay.
+
+    Args:
+        method: says which.
+        settings: its settings.
+        requested: `{"ratio", "of"}`.
+        before: experts of a layer, or channels of an expert.
+        keep: so many of them stay.
+        groups: of experts that keep equal numbers.
+        shapes: of the layers afterwards, by index.
+        achieved: removed fraction of each of `plan.SCOPES`.
+        parameters: `{"before", "after"}` of the whole model.
+        bytes: the same of its tensors.
+        peak_bytes: predicted peak of memory beyond that of the idle program.
+    """
+
+    method: SlimMethod
+    settings: Any
+    requested: dict[str, Any]
+    before: int
+    keep: int
+    groups: int
+    shapes: Mapping[int, LayerShape]
+    achieved: dict[str, float]
+    parameters: dict[str, int]
+    bytes: dict[str, int]
+    peak_bytes: int
+
+    def summary(self) -> dict[str, Any]:
+        """Return the plan as JSON, with the keys that other programs read."""
+        return {
+            "method": self.method.name,
+            "settings": asdict(self.settings),
+            "requested": self.requested,
+            "allocation": "uniform",
+            "kept": {self.method.unit: self.keep},
+            "achieved": self.achieved,
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "peak_bytes": self.peak_bytes,
+            "layers": [{"layer": index, "projections": self.projections(index)} for index in sorted(self.shapes)],
+        }
+
+    def projections(self, index: int) -> dict[str, dict[str, Any]]:
+        """Return for each projection of a layer its terms, ranks, stored numbers and the kept fraction."""
+        shape = self.shapes[index]
+        return {
+            name: {
+                "terms": [{"target": name, "kind": "dense", self.method.unit: self.keep}],
+                "ranks": [min(shape.of(name)[1:])],
+                "parameters": int(np.prod(shape.of(name))),
+                "kept": self.keep / self.before,
+            }
+            for name in shape.projections
+        }
+
+
+def make_slim_plan(
+    checkpoint: Checkpoint, method: SlimMethod, settings: Any, *, ratio: float, of: str = "experts"
+) -> SlimPlan:
+    """Choose how many experts or channels stay: at least the asked fraction goes, and as little more as possible.
+
+    Args:
+        checkpoint: the source.
+        method: what removes.
+        settings: an instance of `method.settings`.
+        ratio: removed fraction, between 0 and 1.
+        of: what the ratio is a fraction of, one of `plan.SCOPES`; what is touched are all routed experts.
+
+    Raises:
+        JaxmoeError: the ratio is not a fraction, or out of reach: the message names the reachable range; or the stock
+            architecture cannot hold the result.
+    """
+    if of not in SCOPES:
+        raise JaxmoeError(f"of {of!r}: give {', '.join(SCOPES)}")
+    if not 0 < ratio < 1:
+        raise JaxmoeError(f"ratio {ratio} is not a removed fraction: give a number between 0 and 1, such as 0.4")
+    unit = method.unit
+    sizes = {layer.shape.experts if unit == "experts" else layer.shape.intermediate for layer in checkpoint.layers}
+    if len(sizes) > 1:
+        raise JaxmoeError(
+            f"{checkpoint.folder}: layers have {', '.join(map(str, sorted(sizes)))} {unit}, and {method.name} keeps the"
+            " same number in all: use another method"
+        )
+    (before,) = sizes
+    groups, least = _groups(checkpoint, before) if unit == "experts" else (1, 1)
+    step = math.lcm(settings.multiple, groups)
+    copied = slim_copied(checkpoint)
+    candidates = [keep for keep in range(step, before, step) if keep >= least]
+
+    def plan(keep: int) -> SlimPlan:
+        others = _others(checkpoint, copied, unit, keep)
+        return _plan(checkpoint, method, settings, before, keep, groups, others, {"ratio": ratio, "of": of})
+
+    # Sizes are linear in what is kept, so the largest that is small enough is found by halving.
+    low, high = 0, len(candidates)
+    while low < high:
+        middle = (low + high) // 2
+        if _removes(plan(candidates[middle]), checkpoint, ratio, of):
+            low = middle + 1
+        else:
+            high = middle
+    if low == 0:
+        raise JaxmoeError(_out_of_reach(method, ratio, of, [plan(keep) for keep in candidates[:1] + candidates[-1:]]))
+    chosen = plan(candidates[low - 1])
+    if unit == "channels":
+        config = slim_config(checkpoint, unit, chosen.keep)
+        check_stock(checkpoint, config, chosen.shapes, _others(checkpoint, copied, unit, chosen.keep))
+    return chosen
+
+
+def _others(checkpoint: Checkpoint, copied: list[Planned], unit: str, keep: int) -> list[Planned]:
+    """Return what the result has beside the experts' matrices."""
+    edited: dict[str, list[Planned]] = {}
+    for layer in checkpoint.layers:
+        edited |= slim_edited(checkpoint, layer, copied, unit, keep, _nothing)
+    return [new for tensor in copied for new in edited.get(tensor.name, [tensor])]
+
+
+def _nothing() -> np.ndarray:
+    raise RuntimeError("a plan reads no tensors")
+
+
+def _groups(checkpoint: Checkpoint, experts: int) -> tuple[int, int]:
+    """Return the groups of experts that have to stay equal, and the least number of experts that routing needs."""
+    family, decoder = checkpoint.family or UNKNOWN, decoder_config(checkpoint.config)
+    top_k = family.read(decoder, family.top_k)
+    most = max(top_k) if isinstance(top_k, list) else top_k
+    groups = family.read(decoder, GROUPS) or 1
+    chosen = family.read(decoder, "topk_group") or groups
+    if type(most) is not int or not 1 <= most <= experts or type(groups) is not int or experts % groups:
+        raise JaxmoeError(
+            f"{checkpoint.folder}: config.json does not tell how many experts a token needs ({family.top_k} ="
+            f" {top_k!r}, {groups!r} groups of {experts} experts)"
+        )
+    # DeepSeek-V3 and its kin score a group by its two best experts, and a token's have to fit into its groups.
+    inside = max(2 if family.routing == "deepseek_v3" else 1, -(-most // chosen))
+    return groups, groups * inside
+
+
+def _plan(checkpoint, method, settings, before, keep, groups, others, requested) -> SlimPlan:
+    unit = method.unit
+    shapes = {layer.index: slim_shape(layer.shape, unit, keep) for layer in checkpoint.layers}
+    experts = sum(layer.shape.numbers for layer in checkpoint.layers)
+    stored = sum(shape.numbers for shape in shapes.values())
+    size = sum(shapes[layer.index].numbers * layer.dtype.itemsize for layer in checkpoint.layers)
+    after = stored + sum(math.prod(tensor.shape) for tensor in others)
+    removed = (experts - stored) / experts
+    return SlimPlan(
+        method=method,
+        settings=settings,
+        requested=requested,
+        before=before,
+        keep=keep,
+        groups=groups,
+        shapes=shapes,
+        achieved={"touched": removed, "experts": removed, "model": 1 - after / checkpoint.parameters},
+        parameters={"before": checkpoint.parameters, "after": after},
+        bytes={"before": checkpoint.bytes, "after": size + sum(tensor.bytes for tensor in others)},
+        peak_bytes=max(_peak(layer.shape, layer.dtype.itemsize, unit) for layer in checkpoint.layers),
+    )
+
+
+def _removes(plan: SlimPlan, checkpoint: Checkpoint, ratio: float, of: str) -> bool:
+    """Tell whether a plan removes at least the asked fraction, in whole numbers."""
+    experts = sum(layer.shape.numbers for layer in checkpoint.layers)
+    if of == "model":
+        scope, removed = checkpoint.parameters, checkpoint.parameters - plan.parameters["after"]
+    else:
+        scope, removed = experts, experts - sum(shape.numbers for shape in plan.shapes.values())
+    return removed >= Fraction(str(ratio)) * scope
+
+
+def _peak(shape: LayerShape, itemsize: int, unit: str) -> int:
+    """Predict what slimming one layer holds at once: a projection in the file's and in float32, twice, and moments."""
+    projection = shape.numbers // len(shape.projections)
+    moments = 3 * 8 * shape.experts * shape.intermediate**2 if unit == "channels" else 0
+    return 2 * projection * (itemsize + 4) + moments
+
+
+def _out_of_reach(method: SlimMethod, ratio: float, of: str, extremes: list[SlimPlan]) -> str:
+    if not extremes:
+        return f"ratio {ratio} of {of}: {method.name} can remove no {method.unit} from this model"
+    most, least = extremes[0].achieved, extremes[-1].achieved
+    reach = ", ".join(f"{least[scope]:.4f} to {most[scope]:.4f} of {scope}" for scope in SCOPES)
+    return (
+        f"ratio {ratio} of {of} is out of reach for {method.name}, which keeps at least {extremes[0].keep}"
+        f" {method.unit}: it can remove {reach}; choose a ratio in that range, or another method"
+    )
