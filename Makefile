@@ -18,6 +18,9 @@ PYTEST_ARGS ?=
 # One thread for each of the tests' processes: more only spin, waiting for a core.
 test test-slow: export OPENBLAS_NUM_THREADS = 1
 test test-slow: export OMP_NUM_THREADS = 1
+# Half of the tests' time went into compiling, in every process anew.
+test test-slow: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.jax_cache
+test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 
 .PHONY: demo test test-slow lint format bench clean
 
@@ -46,7 +49,7 @@ bench: $(INSTALLED)
 	  echo "== $$name"; $(BIN)/python scripts/benchmarks/$$name.py || exit 1; done
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # PyTorch goes first, alone: as a mere dependency pip may take a build of several gigabytes.
 $(INSTALLED): pyproject.toml
