@@ -245,7 +245,7 @@ def fit_layer(
         if target not in planned.touched:
             terms[target] = (Dense(weight=checkpoint.projection(source, target)),)
             continue
-        weight, known = read(target), evidence(sums, target, read)
+        weight, known = read(target), evidence(sums, target, read, gated=source.shape.gated)
         fit = plan.method.fit(weight, abstract, plan.settings, evidence=known, key=jax.random.fold_in(key, position))
         for array in jax.tree_util.tree_leaves(fit.terms):
             if not bool(jnp.isfinite(array.astype(jnp.float32)).all()):

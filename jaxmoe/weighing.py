@@ -45,22 +45,24 @@ class Sums(Protocol):
     def describe(self) -> dict[str, Any]: ...
 
 
-def evidence(layer: LayerSums | None, target: str, weight: Callable[[str], Any]) -> Evidence:
+def evidence(layer: LayerSums | None, target: str, weight: Callable[[str], Any], *, gated: bool = True) -> Evidence:
     """Return what a fit of a target may use beside its matrices.
 
     Args:
         layer: sums of the layer, None without calibration.
         target: "gate", "up", "gate_up" or "down".
         weight: reads the matrices of a target of the layer.
+        gated: whether the experts have a gate.
     """
     if layer is None:
-        return Evidence(target=target, weight=weight)
+        return Evidence(target=target, weight=weight, gated=gated)
     return Evidence(
         target=target,
         moment=moments(layer, target),
         counts=np.asarray(layer.counts),
         statistic=lambda name: getattr(layer, name, None),
         weight=weight,
+        gated=gated,
     )
 
 

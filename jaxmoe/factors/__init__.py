@@ -5,6 +5,7 @@ from jaxmoe.factors.grouped import Grouped
 from jaxmoe.factors.hashed import Hashed
 from jaxmoe.factors.layer import PROJECTIONS, TARGETS, CompressedLayer, LayerShape, stack
 from jaxmoe.factors.low_rank import LowRank
+from jaxmoe.factors.merged import Merged
 from jaxmoe.factors.shared import Shared
 from jaxmoe.factors.shared_basis import SharedBasis
 from jaxmoe.factors.sparse import Sparse
@@ -20,6 +21,7 @@ __all__ = [
     "Hashed",
     "LayerShape",
     "LowRank",
+    "Merged",
     "Shared",
     "SharedBasis",
     "Sparse",

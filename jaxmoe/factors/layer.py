@@ -16,6 +16,7 @@ from jaxmoe.factors.dense import Dense
 from jaxmoe.factors.grouped import Grouped
 from jaxmoe.factors.hashed import Hashed
 from jaxmoe.factors.low_rank import LowRank
+from jaxmoe.factors.merged import Merged
 from jaxmoe.factors.shared import Shared
 from jaxmoe.factors.shared_basis import SharedBasis
 from jaxmoe.factors.sparse import Sparse
@@ -25,7 +26,9 @@ PROJECTIONS = ("gate", "up", "down")
 TARGETS = {"gate": ("gate",), "up": ("up",), "gate_up": ("gate", "up"), "down": ("down",)}
 """What each target covers, in the order in which the outputs are stacked."""
 
-KINDS: dict[str, type] = {cls.kind: cls for cls in (Dense, LowRank, SharedBasis, Grouped, Shared, Hashed, Sparse)}
+KINDS: dict[str, type] = {
+    cls.kind: cls for cls in (Dense, LowRank, SharedBasis, Grouped, Shared, Hashed, Sparse, Merged)
+}
 """The registered terms by the name that stands in files."""
 
 

@@ -22,6 +22,7 @@ from jaxmoe.factors.grouped import Grouped
 from jaxmoe.factors.hashed import Hashed
 from jaxmoe.factors.layer import CompressedLayer
 from jaxmoe.factors.low_rank import LowRank
+from jaxmoe.factors.merged import Merged
 from jaxmoe.factors.shared import Shared
 from jaxmoe.factors.shared_basis import SharedBasis
 from jaxmoe.factors.term import Term, count_arrays
@@ -114,6 +115,14 @@ def _(term: Hashed, chosen: int) -> Work:
     experts, out, in_ = term.shape
     numbers = count_arrays([term.values]).numbers
     return Work(numbers * _chance(experts, chosen, min(term.size, experts)), 2.0 * chosen * out * in_)
+
+
+@work.register
+def _(term: Merged, chosen: int) -> Work:
+    experts, out, in_ = term.shape
+    members = np.bincount(np.asarray(term.labels)[0], minlength=len(term.weight))
+    used = sum(_chance(experts, chosen, int(size)) for size in members)
+    return Work(used * out * in_, 2.0 * chosen * out * in_)
 
 
 def _chance(experts: int, chosen: int, size: int) -> float:

@@ -10,6 +10,7 @@ from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods.camera import CAMERA
 from jaxmoe.methods.d2moe import D2MOE
 from jaxmoe.methods.frequency import FREQUENCY
+from jaxmoe.methods.hc_smoe import HC_SMOE
 from jaxmoe.methods.method import Evidence, Fit, Method, Outcome, Slot
 from jaxmoe.methods.mobe import MOBE
 from jaxmoe.methods.nystrom import NYSTROM
@@ -48,7 +49,7 @@ def get(name: str) -> AnyMethod:
     return METHODS[name]
 
 
-for _method in (SVD, MOBE, RFID, D2MOE, FREQUENCY, REAP, CAMERA, NYSTROM):
+for _method in (SVD, MOBE, RFID, D2MOE, FREQUENCY, REAP, CAMERA, NYSTROM, HC_SMOE):
     register(_method)
 
 __all__ = ["METHODS", "AnyMethod", "Evidence", "Fit", "Method", "Outcome", "SlimMethod", "Slot", "get", "register"]

@@ -83,6 +83,7 @@ class Evidence:
         counts: tokens that chose each expert, `[expert]`, or None.
         statistic: returns an array of `calibration.LayerStatistics` by name, None where it was not kept.
         weight: returns the matrices of a target of the same layer, `[expert, out, in]`, in float32.
+        gated: whether the layer's experts have a gate.
 
     Example:
         >>> Evidence(target="down").statistic("fisher_down") is None
@@ -94,6 +95,7 @@ class Evidence:
     counts: np.ndarray | None = None
     statistic: Callable[[str], np.ndarray | None] = _unknown
     weight: Callable[[str], Any] = field(default=_unknown)
+    gated: bool = True
 
 
 class Fit(NamedTuple):

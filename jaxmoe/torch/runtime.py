@@ -542,6 +542,26 @@ class SparseTerm(MatrixTerm):
         return dense.index_add(0, place, values).view(-1, *self.shape[1:])[:-1]
 
 
+class MergedTerm(MatrixTerm):
+    """One matrix for every cluster of experts (arXiv 2410.08589)."""
+
+    merged: nn.Parameter
+    labels: torch.Tensor
+
+    def __init__(self, spec, shape, options):
+        super().__init__()
+        clusters = spec["clusters"]
+        self.shape, self.numbers = shape, shape[1] * shape[2]
+        self._add("merged", clusters * shape[1], shape[2], options)
+        self._add_whole("labels", [expert % clusters for expert in range(shape[0])], options)
+
+    def flat(self):
+        return self.merged.view(-1, *self.shape[1:])
+
+    def matrices(self, experts, values):
+        return values[self.labels.flatten()[experts]]
+
+
 TERMS = {
     "dense": DenseTerm,
     "low_rank": LowRankTerm,
@@ -550,6 +570,7 @@ TERMS = {
     "shared": SharedTerm,
     "hashed": HashedTerm,
     "sparse": SparseTerm,
+    "merged": MergedTerm,
 }
 """The terms by the name that stands in `config.jaxmoe`."""
 

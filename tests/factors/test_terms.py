@@ -12,7 +12,18 @@ from hypothesis import strategies as st
 from scipy.special import erf
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors import CompressedLayer, Dense, Grouped, Hashed, LayerShape, LowRank, Shared, SharedBasis, Sparse
+from jaxmoe.factors import (
+    CompressedLayer,
+    Dense,
+    Grouped,
+    Hashed,
+    LayerShape,
+    LowRank,
+    Merged,
+    Shared,
+    SharedBasis,
+    Sparse,
+)
 from jaxmoe.factors.hashed import bucket_sizes, buckets
 from jaxmoe.factors.layer import KINDS
 from jaxmoe.factors.shared_basis import ACTIVATIONS
@@ -44,6 +55,8 @@ def integers(term) -> dict[str, list]:
         return {"kept": [[0, 2, 3][: term.kept.shape[1]] if term.kept is not None else []]}
     if isinstance(term, Hashed):
         return {"seed": [[11]], "order": [ORDER]}
+    if isinstance(term, Merged):
+        return {"labels": [[1, 0, 1, 2, 0]]}
     if isinstance(term, Sparse):
         return {"indices": [[3, 27, 0, 5, 6, 26, 13]], "counts": [[2, 0, 3, 1, 1]]}
     return {}
@@ -77,6 +90,7 @@ def terms(shape, dtype="float32"):
         "hashed groups": Hashed.abstract(shape, dtype, buckets=9, size=2, ordered=True),
         "hashed draws": Hashed.abstract(shape, dtype, buckets=5, size=2, balanced=False),
         "sparse": Sparse.abstract(shape, dtype, entries=7),
+        "merged": Merged.abstract(shape, dtype, clusters=3),
     }
 
 
@@ -102,6 +116,8 @@ def oracle(term):
         return dense
     if isinstance(term, Hashed):
         return hashed_oracle(term)
+    if isinstance(term, Merged):
+        return np.stack([arrays["weight"][label] for label in np.asarray(term.labels)[0]])
     if isinstance(term, Sparse):
         dense = np.zeros((experts, term.out * term.in_))
         owners = np.repeat(np.arange(experts), np.asarray(term.counts)[0])

@@ -14,7 +14,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from jaxmoe.export.factored import factored_config, remote_code
-from jaxmoe.factors import CompressedLayer, Dense, Grouped, Hashed, LayerShape, LowRank, Shared, SharedBasis, Sparse
+from jaxmoe.factors import (
+    CompressedLayer,
+    Dense,
+    Grouped,
+    Hashed,
+    LayerShape,
+    LowRank,
+    Merged,
+    Shared,
+    SharedBasis,
+    Sparse,
+)
 
 EXPERT_WEIGHT = re.compile(r"(^|\.)experts\.(?!.*_bias$)|\.block_sparse_moe\.(input|output)_linear\.")
 """The experts' matrices on disk, of every tiny model."""
@@ -111,6 +122,11 @@ class Terms:
             in_=in_,
         )
 
+    def merged(self, target, clusters=3):
+        experts, out, in_ = self.sizes.of(target)
+        labels = self.random.permutation(np.arange(experts) % clusters).astype(np.int32)[None]
+        return Merged(weight=self.draw(clusters, out, in_, scale=0.2), labels=labels)
+
     def layer(self, **terms) -> CompressedLayer:
         return CompressedLayer(terms=terms, sizes=self.sizes).check()
 
@@ -147,9 +163,9 @@ def base_layer(t: Terms) -> CompressedLayer:
 
 
 def residual_layer(t: Terms) -> CompressedLayer:
-    """Return groups with what they leave over, as values under a hash and as single entries."""
+    """Return groups with what they leave over: values under a hash, single entries, matrices for several experts."""
     sides = {"gate": (t.grouped("gate"), t.hashed("gate", 3))} if t.sizes.gated else {}
-    up = (t.grouped("up", ordered=False), t.sparse("up"))
+    up = (t.grouped("up", ordered=False), t.sparse("up"), t.merged("up"))
     down = (t.shared("down"), t.hashed("down", ordered=False, balanced=False), t.sparse("down"))
     return t.layer(**sides, up=up, down=down)
 

@@ -1,0 +1,69 @@
+"""Merged: experts that share one matrix, in clusters; the router chooses between them as before."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, per_expert, pytree, stack_rows
+
+
+@pytree()
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """W_e = M_c(e), one matrix for every cluster of experts.
+
+    Stored numbers: clusters * out * in + experts.
+
+    Args:
+        weight: M of one cluster after the other, `[cluster, out, in]`.
+        labels: the cluster of every expert, int32, `[1, expert]`.
+
+    Example:
+        >>> term = Merged(weight=jnp.array([[[1.0]], [[2.0]]]), labels=jnp.array([[1, 0, 1]]))
+        >>> term.materialize().ravel().tolist(), term.count().numbers
+        ([2.0, 1.0, 2.0], 5)
+    """
+
+    kind: ClassVar[str] = "merged"
+    for_all: ClassVar[bool] = False
+    weight: Float[Array | Abstract, "cluster out in"]
+    labels: Int[Array | Abstract, "1 expert"]
+
+    @classmethod
+    def abstract(cls, shape, dtype, *, clusters: int) -> "Merged":
+        """Return the term without values: `shape` is `(experts, out, in)`."""
+        experts, out, in_ = shape
+        return cls(weight=Abstract((clusters, out, in_), dtype), labels=Abstract((1, experts), jnp.int32))
+
+    @property
+    def shape(self):
+        return self.labels.shape[1], self.weight.shape[1], self.weight.shape[2]
+
+    def materialize(self, experts=EVERY):
+        return jnp.asarray(self.weight, jnp.float32)[jnp.asarray(self.labels)[0, experts]]
+
+    def apply(self, rows, product=per_expert):
+        return product(rows, jnp.asarray(self.weight)[jnp.asarray(self.labels)[0]])
+
+    def count(self) -> Count:
+        return count_arrays(self.tensors().values())
+
+    def tensors(self):
+        return {"merged": stack_rows(self.weight), "labels": self.labels}
+
+    def spec(self):
+        return {"kind": self.kind, "clusters": self.weight.shape[0]}
+
+    @classmethod
+    def from_tensors(cls, tensors, spec, shape):
+        clusters = spec["clusters"]
+        labels = np.asarray(tensors["labels"]).reshape(1, shape[0])
+        if not 0 <= labels.min() <= labels.max() < clusters:
+            raise JaxmoeError(
+                f"labels of merged experts {labels.min()} to {labels.max()}: there are {clusters} clusters"
+            )
+        return cls(weight=tensors["merged"].reshape(clusters, *shape[1:]), labels=labels)
