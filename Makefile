@@ -2,6 +2,8 @@
 #   make demo        compress, evaluate and report on the bundled checkpoint
 #   make test        the tests, a few minutes            make test-slow   those that take longer
 #   make lint        format, lint, types, spelling, import rules
+#   make docs        the documentation, into docs/_build/html
+#   make notebooks   notebooks/*.ipynb anew from notebooks/*.py, with their outputs
 #   make bench       the benchmarks (pinned to one core; the better part of an hour)
 #
 # make PYTHON=python3.12 ...    another interpreter (for a new .venv)
@@ -12,6 +14,7 @@ VENV ?= .venv
 TORCH ?= 2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCUMENTING := $(VENV)/.documenting
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
@@ -22,7 +25,7 @@ test test-slow: export OMP_NUM_THREADS = 1
 test test-slow: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.jax_cache
 test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 
-.PHONY: demo test test-slow lint format bench clean
+.PHONY: demo test test-slow lint format docs notebooks bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/jaxmoe demo
@@ -44,12 +47,18 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(DOCUMENTING)
+	$(BIN)/sphinx-build -W --keep-going -q -j auto docs docs/_build/html
+
+notebooks: $(DOCUMENTING)
+	JAX_PLATFORMS=cpu $(BIN)/python scripts/notebooks.py
+
 bench: $(INSTALLED)
 	for name in svd closed_form conversion basis_learning base_once compressed_experts forward calibration training; do \
 	  echo "== $$name"; $(BIN)/python scripts/benchmarks/$$name.py || exit 1; done
 
 clean:
-	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache docs/_build
 
 # PyTorch goes first, alone: as a mere dependency pip may take a build of several gigabytes.
 $(INSTALLED): pyproject.toml
@@ -58,5 +67,9 @@ $(INSTALLED): pyproject.toml
 	  "Name another one: make PYTHON=python3.12" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "torch$(if $(TORCH),==$(TORCH))"
-	$(BIN)/python -m pip install --quiet --editable ".[dev,torch]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,eval,torch]"
+	touch $@
+
+$(DOCUMENTING): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
