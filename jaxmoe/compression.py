@@ -7,7 +7,8 @@ from typing import Any
 from jaxmoe import pipeline
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.methods import Method, SlimMethod
+from jaxmoe.methods import AnyMethod, SlimMethod
+from jaxmoe.pipeline import Amend, unchanged
 from jaxmoe.plan import Plan, make_plan
 from jaxmoe.slimming import SlimPlan, make_slim_plan, slim
 from jaxmoe.weighing import Sums
@@ -20,7 +21,7 @@ EXPORTS = (*pipeline.EXPORTS, "slim")
 
 def plan_compression(
     checkpoint: Checkpoint,
-    method: Method | SlimMethod,
+    method: AnyMethod,
     settings: Any,
     *,
     ratio: float,
@@ -61,6 +62,7 @@ def carry_out(
     resume: bool = True,
     command: str = "",
     statistics: Sums | None = None,
+    amend: Amend = unchanged,
     on_event: Event = lambda event: None,
 ) -> dict[str, Any]:
     """Carry out a plan and return the report; the arguments are those of `pipeline.compress`.
@@ -75,12 +77,13 @@ def carry_out(
         resume: as there.
         command: as there.
         statistics: as there.
+        amend: as there.
         on_event: as there.
 
     Raises:
         JaxmoeError: the method does not take an argument, or the run fails.
     """
-    shared = {"resume": resume, "command": command, "statistics": statistics, "on_event": on_event}
+    shared = {"resume": resume, "command": command, "statistics": statistics, "amend": amend, "on_event": on_event}
     if isinstance(plan, SlimPlan):
         if layers is not None or export not in (None, "slim"):
             raise JaxmoeError(

@@ -41,6 +41,12 @@ from jaxmoe.weighing import outcomes as weighing_outcomes
 
 EXPORTS = ("factored", "dense")
 Event = Callable[[dict[str, Any]], None]
+Amend = Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def unchanged(report: dict[str, Any]) -> dict[str, Any]:
+    """Return a report as it is."""
+    return report
 
 
 def compress(
@@ -54,6 +60,7 @@ def compress(
     resume: bool = True,
     command: str = "",
     statistics: Sums | None = None,
+    amend: Amend = unchanged,
     on_event: Event = lambda event: None,
 ) -> dict[str, Any]:
     """Carry out a plan and write the compressed checkpoint.
@@ -70,6 +77,7 @@ def compress(
         command: the command line, for the report.
         statistics: calibrated statistics, asked for one layer at a time; the errors are then weighted by what the
             experts see, see `weighing`. None weighs all directions alike.
+        amend: has the last word on the report of a complete run.
         on_event: called with a small record after every step.
 
     Returns:
@@ -119,7 +127,7 @@ def compress(
             return report
         with workspace.exclusive("publish"):
             specs = {index: entry["spec"] for index, entry in entries.items() if entry is not None}
-            return _publish(checkpoint, plan, export, workspace, run, specs, report, on_event)
+            return _publish(checkpoint, plan, export, workspace, specs, amend({**report, "run": run}), on_event)
 
 
 def check_statistics(plan: Any, statistics: Sums | None) -> None:
@@ -300,7 +308,7 @@ def _report(checkpoint, output, plan, export, seed, command, entries, seconds) -
     }
 
 
-def _publish(checkpoint, plan, export, workspace, run, specs, report, on_event) -> dict[str, Any]:
+def _publish(checkpoint, plan, export, workspace, specs, report, on_event) -> dict[str, Any]:
     if export == "dense":
         config, code, size = checkpoint.dense_config(), {}, None
     else:
@@ -310,7 +318,7 @@ def _publish(checkpoint, plan, export, workspace, run, specs, report, on_event) 
         config = factored_config(checkpoint.dense_config(), modules, checkpoint.layouts())
         code, size = remote_code(checkpoint.dense_config()), report["bytes"]["after"]
     layers = [planned.source.index for planned in plan.layers]
-    return publish(checkpoint, workspace, {**report, "run": run}, layers, config, code, size, on_event)
+    return publish(checkpoint, workspace, report, layers, config, code, size, on_event)
 
 
 def publish(

@@ -42,6 +42,7 @@ from jaxmoe.cli.arguments import (
     Settings,
     StatisticsOption,
     TextOption,
+    chain_settings,
     fractions,
     import_module,
     layer_span,
@@ -49,6 +50,7 @@ from jaxmoe.cli.arguments import (
     mesh_sizes,
     method_settings,
     named_contenders,
+    numbers,
 )
 from jaxmoe.errors import JaxmoeError
 
@@ -161,14 +163,20 @@ def plan(
         record, tables = fewer.plan(checkpoint, main_experts, setting, set_, revision, other)
         _emit(record, as_json, *tables)
         return
-    from jaxmoe import methods
+    from jaxmoe.chain import Chain, find, plan_chain
     from jaxmoe.compression import plan_compression
-    from jaxmoe.report.tables import plan_tables, size
+    from jaxmoe.report.tables import plan_tables, size, steps_table
 
     ratio = _ratio(ratio, main_experts)
-    recipe = methods.get(method)
-    chosen = method_settings(recipe, setting, set_)
+    recipe = find(method)
     opened = _open(checkpoint, revision)
+    if isinstance(recipe, Chain):
+        chosen = chain_settings(recipe, setting, set_)
+        _refuse(recipe.name, {"--allocation": allocation, "--statistics": statistics}, "plan it by its sizes alone")
+        summary = plan_chain(opened, recipe, chosen, ratio=ratio, of=of.value, weighted=weighted)
+        _emit(summary, as_json, *plan_tables(summary), steps_table(summary))
+        return
+    chosen = method_settings(recipe, setting, set_)
     sums = None if statistics is None else _opened_statistics(statistics, opened)
     options = {"weighted": weighted, "allocation": allocation, "statistics": sums}
     planned = plan_compression(opened, recipe, chosen, ratio=ratio, of=of.value, **options)
@@ -225,16 +233,34 @@ def compress(
         )
         _emit(record, as_json, *tables)
         return
-    from jaxmoe import methods
+    from jaxmoe.chain import Chain, find
     from jaxmoe.compression import carry_out, plan_compression
     from jaxmoe.report.progress import progress
-    from jaxmoe.report.tables import error_table, size_tables
+    from jaxmoe.report.tables import error_table, size_tables, steps_table
 
     ratio = _ratio(ratio, main_experts)
-    recipe = methods.get(method)
-    chosen = method_settings(recipe, setting, set_)
+    recipe = find(method)
     span = layer_span(layers)
     opened = _open(checkpoint, revision)
+    if isinstance(recipe, Chain):
+        other = {"--statistics": statistics, "--sequential": sequential, "--layers": span}
+        _refuse(recipe.name, other, "it calibrates every step on what that finds: give --text")
+        if not text:
+            raise JaxmoeError(f"{recipe.name}: every step is calibrated on what it finds; give --text")
+        report = _chain(
+            opened,
+            output,
+            recipe,
+            chain_settings(recipe, setting, set_),
+            {"ratio": ratio, "of": of.value, "allocation": allocation, "seed": seed, "resume": resume},
+            (text, sequences, length),
+            gradients,
+            export,
+            as_json,
+        )
+        _emit(report, as_json, steps_table(report), error_table(report["layers"]), *size_tables(report))
+        return
+    chosen = method_settings(recipe, setting, set_)
     if text:
         # An impossible size is refused before hours of calibration, not after.
         plan_compression(opened, recipe, chosen, ratio=ratio, of=of.value, weighted=True, allocation="uniform")
@@ -257,6 +283,39 @@ def compress(
             on_event=on_event,
         )
     _emit(report, as_json, error_table(report["layers"]), *size_tables(report))
+
+
+def _refuse(name: str, given: dict[str, Any], instead: str) -> None:
+    """Raise if an option was given that a method does not take."""
+    if wrong := [option for option, value in given.items() if value not in (None, False)]:
+        raise JaxmoeError(f"{', '.join(wrong)}: {name} does not take that; {instead}")
+
+
+def _chain(opened, output, chain, settings, options, texts, gradients, export, as_json) -> dict[str, Any]:
+    """Carry out a chain of methods on texts, `(paths, sequences, length)`."""
+    from jaxmoe.chain import compress_chain
+    from jaxmoe.checkpoint.stored_model import StoredModel
+    from jaxmoe.report.progress import progress
+    from jaxmoe.texts import Tokenizer, text_windows, window_length
+
+    paths, sequences, length = texts
+    tokenizer = Tokenizer.open(opened.folder)
+    length = window_length(StoredModel(opened.folder).longest, length)
+    cut = text_windows(paths, tokenizer, length=length, count=sequences)
+    with progress(len(opened.layers), as_json=as_json) as on_event:
+        return compress_chain(
+            opened,
+            output,
+            chain,
+            settings,
+            texts=cut,
+            tokenizer=tokenizer.fingerprint,
+            gradients=None if gradients is None else gradients.value,
+            export=None if export is None else export.value,
+            command=shlex.join(["jaxmoe", *sys.argv[1:]]),
+            on_event=on_event,
+            **options,
+        )
 
 
 def _ratio(ratio: float | None, main_experts: int | None) -> float:
@@ -517,6 +576,12 @@ def compare(
         list[str] | None,
         typer.Option("--set", metavar="METHOD[:SETTING]:NAME=VALUE", help="a setting of a method; may be repeated"),
     ] = None,
+    main_experts: Annotated[
+        str | None,
+        typer.Option(
+            "--main-experts", help="with compressed_experts: how many experts of a token run, such as 2,1; default half"
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option("--seeds", help="runs of every method and ratio, for mean and deviation")] = 1,
     sequences: Annotated[int, typer.Option("--sequences", help="windows of each text to calibrate on")] = 128,
     windows: Annotated[
@@ -548,6 +613,7 @@ def compare(
             sequences=sequences,
             windows=windows,
             length=length,
+            main_experts=None if main_experts is None else numbers(main_experts),
             seeds=seeds,
             keep=keep,
             revision=revision,

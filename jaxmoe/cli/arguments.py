@@ -73,7 +73,9 @@ class Compute(StrEnum):
 
 CheckpointArgument = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="a folder or a hub id")]
 OutputArgument = Annotated[Path, typer.Argument(metavar="OUTPUT", help="the folder to create")]
-MethodOption = Annotated[str, typer.Option("--method", "-m", help="a method's name, such as svd or mobe")]
+MethodOption = Annotated[
+    str, typer.Option("--method", "-m", help="a method's name, such as svd or mobe, or a chain such as reap+mobe")
+]
 RatioOption = Annotated[float | None, typer.Option("--ratio", "-r", help="removed fraction, such as 0.4")]
 MainExpertsOption = Annotated[
     int | None, typer.Option("--main-experts", help="with compressed_experts: how many of a token's experts run")
@@ -136,6 +138,21 @@ def method_settings(method, setting: Setting, given: list[str] | None):
             raise JaxmoeError(f"--set {text}: give NAME=VALUE; the settings of {method.name} are: {known}")
         values[name] = _parse(method.name, name, value, hints[name])
     return method.settings(**values)
+
+
+def chain_settings(chain, setting: Setting, given: list[str] | None):
+    """Build the settings of a chain from `--setting` and `--set STEP.NAME=VALUE`."""
+    from jaxmoe.chain import ChainSettings
+
+    names = [step.name for step in chain.steps]
+    own: dict[str, list[str]] = {name: [] for name in names}
+    for text in given or []:
+        step, separator, rest = text.partition(".")
+        if not separator or step not in own:
+            raise JaxmoeError(f"--set {text}: give STEP.NAME=VALUE with a step of {chain.name}")
+        own[step].append(rest)
+    steps = tuple(method_settings(step, setting, own[step.name]) for step in chain.steps)
+    return ChainSettings(setting=setting.value, steps=steps)
 
 
 def _parse(method: str, name: str, text: str, hint: Any) -> Any:
@@ -206,10 +223,14 @@ def import_module(name: str) -> None:
 
 def named_contenders(names: str, setting: Settings, given: list[str] | None):
     """Build what `compare` compares from `--methods`, `--setting` and `--set METHOD[:SETTING]:NAME=VALUE`."""
-    from jaxmoe import methods
+    from jaxmoe.chain import Chain, find
     from jaxmoe.comparison import Contender
+    from jaxmoe.compressed_experts import METHOD
 
-    recipes = [methods.get(name) for name in dict.fromkeys(filter(None, map(str.strip, names.split(","))))]
+    recipes = [
+        METHOD if name == METHOD.name else find(name)
+        for name in dict.fromkeys(filter(None, map(str.strip, names.split(","))))
+    ]
     settings = [Setting.paper, Setting.improved] if setting is Settings.both else [Setting(setting.value)]
     wanted: dict[tuple[str, Setting], list[str]] = {(recipe.name, own): [] for recipe in recipes for own in settings}
     for text in given or []:
@@ -222,7 +243,12 @@ def named_contenders(names: str, setting: Settings, given: list[str] | None):
         for key in to:
             wanted[key].append(f"{name}={value}")
     return [
-        Contender(method=recipe, settings=method_settings(recipe, own, wanted[recipe.name, own]))
+        Contender(
+            method=recipe,
+            settings=(chain_settings if isinstance(recipe, Chain) else method_settings)(
+                recipe, own, wanted[recipe.name, own]
+            ),
+        )
         for recipe in recipes
         for own in settings
     ]
@@ -239,6 +265,19 @@ def fractions(text: str) -> list[float]:
         return [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise JaxmoeError(f"--ratios {text}: give removed fractions, separated by commas, such as 0.2,0.4") from None
+
+
+def numbers(text: str) -> list[int]:
+    """Return the whole numbers of a list such as 2,1.
+
+    Example:
+        >>> numbers("2, 1")
+        [2, 1]
+    """
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise JaxmoeError(f"--main-experts {text}: give numbers of experts, separated by commas, such as 2,1") from None
 
 
 def layer_span(text: str | None) -> tuple[int, int] | None:

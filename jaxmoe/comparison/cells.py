@@ -1,23 +1,29 @@
-"""What a comparison measures: a cell for every contender, ratio and seed, and the command that makes it.
+"""What a comparison measures: a cell for every contender, size and seed, and the command that makes it.
 
-A contender is a method with its settings. One with the setting "paper" is given the statistics only where the published
-method needs them; "improved" always weighs its errors by them.
+A contender is a method, or a chain of methods, with its settings. One with the setting "paper" is given the statistics
+only where the published method needs them; "improved" always weighs its errors by them. A size is a removed fraction,
+and for methods that remove nothing the number of experts that still run.
 """
 
 import inspect
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from jaxmoe.chain import Chain
+from jaxmoe.compressed_experts import MainMethod
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods import AnyMethod
 from jaxmoe.methods.frequency import FREQUENCY
 from jaxmoe.methods.reap import REAP
 from jaxmoe.methods.svd import SVD
+
+Size = Mapping[str, Any]
+"""What is asked for: `{"ratio", "of"}` or `{"main_experts"}`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +31,8 @@ class Contender:
     """A method with its settings.
 
     Args:
-        method: from `jaxmoe.methods`.
-        settings: an instance of `method.settings`.
+        method: from `jaxmoe.methods`, a `Chain` of them, or `compressed_experts.METHOD`.
+        settings: an instance of `method.settings`, or `ChainSettings`.
 
     Example:
         >>> from jaxmoe import methods
@@ -35,7 +41,7 @@ class Contender:
         {'steps': 20}
     """
 
-    method: AnyMethod
+    method: AnyMethod | Chain | MainMethod
     settings: Any
 
     @property
@@ -44,30 +50,52 @@ class Contender:
 
     @property
     def changed(self) -> dict[str, Any]:
-        """The settings that differ from those of "paper" or "improved" as they come."""
-        usual = type(self.settings)(setting=self.setting)
-        values = {f.name: getattr(self.settings, f.name) for f in fields(self.settings)}
-        return {name: value for name, value in values.items() if value != getattr(usual, name)}
+        """The settings that differ from those of "paper" or "improved" as they come; `step.name` in a chain."""
+        if isinstance(self.method, Chain):
+            pairs = zip(self.method.steps, self.settings.steps)
+            return {f"{step.name}.{name}": value for step, own in pairs for name, value in _changed(own).items()}
+        return _changed(self.settings)
 
     @property
     def calibrated(self) -> bool:
-        """Whether it takes the statistics, where there are any."""
-        return self.setting == "improved" or bool(self.method.requires(self.settings))
+        """Whether it takes the calibration, where there is any."""
+        return self.setting == "improved" or bool(self._requires)
 
     @property
     def wants_gradients(self) -> bool:
         """Whether it needs the Fisher information, or shares its budget better with it."""
-        needs = any(name.startswith("fisher") for name in self.method.requires(self.settings))
+        if isinstance(self.method, MainMethod):
+            return False
+        needs = any(name.startswith("fisher") for name in self._requires)
         return needs or (self.setting == "improved" and self.method.allocation == "importance")
+
+    @property
+    def _requires(self) -> Mapping[str, str]:
+        return {} if isinstance(self.method, MainMethod) else self.method.requires(self.settings)
+
+    @property
+    def parts(self) -> tuple[AnyMethod, ...]:
+        """The methods behind it that a module registers."""
+        if isinstance(self.method, Chain):
+            return self.method.steps
+        return () if isinstance(self.method, MainMethod) else (self.method,)
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this contender from all others, as JSON."""
-        return {"method": self.method.name, "settings": asdict(self.settings), "code": _code(self.method)}
+        code = [_code(part) for part in self.parts]
+        known = code[0] if len(code) == 1 else (code if any(code) else None)
+        return {"method": self.method.name, "settings": asdict(self.settings), "code": known}
 
     def options(self) -> list[str]:
         """Return what the command line is to be told of it."""
         options = ["--method", self.method.name, "--setting", self.setting]
         return options + [part for name, value in self.changed.items() for part in ("--set", f"{name}={_text(value)}")]
+
+
+def _changed(settings: Any) -> dict[str, Any]:
+    usual = type(settings)(setting=settings.setting)
+    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    return {name: value for name, value in values.items() if value != getattr(usual, name)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +104,12 @@ class Cell:
 
     Args:
         contender: the method and its settings.
-        ratio: removed fraction, between 0 and 1.
-        of: what the ratio is a fraction of.
+        size: what is asked for.
         seed: of everything random.
     """
 
     contender: Contender
-    ratio: float
-    of: str = "experts"
+    size: Size
     seed: int = 0
 
     @property
@@ -93,26 +119,28 @@ class Cell:
         Example:
             >>> from jaxmoe import methods
             >>> svd = methods.get("svd")
-            >>> Cell(contender=Contender(method=svd, settings=svd.settings()), ratio=0.4).name
+            >>> size = {"ratio": 0.4, "of": "experts"}
+            >>> Cell(contender=Contender(method=svd, settings=svd.settings()), size=size).name
             'svd-improved-0.4-experts-seed0'
         """
-        method = self.contender.method.name
-        return f"{method}-{self.contender.setting}-{self.ratio}-{self.of}-seed{self.seed}"
+        words = (self.contender.method.name, self.contender.setting, *self.size.values())
+        return "-".join(map(str, words)) + f"-seed{self.seed}"
 
-    def command(self, source: str, output: Path, statistics: Path | None, revision: str | None = None) -> str:
+    def command(self, source: str, output: Path, calibration: Sequence[str], revision: str | None = None) -> str:
         """Return the command line that makes the cell.
 
         Args:
             source: the checkpoint as it was given.
             output: the folder to create.
-            statistics: the folder of the statistics, None without.
+            calibration: the options that give the method its statistics or texts, none without.
             revision: branch, tag or commit of a hub id.
         """
-        outside = _outside(self.contender.method)
-        words = ["jaxmoe", *(["--import", outside] if outside else []), "compress", source, str(output)]
-        words += [*self.contender.options(), "--ratio", str(self.ratio), "--of", self.of]
-        words += ["--statistics", str(statistics)] if statistics is not None else []
-        words += ["--seed", str(self.seed)] if self.seed else []
+        outside = dict.fromkeys(filter(None, map(_outside, self.contender.parts)))
+        words = ["jaxmoe", *(word for name in outside for word in ("--import", name)), "compress", source, str(output)]
+        words += self.contender.options()
+        for name, value in self.size.items():
+            words += [f"--{name.replace('_', '-')}", str(value)]
+        words += [*calibration, *(["--seed", str(self.seed)] if self.seed else [])]
         return shlex.join(words + (["--revision", revision] if revision else []))
 
 
@@ -134,8 +162,22 @@ def with_baselines(contenders: Sequence[Contender], *, calibrated: bool) -> list
     return [*baselines, *contenders]
 
 
-def cells(contenders: Sequence[Contender], ratios: Sequence[float], *, of: str = "experts", seeds: int = 1):
-    """Return all cells: contenders, for each the ratios in ascending order, for each the seeds from 0.
+def cells(
+    contenders: Sequence[Contender],
+    ratios: Sequence[float],
+    *,
+    of: str = "experts",
+    main_experts: Sequence[int] = (),
+    seeds: int = 1,
+) -> list[Cell]:
+    """Return all cells: contenders, for each the sizes in ascending order, for each the seeds from 0.
+
+    Args:
+        contenders: what is compared.
+        ratios: removed fractions.
+        of: what they are fractions of.
+        main_experts: how many experts run, for methods that remove nothing.
+        seeds: of every contender and size.
 
     Raises:
         JaxmoeError: there is nothing to compare, a ratio is no fraction, or there are no seeds.
@@ -149,10 +191,12 @@ def cells(contenders: Sequence[Contender], ratios: Sequence[float], *, of: str =
         raise JaxmoeError(f"ratios {listed} are no removed fractions: give numbers between 0 and 1, such as 0.4")
     if seeds < 1:
         raise JaxmoeError(f"{seeds} seeds: give at least 1")
+    removed: list[Size] = [{"ratio": ratio, "of": of} for ratio in sorted(set(ratios))]
+    running: list[Size] = [{"main_experts": count} for count in sorted(set(main_experts), reverse=True)]
     return [
-        Cell(contender=contender, ratio=ratio, of=of, seed=seed)
+        Cell(contender=contender, size=size, seed=seed)
         for contender in contenders
-        for ratio in sorted(set(ratios))
+        for size in (running if isinstance(contender.method, MainMethod) else removed)
         for seed in range(seeds)
     ]
 

@@ -22,6 +22,9 @@ from jaxmoe.checkpoint.atomic import write_bytes
 from jaxmoe.checkpoint.workspace import JOURNAL, fingerprint
 from jaxmoe.errors import JaxmoeError
 
+_DECIDES = ("method", "settings", "ratio", "of", "main_experts", "seed")
+"""What tells the cells of one table from each other."""
+
 
 class ComparisonFolder:
     """A comparison's folder, for one process at a time.
@@ -80,7 +83,7 @@ class ComparisonFolder:
         paths = sorted(self.records.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
         found = [json.loads(path.read_bytes()) for path in paths]
         newest = {
-            fingerprint({name: record[name] for name in ("method", "settings", "ratio", "of", "seed")}): record
+            fingerprint({name: record.get(name) for name in _DECIDES}): record
             for record in found
             if record.get("context") in contexts
         }

@@ -16,22 +16,25 @@ import jax
 import numpy as np
 
 import jaxmoe
-from jaxmoe.calibration.checkpoint import SEQUENCES, calibrate_checkpoint
+from jaxmoe.calibration.checkpoint import SEQUENCES
+from jaxmoe.calibration.collect import calibrate
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.atomic import write_bytes
+from jaxmoe.checkpoint.families import UNKNOWN
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import fingerprint
 from jaxmoe.comparison.cells import Cell, Contender, cells, with_baselines
 from jaxmoe.comparison.costs import forget_peak, token_costs
 from jaxmoe.comparison.diagnostics import routing, spectra
 from jaxmoe.comparison.folder import ComparisonFolder
+from jaxmoe.comparison.making import Making, Texts
 from jaxmoe.comparison.summary import rows
-from jaxmoe.compression import carry_out, plan_compression
+from jaxmoe.compressed_experts import MainMethod
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.evaluation.evaluate import evaluate
 from jaxmoe.evaluation.windows import Walked, walk
-from jaxmoe.pipeline import check_statistics, where
+from jaxmoe.pipeline import where
 from jaxmoe.report.comparison import comparison_csv, comparison_markdown
 from jaxmoe.report.page import page
 from jaxmoe.texts import Tokenizer, Windows, text_windows, window_length
@@ -51,6 +54,7 @@ def compare(
     sequences: int | None = SEQUENCES,
     windows: int | None = None,
     length: int | None = None,
+    main_experts: Sequence[int] | None = None,
     seeds: int = 1,
     keep: bool = False,
     revision: str | None = None,
@@ -69,6 +73,7 @@ def compare(
         sequences: so many calibration windows of each text; all if None.
         windows: so many windows of each text to evaluate on; all if None.
         length: tokens in a window; None for what `texts.window_length` says.
+        main_experts: how many experts of a token run in the cells of `compressed_experts`; None for half of them.
         seeds: cells of each contender and ratio, with the seeds 0, 1, ...
         keep: whether compressed checkpoints stay, in `REPORT/checkpoints`.
         revision: branch, tag or commit of a hub id.
@@ -82,8 +87,11 @@ def compare(
         JaxmoeError: what was asked for cannot be: a text, a ratio, the checkpoint or the folder.
     """
     everyone = with_baselines(contenders, calibrated=calibration_texts is not None)
-    asked = cells(everyone, ratios, of=of, seeds=seeds)
     opened = Checkpoint.open(str(source), revision=revision)
+    running = main_experts
+    if running is None and any(isinstance(contender.method, MainMethod) for contender in everyone):
+        running = [max(1, _chosen(opened) // 2)]
+    asked = cells(everyone, ratios, of=of, main_experts=running or (), seeds=seeds)
     model, tokenizer = StoredModel(opened.folder), Tokenizer.open(opened.folder)
     length = window_length(model.longest, length)
     cut = text_windows(texts, tokenizer, length=length, count=windows)
@@ -95,7 +103,8 @@ def compare(
     with folder.opened(opened.fingerprint()):
         run = _Run(folder, opened, model, cut, str(source), revision, keep, on_event)
         if calibration_texts is not None and calibrated_on is not None:
-            run.calibrate(calibration_texts, calibrated_on, sequences, contenders)
+            given = [str(path) for path in calibration_texts]
+            run.calibrate(Texts(given, sequences, length, calibrated_on, tokenizer.fingerprint), contenders)
         for position, cell in enumerate(asked):
             record = run.cell(cell)
             write_tables(folder.path, run.result())
@@ -109,6 +118,13 @@ def compare(
                 raise
             result["no_page"] = str(error)
         return result
+
+
+def _chosen(checkpoint: Checkpoint) -> int:
+    """Return how many experts a token chooses, the most of any layer."""
+    family = checkpoint.family or UNKNOWN
+    top_k = family.read(checkpoint.config, family.top_k)
+    return max(top_k) if isinstance(top_k, list) else int(top_k or 1)
 
 
 def write_tables(folder: Path, result: dict[str, Any]) -> None:
@@ -147,6 +163,7 @@ class _Run:
         self.on_event: Event = lambda event: None if event["event"] == "complete" else on_event(event)
         self.statistics: Statistics | None = None
         self.calibration: dict[str, Any] | None = None
+        self.texts_seen: Texts | None = None
         self.common = {"model": model.fingerprint(), **where()}
         self.question = {**self.common, "texts": _windows_identity(texts)}
         self.walked: Walked | None = None
@@ -155,21 +172,19 @@ class _Run:
         """Return what cells must have in common to stand in one table: the calibration only if they use one."""
         return fingerprint({**self.question, "calibration": self.calibration if calibrated else "unused"})
 
-    def calibrate(
-        self, paths, texts: Sequence[Windows], sequences: int | None, contenders: Sequence[Contender]
-    ) -> None:
+    def calibrate(self, texts: Texts, contenders: Sequence[Contender]) -> None:
         """Gather the statistics of all cells, with gradients if any of them wants those, or find them in the folder."""
-        self.calibration = {"texts": _windows_identity(texts)}
+        self.texts_seen = texts
+        self.calibration = {"texts": _windows_identity(texts.windows)}
         digest = fingerprint({**self.common, **self.calibration})[:8]
         plain = self.folder.path / f"statistics-{digest}"
         rich = plain.with_name(f"{plain.name}-gradients")
         gradients = rich.exists() or any(contender.wants_gradients for contender in contenders)
-        self.statistics = calibrate_checkpoint(
-            self.checkpoint.folder,
-            paths,
+        self.statistics = calibrate(
+            self.model,
+            texts.windows,
             rich if gradients else plain,
-            sequences=sequences,
-            length=texts[0].ids.shape[1],
+            tokenizer=texts.tokenizer,
             gradients="sequence" if gradients else None,
             on_event=self.on_event,
         ).check(self.checkpoint)
@@ -180,14 +195,15 @@ class _Run:
         statistics = self.statistics if contender.calibrated else None
         # Statistics with gradients serve those who do not use these just as well: their cells stay what they are.
         gradients = statistics is not None and contender.wants_gradients and statistics.record.gradients
-        decided = {**contender.identity(), "ratio": cell.ratio, "of": cell.of, "seed": cell.seed}
+        decided = {**contender.identity(), **cell.size, "seed": cell.seed}
         context = self.context(contender.calibrated)
         key = fingerprint({"cell": decided, "context": context, "gradients": gradients or None})
         output = self.folder.checkpoint(cell.name, key)
         known = self.folder.find(key)
         if known is not None and ("reason" in known or output.exists() or not self.keep):
             return known
-        command = cell.command(self.source, output, None if statistics is None else statistics.folder, self.revision)
+        making = Making(self.checkpoint, self.model, statistics, self.texts_seen, bool(gradients), self.on_event)
+        command = cell.command(self.source, output, making.options(cell), self.revision)
         record = {
             "context": context,
             **decided,
@@ -197,31 +213,13 @@ class _Run:
             "name": cell.name,
             "command": command,
         }
-        return self.folder.add(key, {**record, **self._measured(cell, output, command, statistics)})
+        return self.folder.add(key, {**record, **self._measured(cell, output, command, making)})
 
-    def _measured(self, cell: Cell, output: Path, command: str, statistics: Statistics | None) -> dict[str, Any]:
-        contender = cell.contender
+    def _measured(self, cell: Cell, output: Path, command: str, making: Making) -> dict[str, Any]:
         try:
-            plan = plan_compression(
-                self.checkpoint,
-                contender.method,
-                contender.settings,
-                ratio=cell.ratio,
-                of=cell.of,
-                statistics=statistics,
-            )
-            check_statistics(plan, statistics)
             forget_peak()
             begin = time.perf_counter()
-            report = carry_out(
-                self.checkpoint,
-                output,
-                plan,
-                seed=cell.seed,
-                command=command,
-                statistics=statistics,
-                on_event=self.on_event,
-            )
+            report = making.make(cell, output, command)
             seconds = time.perf_counter() - begin
             small = StoredModel(output)
             measured = evaluate(small, self.texts, against=self._original(), on_event=self.on_event)
@@ -233,14 +231,15 @@ class _Run:
         finally:
             if not self.keep:
                 shutil.rmtree(output, ignore_errors=True)
+                shutil.rmtree(output.with_name(f"{output.name}.steps"), ignore_errors=True)
             # Programs of sizes that do not come again: kept, they would count as the memory of later cells.
             jax.clear_caches()
         evaluation = measured.as_json()
         del evaluation["against"]
-        kept = ("requested", "achieved", "allocation", "parameters", "bytes", "outcomes", "peak_bytes")
+        kept = ("requested", "achieved", "allocation", "parameters", "bytes", "outcomes", "peak_bytes", "steps")
         return {
             "output": str(output),
-            **{name: report[name] for name in kept},
+            **{name: report[name] for name in kept if name in report},
             **costs,
             # A run that went on counts what it did before, too.
             "seconds": max(seconds, report["layer_seconds"]),

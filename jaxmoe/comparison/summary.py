@@ -45,10 +45,10 @@ def rows(original: Record, cells: Sequence[Record]) -> list[dict[str, Any]]:
     }
     groups: dict[tuple, list[Record]] = {}
     for cell in cells:
-        group = (cell["method"], cell["setting"], str(cell["changed"]), cell["ratio"], cell["of"])
-        groups.setdefault(group, []).append(cell)
+        size = (cell.get("of", ""), cell.get("ratio", -cell.get("main_experts", 0)))
+        groups.setdefault((cell["method"], cell["setting"], str(cell["changed"]), *size), []).append(cell)
     order = list(dict.fromkeys(cell["method"] for cell in cells))
-    ordered = sorted(groups, key=lambda g: (order.index(g[0]), g[1] != "paper", g[2], g[4], g[3]))
+    ordered = sorted(groups, key=lambda g: (order.index(g[0]), g[1] != "paper", *g[2:]))
     return [first, *(_row(original, sorted(groups[group], key=lambda c: c["seed"])) for group in ordered)]
 
 
@@ -56,7 +56,7 @@ def _row(original: Record, cells: Sequence[Record]) -> dict[str, Any]:
     done = [cell for cell in cells if "evaluation" in cell]
     names = ("method", "setting", "changed", "calibrated")
     row = {name: cells[0][name] for name in names}
-    row["requested"] = {"ratio": cells[0]["ratio"], "of": cells[0]["of"]}
+    row["requested"] = {name: cells[0][name] for name in ("ratio", "of", "main_experts") if name in cells[0]}
     row["seeds"] = [cell["seed"] for cell in done]
     row["commands"] = [cell["command"] for cell in cells]
     if reasons := list(dict.fromkeys(cell["reason"] for cell in cells if "reason" in cell)):
@@ -65,7 +65,7 @@ def _row(original: Record, cells: Sequence[Record]) -> dict[str, Any]:
         return row
     measured = [_measured(original, cell) for cell in done]
     row["achieved"] = {scope: fmean(cell["achieved"][scope] for cell in done) for scope in done[0]["achieved"]}
-    row["allocation"] = done[0]["allocation"]
+    row["allocation"] = done[0].get("allocation")
     row["parameters"] = round(fmean(cell["parameters"]["after"] for cell in done))
     row["bytes"] = round(fmean(cell["bytes"]["after"] for cell in done))
     texts = measured[0]["perplexity"]
@@ -84,11 +84,12 @@ def _row(original: Record, cells: Sequence[Record]) -> dict[str, Any]:
 
 def _measured(original: Record, cell: Record) -> dict[str, Any]:
     projections = [record for layer in cell["layers"] for record in layer["projections"].values()]
-    weighted = [record["weighted_error"] for record in projections]
+    # Where no matrix changes, nothing is said of their errors.
+    errors, weighted = ([record.get(name) for record in projections] for name in ("error", "weighted_error"))
     return {
         **{name: cell[name] for name in ("seconds", "peak_bytes", "active_parameters", "operations_per_token")},
         **_quality(cell["evaluation"], original["evaluation"]),
-        "error": fmean(record["error"] for record in projections),
+        "error": None if None in errors else fmean(errors),
         "weighted_error": None if None in weighted else fmean(weighted),
     }
 

@@ -2,6 +2,6 @@
 
 from jaxmoe.compressed_experts.plan import MainPlan, make_main_plan
 from jaxmoe.compressed_experts.run import compress_experts
-from jaxmoe.compressed_experts.settings import METHOD, Settings
+from jaxmoe.compressed_experts.settings import METHOD, MainMethod, Settings
 
-__all__ = ["METHOD", "MainPlan", "Settings", "compress_experts", "make_main_plan"]
+__all__ = ["METHOD", "MainMethod", "MainPlan", "Settings", "compress_experts", "make_main_plan"]

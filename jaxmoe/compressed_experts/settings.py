@@ -46,7 +46,8 @@ class MainMethod(NamedTuple):
     """A method that is asked for a number of experts to run; `name` is how the command line spells it."""
 
     name: str
+    summary: str
     settings: type[Settings]
 
 
-METHOD = MainMethod("compressed_experts", Settings)
+METHOD = MainMethod("compressed_experts", "run fewer experts, and let vectors stand in for the others", Settings)

@@ -120,7 +120,11 @@ def _error_row(layer: Mapping[str, Any]) -> str:
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+    return ", ".join(
+        f"{name} ({_settings(value)})" if isinstance(value, Mapping) else f"{name}={value}"
+        for name, value in settings.items()
+        if value is not None
+    )
 
 
 def _calibration(calibration: Mapping[str, Any] | None) -> str:

@@ -65,11 +65,22 @@ def _at(*path: str) -> Callable[[Row], Any]:
     return value
 
 
+def size_text(size: Mapping[str, Any]) -> str:
+    """Return a size, or that of a record that has its keys, in few words.
+
+    Example:
+        >>> size_text({"ratio": 0.4, "of": "model"}), size_text({"main_experts": 2})
+        ('0.4 of model', '2 experts run')
+    """
+    if "main_experts" in size:
+        return f"{size['main_experts']} experts run"
+    return f"{size['ratio']:g} of {size['of']}"
+
+
 def _requested(row: Row) -> str | None:
     if "requested" not in row:
         return None
-    ratio, of = row["requested"]["ratio"], row["requested"]["of"]
-    return f"{ratio:g}" if of == "experts" else f"{ratio:g} of {of}"
+    return size_text(row["requested"]).removesuffix(" of experts")
 
 
 def _outcomes(row: Row) -> str | None:
@@ -193,14 +204,21 @@ def overview(record: Mapping[str, Any]) -> list[list[str]]:
         [['original 2.00', '40% of experts'], ['svd paper', '4.00 (x2.000; code x3.000)']]
     """
     original, *others = record["rows"]
-    asked = [(row["requested"]["of"], row["requested"]["ratio"]) for row in others]
-    sizes = {size: f"{100 * size[1]:g}% of {size[0]}" for size in sorted(set(asked))}
-    lines = [[f"original {original['geometric_mean_perplexity']:.2f}", *sizes.values()]]
+    asked = [_heading(row["requested"]) for row in others]
+    sizes = sorted(set(asked))
+    lines = [[f"original {original['geometric_mean_perplexity']:.2f}", *(text for *_, text in sizes)]]
     cells = {(label(row), size): row for row, size in zip(others, asked)}
     for name in dict.fromkeys(map(label, others)):
         found = [cells.get((name, size)) for size in sizes]
         lines.append([name, *("" if row is None else _quality(row) for row in found)])
     return lines
+
+
+def _heading(size: Mapping[str, Any]) -> tuple[str, float, str]:
+    """Return by what a size is sorted, and what it says above its column."""
+    if "ratio" in size:
+        return size["of"], size["ratio"], f"{100 * size['ratio']:g}% of {size['of']}"
+    return "running", -size["main_experts"], size_text(size)
 
 
 def _quality(row: Row) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.report import plots
-from jaxmoe.report.comparison import NOTHING, columns, label, reasons
+from jaxmoe.report.comparison import NOTHING, columns, label, reasons, size_text
 from jaxmoe.report.tables import size
 
 INK = "#010203"
@@ -71,7 +71,7 @@ def page(data: Mapping[str, Any]) -> str:
         rows=rows,
         figures=figures,
         reasons=reasons(data),
-        cells=[{"title": _title(cell), **cell} for cell in data["cells"]],
+        cells=[{"title": _title(cell), "asked": size_text(cell), **cell} for cell in data["cells"]],
         size=size,
         nothing=NOTHING,
     )
@@ -83,7 +83,7 @@ def _sortable(value: Any) -> str:
 
 def _title(cell: Mapping[str, Any]) -> str:
     seed = f", seed {cell['seed']}" if cell["seed"] else ""
-    return f"{label(cell)}, {cell['ratio']:g} of {cell['of']}{seed}"
+    return f"{label(cell)}, {size_text(cell)}{seed}"
 
 
 def _figures(data: Mapping[str, Any]) -> list[Figure]:
@@ -112,7 +112,7 @@ def _pareto(data: Mapping[str, Any]) -> list[Figure]:
 
 
 def _layers(data: Mapping[str, Any]) -> list[Figure]:
-    cells = [cell for cell in data["cells"] if "layers" in cell]
+    cells = plots.cells_with_errors(data)
     if not cells:
         return []
     names = list(cells[0]["layers"][0]["projections"])

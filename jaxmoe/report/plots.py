@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.report.comparison import label
+from jaxmoe.report.comparison import label, size_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,6 +72,12 @@ def plot_pareto(data: Data, ax: "Axes | None" = None, *, measure: str = "geometr
     return ax
 
 
+def cells_with_errors(data: Data) -> list[Data]:
+    """Return the cells that changed matrices, and so have errors of these."""
+    measured = [cell for cell in data["cells"] if "layers" in cell]
+    return [cell for cell in measured if "error" in next(iter(cell["layers"][0]["projections"].values()))]
+
+
 def plot_layers(data: Data, ax: "Axes | None" = None, *, projection: str = "down", field: str = "error") -> "Axes":
     """Plot what every layer of every cell has in one projection: layers upright, cells side by side.
 
@@ -82,14 +88,18 @@ def plot_layers(data: Data, ax: "Axes | None" = None, *, projection: str = "down
         field: one of `FIELDS`; "rank" is that of all terms together.
     """
     _known("field", field, FIELDS)
-    cells = [cell for cell in data["cells"] if "layers" in cell]
+    cells = cells_with_errors(data)
     if not any(projection in layer["projections"] for cell in cells for layer in cell["layers"]):
         raise JaxmoeError(f"no cell has a projection {projection!r}: give gate, up or down")
     layers = [layer["layer"] for layer in cells[0]["layers"]]
     values = np.array(
         [[field_value(layer["projections"][projection], field) for layer in cell["layers"]] for cell in cells]
     )
-    names = [f"{label(cell)} {cell['ratio']:g}" + (f" seed {cell['seed']}" if cell["seed"] else "") for cell in cells]
+    names = [
+        f"{label(cell)} {size_text(cell).removesuffix(' of experts')}"
+        + (f" seed {cell['seed']}" if cell["seed"] else "")
+        for cell in cells
+    ]
     ax = _heat(values.T, _axes(ax), bar=FIELDS[field])
     _ticks(ax, "y", layers, "layer")
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize="small")

@@ -87,6 +87,15 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
     return [*size_tables(plan), table(columns, rows, title=shared)]
 
 
+def steps_table(record: Mapping[str, Any]) -> Table:
+    """Return what every step of a chain removes of what it finds."""
+    rows = []
+    for step in record["steps"]:
+        kept = ", ".join(f"{number} {unit} stay" for unit, number in step.get("kept", {}).items())
+        rows.append((step["method"], f"{step['achieved']['experts']:.4f}", kept or "factors"))
+    return table(("step", "removes of the experts that it finds", "what stays"), rows)
+
+
 def size_tables(record: Mapping[str, Any]) -> list[Table]:
     """Return the tables of sizes and ratios of a plan or a report."""
     requested = record["requested"]

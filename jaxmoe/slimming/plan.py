@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.families import UNKNOWN, decoder_config
+from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.tensor_file import Planned
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
@@ -181,6 +182,55 @@ def _plan(checkpoint, method, settings, before, keep, groups, others, requested)
         bytes={"before": checkpoint.bytes, "after": size + sum(tensor.bytes for tensor in others)},
         peak_bytes=max(_peak(layer.shape, layer.dtype.itemsize, unit) for layer in checkpoint.layers),
     )
+
+
+def unwritten(checkpoint: Checkpoint, plan: SlimPlan) -> Checkpoint:
+    """Return the checkpoint that a plan leads to, with all names and sizes but without values: to plan what follows."""
+    unit = plan.method.unit
+    tensors = _others(checkpoint, slim_copied(checkpoint), unit, plan.keep)
+    layers = []
+    for layer in checkpoint.layers:
+        shape = plan.shapes[layer.index]
+        own = plan_dense(layer.layout, shape, layer.dtype, lambda projection: _nothing())
+        layers.append(replace(layer, shape=shape, names=tuple(tensor.name for tensor in own)))
+        tensors += own
+    planned: dict[str, Any] = {tensor.name: Unwritten(tensor) for tensor in tensors}
+    config = slim_config(checkpoint, unit, plan.keep)
+    return replace(checkpoint, config=config, tensors=planned, matrices=planned, layers=tuple(layers), mtp=())
+
+
+@dataclass(frozen=True)
+class Unwritten:
+    """A tensor that is still to be written, as `checkpoint.Matrix` has it; it cannot be read."""
+
+    planned: Planned
+
+    @property
+    def name(self) -> str:
+        return self.planned.name
+
+    @property
+    def dtype(self) -> str:
+        return self.planned.code
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.planned.shape
+
+    @property
+    def numbers(self) -> int:
+        return self.planned.numbers
+
+    @property
+    def bytes(self) -> int:
+        return self.planned.bytes
+
+    @property
+    def parts(self) -> tuple["Unwritten"]:
+        return (self,)
+
+    def read(self, index: Any = ...) -> np.ndarray:
+        return _nothing()
 
 
 def _removes(plan: SlimPlan, checkpoint: Checkpoint, ratio: float, of: str) -> bool:

@@ -19,7 +19,7 @@ from jaxmoe.factors import CompressedLayer, Dense
 from jaxmoe.factors.slicing import slice_channels
 from jaxmoe.methods import Outcome
 from jaxmoe.methods.slimming import Slimmed
-from jaxmoe.pipeline import check_statistics, measured_errors, peak_bytes, publish, where
+from jaxmoe.pipeline import Amend, check_statistics, measured_errors, peak_bytes, publish, unchanged, where
 from jaxmoe.slimming.files import slim_config, slim_copied, slim_edited
 from jaxmoe.slimming.plan import SlimPlan
 from jaxmoe.weighing import LayerSums, Sums, evidence
@@ -35,6 +35,7 @@ def slim(
     statistics: Sums | None,
     resume: bool = True,
     command: str = "",
+    amend: Amend = unchanged,
     on_event: Event = lambda event: None,
 ) -> dict[str, Any]:
     """Write the checkpoint that a plan describes.
@@ -46,6 +47,7 @@ def slim(
         statistics: calibrated statistics; all slimming methods so far need some.
         resume: whether to go on with an unfinished run; False starts over.
         command: the command line, for the report.
+        amend: has the last word on the report.
         on_event: called with a small record after every layer.
 
     Returns:
@@ -111,7 +113,7 @@ def slim(
         return publish(
             checkpoint,
             workspace,
-            report,
+            amend(report),
             [layer.index for layer in checkpoint.layers],
             slim_config(checkpoint, plan.method.unit, plan.keep),
             {},

@@ -51,7 +51,7 @@ def test_only_what_is_new_is_measured(measured, tmp_path):
     assert grown(both, **UNCALIBRATED)[0] == []
     # Cells as published did without calibration, and need not be measured again for its sake.
     new, all_of_them = grown(both, **ASKED)
-    assert new == [improved]
+    assert new == [*(f"{name}-improved-0.8-experts-seed0" for name in ("frequency", "reap")), improved]
     assert paper in all_of_them
     assert all_of_them.count(improved) == 1
 

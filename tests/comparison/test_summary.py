@@ -90,11 +90,11 @@ def test_a_seed_that_failed_is_told():
 def test_cells_are_every_combination_in_order():
     both = [contender("svd", setting="paper"), contender("mobe", steps=7)]
     made = cells(both, [0.6, 0.2, 0.6], of="model", seeds=2)
-    assert [(c.contender.method.name, c.ratio, c.seed) for c in made] == [
+    assert [(c.contender.method.name, c.size["ratio"], c.seed) for c in made] == [
         (name, ratio, seed) for name in ("svd", "mobe") for ratio in (0.2, 0.6) for seed in (0, 1)
     ]
     assert len({c.name for c in made}) == 8
-    assert made[-1].command("CKPT", "OUT", None) == (
+    assert made[-1].command("CKPT", "OUT", []) == (
         "jaxmoe compress CKPT OUT --method mobe --setting improved --set steps=7 --ratio 0.6 --of model --seed 1"
     )
 

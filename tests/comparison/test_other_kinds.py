@@ -1,0 +1,90 @@
+"""Chains, slim checkpoints and fewer running experts as cells beside all others, and equal to single runs."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from program import checksums, jaxmoe
+from small_comparison import ASKED, contender, two_layers
+
+from jaxmoe.chain import ChainSettings, find
+from jaxmoe.comparison import Contender, compare
+from jaxmoe.compressed_experts import METHOD
+from jaxmoe.report.comparison import comparison_markdown
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kinds")
+    source = two_layers(folder / "source")
+    chain = find("prune:reap+svd")
+    settings = ChainSettings(setting="improved", steps=tuple(step.settings() for step in chain.steps))
+    contenders = [
+        Contender(method=METHOD, settings=METHOD.settings(steps=20)),
+        Contender(method=chain, settings=settings),
+        contender("nystrom", multiple=1),
+    ]
+    options = {**ASKED, "ratios": [0.5], "main_experts": [1], "keep": True}
+    return source, folder / "report", compare(source, folder / "report", contenders, **options)
+
+
+def row(result, method):
+    (found,) = (row for row in result["rows"] if row["method"] == method)
+    return found
+
+
+def test_baselines_are_always_there(compared):
+    result = compared[-1]
+    assert [row["method"] for row in result["rows"]] == [
+        *("original", "svd", "frequency", "reap", "compressed_experts", "reap+svd", "nystrom"),
+    ]
+    assert all("reason" not in row for row in result["rows"])
+
+
+def test_sizes_are_told_apart(compared):
+    result = compared[-1]
+    assert row(result, "compressed_experts")["requested"] == {"main_experts": 1}
+    assert row(result, "compressed_experts")["achieved"]["experts"] < 0
+    assert row(result, "compressed_experts")["error"] is None
+    assert (
+        row(result, "compressed_experts")["operations_per_token"]
+        < 0.4 * row(result, "original")["operations_per_token"]
+    )
+    for method in ("reap+svd", "reap", "nystrom"):
+        assert row(result, method)["requested"] == {"ratio": 0.5, "of": "experts"}
+        assert 0.5 <= row(result, method)["achieved"]["experts"] < 0.501
+    header, _, *lines = comparison_markdown(result).split("\n\n")[0].splitlines()
+    assert header.endswith("| 50% of experts | 1 experts run |")
+    assert len(lines) == 6
+
+
+def test_the_page_shows_them(compared):
+    _, report, _ = compared
+    page = (report / "index.html").read_text()
+    assert "compressed_experts improved, steps=20, 1 experts run" in page
+    assert "reap removed" in page
+
+
+@pytest.mark.parametrize("method", ["reap+svd", "compressed_experts", "nystrom"])
+def test_a_cell_equals_the_command_that_it_names(compared, tmp_path, method):
+    _, _, result = compared
+    (cell,) = (cell for cell in result["cells"] if cell["method"] == method)
+    words = shlex.split(cell["command"])
+    assert words[:2] == ["jaxmoe", "compress"]
+    made = Path(words[3])
+    words[3] = str(tmp_path / "again")
+    run = jaxmoe(*words[1:], "--json")
+    assert run.returncode == 0, run.stderr
+    assert checksums(tmp_path / "again") == checksums(made)
+    report = json.loads(run.stdout)
+    assert report["achieved"] == cell["achieved"]
+    assert not list(tmp_path.glob("again.steps"))
+
+
+def test_an_unknown_step_is_refused(compared, tmp_path):
+    source, *_ = compared
+    for name, message in (("svd+mobe", "svd stores factors"), ("reap+nothing", "unknown method 'nothing'")):
+        run = jaxmoe("compress", source, tmp_path / "out", "-m", name, "-r", 0.5, "--text", ASKED["texts"][0])
+        assert run.returncode == 1
+        assert message in run.stderr
