@@ -210,7 +210,8 @@ def reduced_objective(
             features, slope = features * used, slope * used
         weighed = weigh(features, moment)
         transposed = jnp.swapaxes(weighed, 1, 2)
-        factor = cholesky_with_floor(jnp.matmul(features, transposed, precision=HIGHEST), RIDGE)
+        gram = jnp.matmul(features, transposed, precision=HIGHEST)
+        factor = cholesky_with_floor(gram, RIDGE)
         # Products with the explicit inverse are faster than two triangular solves, and a gradient needs no more digits.
         half = lax.linalg.triangular_solve(
             factor, jnp.broadcast_to(jnp.eye(factor.shape[-1]), factor.shape), left_side=True, lower=True
@@ -218,12 +219,14 @@ def reduced_objective(
         inverse = jnp.matmul(jnp.swapaxes(half, 1, 2), half, precision=HIGHEST)
         product = jnp.matmul(target, transposed, precision=HIGHEST)
         coefficients = jnp.matmul(product, inverse, precision=HIGHEST)
-        explained = jnp.sum(shares * jnp.sum(coefficients * product, axis=(1, 2)))
         left = jnp.swapaxes(coefficients, 1, 2)
+        inner = jnp.matmul(left, coefficients, precision=HIGHEST)
+        # What these coefficients explain, not what the best would: an inverse in float32 is off by more than the loss
+        # of a fit that keeps much, and a loss of zero that is none would end the descent.
+        explained = 2 * jnp.sum(coefficients * product, axis=(1, 2)) - jnp.sum(inner * gram, axis=(1, 2))
         rows, rank = coefficients.shape[1:]
         if rank < rows:
             # Neither A F nor the residual is formed: r is the short side.
-            inner = jnp.matmul(left, coefficients, precision=HIGHEST)
             d_features = jnp.matmul(inner, weighed, precision=HIGHEST)
             d_features = d_features - jnp.matmul(left, weighed_target, precision=HIGHEST)
         else:
@@ -233,6 +236,6 @@ def reduced_objective(
         d_basis, d_alpha = pull_back(d_blend, alpha, basis)
         if ragged is not None:
             d_basis = d_basis * ragged.of_bases(basis.shape[1])
-        return jnp.maximum(energy - explained, 0.0) / whole, (d_basis, d_alpha)
+        return jnp.maximum(energy - jnp.sum(shares * explained), 0.0) / whole, (d_basis, d_alpha)
 
     return evaluate

@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.solvers.basis_learning import learn_basis
-from jaxmoe.solvers.mixture import owners
+from jaxmoe.solvers.mixture import owners, reconstruct
 from jaxmoe.solvers.variable_projection import reduced_objective, schedule, starts, variable_projection
 
 E, P, Q, M, R = 6, 8, 24, 2, 6
@@ -218,3 +218,19 @@ def test_broken_numbers_are_flagged():
 def test_impossible_sizes_are_refused(bases, rank):
     with pytest.raises(JaxmoeError, match="choose 1 to"):
         variable_projection(gaussian(E, P, Q), bases=bases, rank=rank)
+
+
+def test_a_loss_below_rounding_does_not_pass_for_zero():
+    """Inputs of unequal strength, and a fit that keeps much: an inverse in float32 explains more than there is."""
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.standard_normal((32, 32)))[0]
+    moment = (axes * np.logspace(0, -6, 32)) @ axes.T
+    weight = rng.standard_normal((6, 40, 32)).astype(np.float32)
+    fit = variable_projection(
+        jnp.asarray(weight), bases=3, rank=24, steps=60, moment=jnp.asarray(moment, jnp.float32)[None]
+    )
+    assert int(fit.steps) == 60
+    approximation = np.asarray(reconstruct(fit.coefficients, fit.bases, fit.mixing, "wavelet"), np.float64)
+    gap = weight - approximation
+    energies = [np.einsum("eoi,ij,eoj->e", x, moment, x) for x in (gap, weight.astype(np.float64))]
+    assert float(fit.losses.min()) == pytest.approx(energies[0].sum() / energies[1].sum(), rel=0.2)
