@@ -24,8 +24,10 @@ import os
 import re
 from functools import partial
 
-# Only the CPU platform reads this, and only before JAX is imported.
+# Both are for the CPU alone, and have to stand before JAX is imported. Devices that wait for each other hold a thread
+# each: with no more threads than devices, as on a machine of few cores, they can wait for ever.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("NPROC", "32")
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +77,8 @@ def compare(function, array):
         sizes = [math.prod(map(int, filter(None, shape.split(",")))) for shape in re.findall(r"\w\[([\d,]*)\]", arrays)]
         moved[name] = max(moved.get(name, 0), *sizes)
     print("collective operations, and the most numbers that one of them moves:", moved or "none")
-    return program(array), jax.jit(function)(jax.device_put(array, jax.devices()[0]))
+    together = jax.block_until_ready(program(array))
+    return together, jax.jit(function)(jax.device_put(array, jax.devices()[0]))
 
 
 together, alone = compare(partial(jaxmoe.weighted_svd, rank=20), sharded)
@@ -116,7 +119,7 @@ run = jax.jit(forward, static_argnames="spec")
 
 placed = place_parameters(parameters, model.spec, both)
 rows = jax.device_put(tokens, NamedSharding(both, PartitionSpec("data")))
-logits = run(rows, placed, model.spec)
+logits = jax.block_until_ready(run(rows, placed, model.spec))
 difference = jnp.abs(logits - run(tokens, parameters, model.spec)).max()
 print(f"logits {logits.shape} along {logits.sharding.spec}, largest difference {float(difference):.1e}")
 
