@@ -1,0 +1,170 @@
+"""`calibrate`, `evaluate` and `compare`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxmoe.cli.app import command, emit
+from jaxmoe.cli.arguments import (
+    CalibrationOption,
+    CheckpointArgument,
+    GradientsOption,
+    JsonOption,
+    LengthOption,
+    Moments,
+    OfOption,
+    RevisionOption,
+    Scope,
+    Settings,
+    TextOption,
+    fractions,
+    layer_span,
+    named_contenders,
+    numbers,
+)
+
+
+@command
+def calibrate(
+    checkpoint: CheckpointArgument,
+    statistics: Annotated[Path, typer.Argument(metavar="STATISTICS", help="the folder to create")],
+    text: TextOption,
+    sequences: CalibrationOption = 128,
+    length: LengthOption = None,
+    gradients: GradientsOption = None,
+    moments: Annotated[Moments, typer.Option("--moments", help="which second moments to keep")] = Moments.weighted,
+    layers: Annotated[str | None, typer.Option("--layers", metavar="A:B", help="keep layers A to B-1 only")] = None,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="go on with an unfinished run")] = True,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Gather from texts what every expert sees and does, for methods that use it."""
+    from jaxmoe.calibration.checkpoint import calibrate_checkpoint
+    from jaxmoe.calibration.summary import summary
+    from jaxmoe.report.progress import progress
+    from jaxmoe.report.tables import calibration_table
+
+    with progress(0, as_json=as_json, doing="calibrating") as on_event:
+        found = calibrate_checkpoint(
+            checkpoint,
+            text,
+            statistics,
+            sequences=sequences,
+            length=length,
+            gradients=None if gradients is None else gradients.value,
+            moments=moments.value,
+            layers=layer_span(layers),
+            resume=resume,
+            revision=revision,
+            on_event=on_event,
+        )
+    record = summary(found)
+    emit(record, as_json, calibration_table(record), f"written: {statistics}")
+
+
+@command
+def evaluate(
+    checkpoint: CheckpointArgument,
+    text: TextOption,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="CHECKPOINT", help="the original: KL divergence, agreement")
+    ] = None,
+    length: LengthOption = None,
+    sequences: Annotated[int | None, typer.Option("--sequences", help="windows of each text; by default all")] = None,
+    generate: Annotated[
+        int | None,
+        typer.Option(
+            "--generate", help="tokens by which to continue each text; by default 32 for models up to 2 GB, else 0"
+        ),
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option("--work", metavar="FOLDER", help="where hidden states lie, for want of space in /tmp")
+    ] = None,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure perplexity on texts, distance from the original, and speed."""
+    from jaxmoe.evaluation import evaluate_checkpoint
+    from jaxmoe.report.progress import progress
+    from jaxmoe.report.tables import evaluation_tables
+
+    with progress(0, as_json=as_json, doing="layers") as on_event:
+        result = evaluate_checkpoint(
+            checkpoint,
+            text,
+            against=against,
+            length=length,
+            sequences=sequences,
+            generate=generate,
+            work=work,
+            revision=revision,
+            on_event=on_event,
+        )
+    emit(result.as_json(), as_json, *evaluation_tables(result.as_json()))
+
+
+@command
+def compare(
+    checkpoint: CheckpointArgument,
+    report: Annotated[Path, typer.Argument(metavar="REPORT", help="folder of the report; may hold an earlier one")],
+    methods: Annotated[str, typer.Option("--methods", help="names of methods, such as svd,mobe; svd is always there")],
+    ratios: Annotated[str, typer.Option("--ratios", help="removed fractions, such as .2,.4,.6")],
+    text: TextOption,
+    of: OfOption = Scope.experts,
+    calibration_text: Annotated[
+        list[Path] | None,
+        typer.Option("--calibration-text", metavar="PATH", help="texts to calibrate on, once for all methods"),
+    ] = None,
+    setting: Annotated[Settings, typer.Option("--setting", help="as for `compress`, or both")] = Settings.improved,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="METHOD[:SETTING]:NAME=VALUE", help="a setting of a method; may be repeated"),
+    ] = None,
+    main_experts: Annotated[
+        str | None,
+        typer.Option(
+            "--main-experts", help="with compressed_experts: how many experts of a token run, such as 2,1; default half"
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", help="runs of every method and ratio, for mean and deviation")] = 1,
+    sequences: Annotated[int, typer.Option("--sequences", help="windows of each text to calibrate on")] = 128,
+    windows: Annotated[
+        int | None, typer.Option("--windows", help="windows of each text to evaluate on; by default all")
+    ] = None,
+    length: LengthOption = None,
+    keep: Annotated[bool, typer.Option("--keep", help="keep the compressed checkpoints in REPORT/checkpoints")] = False,
+    revision: RevisionOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure methods at several sizes on one checkpoint: tables, and a report to read in a browser.
+
+    The same command goes on where it stopped; with further methods, ratios or seeds it adds to what is in REPORT.
+    """
+    from jaxmoe.comparison import compare as run
+    from jaxmoe.report.comparison import NOTHING, comparison_table, reasons
+    from jaxmoe.report.progress import progress
+
+    contenders = named_contenders(methods, setting, set_)
+    with progress(0, as_json=as_json, doing="layers") as on_event:
+        result = run(
+            checkpoint,
+            report,
+            contenders,
+            ratios=fractions(ratios),
+            of=of.value,
+            texts=text,
+            calibration_texts=calibration_text,
+            sequences=sequences,
+            windows=windows,
+            length=length,
+            main_experts=None if main_experts is None else numbers(main_experts),
+            seeds=seeds,
+            keep=keep,
+            revision=revision,
+            on_event=on_event,
+        )
+    where = f"written: {report}/index.html, table.md, table.csv, comparison.json"
+    if "no_page" in result:
+        where = f"{result['no_page']}\nwritten: {report}/table.md, table.csv, comparison.json"
+    emit(result, as_json, comparison_table(result), *(f"{NOTHING} {reason}" for reason in reasons(result)), where)
