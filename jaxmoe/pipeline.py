@@ -32,7 +32,7 @@ from jaxmoe.export.folder import complete_folder, dump, side_files
 from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense
 from jaxmoe.factors.error import relative_errors
 from jaxmoe.methods import Outcome
-from jaxmoe.methods.method import count
+from jaxmoe.methods.method import REORDERED, count
 from jaxmoe.plan import Plan, PlannedLayer, describe
 from jaxmoe.reading import read_target
 from jaxmoe.rivalry import behind_svd
@@ -265,8 +265,9 @@ def fit_layer(
             raise RuntimeError(f"{target}: {count(fit.terms)} of {count(abstract)}: a defect of {plan.method.name}")
         terms[target] = fit.terms
         outcomes += [outcome._replace(target=target) for outcome in fit.outcomes]
-        if (behind := behind_svd(weight, fit.terms, known.moment, target)) is not None:
-            outcomes.append(behind)
+        if all(outcome.kind != REORDERED for outcome in fit.outcomes):
+            behind = behind_svd(weight, fit.terms, known.moment, target)
+            outcomes += [] if behind is None else [behind]
         if len(fit.losses):
             thin = max(1, len(fit.losses) // 50)
             histories[target] = [float(x) for x in (*fit.losses[::thin], fit.losses[-1])]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.factors import LayerShape, Merged
-from jaxmoe.methods.method import Evidence, Fit, Method, Slot, check_setting
+from jaxmoe.methods.method import REORDERED, Evidence, Fit, Method, Outcome, Slot, check_setting
 from jaxmoe.methods.slimming import MEND, statistic
 from jaxmoe.solvers.alignment import align, neuron_matrix
 from jaxmoe.solvers.clustering import cluster, merge
@@ -56,11 +56,13 @@ def fit(weight, template, settings: HCSMoESettings, *, evidence: Evidence, key=N
     (term,) = template
     counts = statistic(evidence, "counts")
     labels = cluster(statistic(evidence, "output_sums") / np.maximum(1, counts)[:, None], term.weight.shape[0])
-    experts = np.asarray(weight, np.float32)
+    experts, outcomes = np.asarray(weight, np.float32), ()
     if settings.aligned:
         experts = _ordered(experts, evidence, counts)
+        detail = "neurons stand in another order than the original's, which its error counts as if it mattered"
+        outcomes = (Outcome(REORDERED, "", detail),)
     merged = jnp.asarray(merge(experts, labels, counts)).astype(term.weight.dtype)
-    return Fit((Merged(weight=merged, labels=jnp.asarray(labels, jnp.int32)[None]),))
+    return Fit((Merged(weight=merged, labels=jnp.asarray(labels, jnp.int32)[None]),), outcomes=outcomes)
 
 
 def _ordered(weight: np.ndarray, evidence: Evidence, counts: np.ndarray) -> np.ndarray:

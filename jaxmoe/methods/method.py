@@ -68,6 +68,10 @@ class Outcome(NamedTuple):
     detail: str
 
 
+REORDERED = "reordered"
+"""Kind of the outcome of a fit whose matrices do not stand for the original's entry by entry."""
+
+
 def _unknown(name: str) -> None:
     return None
 
