@@ -93,7 +93,10 @@ for row in result["rows"]:
     print(f"{label(row):22} {row['achieved']['experts']:6.1%} removed   {row['geometric_mean_perplexity']:8.2f}")
 
 # %%
-plots.plot_pareto(result)
+figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
+axes.barh([label(row) for row in result["rows"]], [row["geometric_mean_perplexity"] for row in result["rows"]])
+axes.invert_yaxis()
+axes.set_xlabel("perplexity, half of the experts' parameters removed")
 plt.show()
 
 # %% [markdown]
@@ -109,5 +112,6 @@ plots.plot_layers(result, axes[1], projection="down")
 plt.show()
 
 # %% [markdown]
-# `folder / "report" / "index.html"` shows all of this in a browser. From here: give the method settings of its own (a
+# With several `ratios`, `plots.plot_pareto(result)` draws quality against size; `folder / "report" / "index.html"` shows
+# all of this in a browser. From here: give the method settings of its own (a
 # frozen dataclass), or a term of its own (`jaxmoe.factors`, and its twin in PyTorch).
