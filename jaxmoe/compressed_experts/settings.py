@@ -28,7 +28,7 @@ class Settings:
     renorm: str = "none"
     steps: int = 400
     rate: float = 0.02
-    batch: int = 2048
+    batch: int = 512
     patience: int = 4
 
     def __post_init__(self):
