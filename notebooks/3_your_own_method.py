@@ -112,6 +112,6 @@ plots.plot_layers(result, axes[1], projection="down")
 plt.show()
 
 # %% [markdown]
-# With several `ratios`, `plots.plot_pareto(result)` draws quality against size; `folder / "report" / "index.html"` shows
-# all of this in a browser. From here: give the method settings of its own (a
-# frozen dataclass), or a term of its own (`jaxmoe.factors`, and its twin in PyTorch).
+# With several `ratios`, `plots.plot_pareto(result)` draws quality against size, and `folder / "report" / "index.html"`
+# shows all of this in a browser. From here: give the method settings of its own (a frozen dataclass), or a term of its
+# own (`jaxmoe.factors`, and its twin in PyTorch).
