@@ -35,7 +35,7 @@ from jaxmoe.methods import Outcome
 from jaxmoe.methods.method import REORDERED, count
 from jaxmoe.plan import Plan, PlannedLayer, describe
 from jaxmoe.reading import read_target
-from jaxmoe.rivalry import behind_svd
+from jaxmoe.rivalry import behind_svd, svd_instead
 from jaxmoe.weighing import LayerSums, Sums, evidence, moments
 from jaxmoe.weighing import outcomes as weighing_outcomes
 
@@ -267,6 +267,9 @@ def fit_layer(
         outcomes += [outcome._replace(target=target) for outcome in fit.outcomes]
         if all(outcome.kind != REORDERED for outcome in fit.outcomes):
             behind = behind_svd(weight, fit.terms, known.moment, target)
+            if behind is not None and plan.method.yields and plan.settings.setting == "improved":
+                terms[target] = svd_instead(weight, fit.terms, known)
+                behind = behind._replace(kind="svd_instead", detail=f"{behind.detail}; it is stored instead")
             outcomes += [] if behind is None else [behind]
         if len(fit.losses):
             thin = max(1, len(fit.losses) // 50)

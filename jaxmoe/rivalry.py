@@ -3,15 +3,16 @@
     sum_e || (W_e - What_e) C_e^(1/2) ||^2     against     sum_e sum_{i > r} sigma_ei^2,    r = numbers / (E (out + in))
 
 with C_e the moment that weighs the errors, or the identity. A method that costs training and loses to two factors
-should say so; that needs singular values alone.
+should say so, which needs singular values alone, or store these factors instead.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxmoe.factors import Term
-from jaxmoe.methods.method import Outcome, count
+from jaxmoe.factors import Grouped, Term
+from jaxmoe.methods.method import Evidence, Outcome, count
+from jaxmoe.methods.svd import SVD
 from jaxmoe.solvers.weighted_svd import weighted_energies
 
 TOLERANCE = 1.01
@@ -46,6 +47,30 @@ def behind_svd(weight, terms: tuple[Term, ...], moment, target: str) -> Outcome 
     how = "plain" if moment is None else "weighted"
     detail = f"{how} SVD of every expert with rank {rank}, of the same size, is closer: relative errors {both}"
     return Outcome("behind_svd", target, detail)
+
+
+def svd_instead(weight, terms: tuple[Term, ...], evidence: Evidence) -> tuple[Term, ...]:
+    """Return truncated SVD of every expert in no more numbers than some terms have.
+
+    Args:
+        weight: the matrices of the target, `[expert, out, in]`.
+        terms: what they are to replace.
+        evidence: what is known of the target.
+
+    Example:
+        >>> from jaxmoe.factors import LowRank
+        >>> weight = jnp.eye(8)[None]
+        >>> old = (LowRank(left=jnp.zeros((1, 8, 2)), right=jnp.zeros((1, 2, 8))),)
+        >>> (new,) = svd_instead(weight, old, Evidence(target="down"))
+        >>> new.kind, new.group_ranks, new.count().bytes <= old[0].count().bytes
+        ('grouped', (1,), True)
+    """
+    experts, out, in_ = weight.shape
+    dtype = np.dtype(jax.tree.leaves(terms)[0].dtype)
+    room = count(terms).bytes - experts * np.dtype(np.int32).itemsize
+    total = room // ((out + in_) * dtype.itemsize)
+    template = Grouped.abstract(weight.shape, dtype, total=int(total))
+    return SVD.fit(weight, (template,), SVD.settings(), evidence=evidence).terms
 
 
 def _energies(weight, moment) -> np.ndarray:

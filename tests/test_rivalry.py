@@ -4,8 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxmoe import Checkpoint, make_plan
+from jaxmoe.data import demo_checkpoint
 from jaxmoe.factors import Dense, LowRank, Sparse
 from jaxmoe.methods.method import count
+from jaxmoe.methods.mobe import MOBE
+from jaxmoe.methods.svd import SVD
+from jaxmoe.pipeline import compress
 from jaxmoe.rivalry import TOLERANCE, behind_svd
 
 E, P, Q = 3, 8, 14
@@ -103,3 +108,27 @@ def test_nothing_is_behind_where_nothing_is_lost():
     assert behind_svd(weight, (Dense(weight=weight),), None, "up") is None
     zeros = LowRank(left=jnp.zeros((E, P, 1)), right=jnp.zeros((E, 1, Q)))
     assert behind_svd(jnp.zeros((E, P, Q)), (zeros,), None, "up") is None
+
+
+def test_improved_mobe_stores_svd_where_that_is_closer(tmp_path):
+    """A start without steps loses to SVD; published MoBE says so and stays what it is."""
+    checkpoint = Checkpoint.open(demo_checkpoint())
+    stored = {}
+    for setting, ratio in (("improved", 0.4), ("paper", 0.2)):
+        chosen = MOBE.settings(setting=setting, steps=0)
+        plan = make_plan(checkpoint, MOBE, chosen, ratio=ratio)
+        report = compress(checkpoint, tmp_path / setting, plan)
+        kinds = {outcome["kind"] for outcome in report["outcomes"]}
+        stored[setting] = {
+            term["kind"] for layer in report["layers"] for own in layer["projections"].values() for term in own["terms"]
+        }
+        assert kinds & {"svd_instead", "behind_svd"} == {"svd_instead" if setting == "improved" else "behind_svd"}
+        assert plan.parameters["after"] - 2 * 4 * 256 < report["parameters"]["after"] <= plan.parameters["after"]
+        errors = [own["error"] for layer in report["layers"] for own in layer["projections"].values()]
+        if setting == "improved":
+            plain = make_plan(checkpoint, SVD, SVD.settings(), ratio=ratio)
+            rival = compress(checkpoint, tmp_path / "svd", plain)
+            others = [own["error"] for layer in rival["layers"] for own in layer["projections"].values()]
+            np.testing.assert_allclose(errors, others, rtol=0.02)
+    assert "grouped" in stored["improved"]
+    assert stored["paper"] == {"shared_basis", "dense"}

@@ -166,5 +166,13 @@ def working_bytes(template) -> int:
 
 
 MOBE = Method(
-    "mobe", "mixtures of shared bases", MoBESettings, targets, slot, fit, working_bytes, allocation="importance"
+    "mobe",
+    "mixtures of shared bases",
+    MoBESettings,
+    targets,
+    slot,
+    fit,
+    working_bytes,
+    allocation="importance",
+    yields=True,
 )

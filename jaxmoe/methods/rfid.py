@@ -417,4 +417,5 @@ RFID = Method(
     working_bytes,
     requires,
     allocation="importance",
+    yields=True,
 )
