@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "jaxmoe.allocation": ("Ladder", "allocate"),
+    "jaxmoe.calibration.checkpoint": ("calibrate_checkpoint",),
     "jaxmoe.calibration.collect": ("calibrate",),
     "jaxmoe.calibration.folder": ("Statistics",),
     "jaxmoe.calibration.statistics": ("LayerStatistics",),
@@ -18,6 +19,7 @@ _HOMES = {
     "jaxmoe.checkpoint.compressed": ("CompressedCheckpoint",),
     "jaxmoe.checkpoint.inspection": ("inspect",),
     "jaxmoe.checkpoint.stored_model": ("StoredModel",),
+    "jaxmoe.comparison": ("Contender", "compare"),
     "jaxmoe.errors": ("JaxmoeError",),
     "jaxmoe.evaluation": ("Evaluation", "evaluate", "evaluate_checkpoint"),
     "jaxmoe.export.dense": ("densify",),
@@ -29,6 +31,7 @@ _HOMES = {
         "Hashed",
         "LayerShape",
         "LowRank",
+        "Merged",
         "Shared",
         "SharedBasis",
         "Sparse",
@@ -43,6 +46,7 @@ _HOMES = {
     "jaxmoe.solvers.basis_learning": ("learn_basis",),
     "jaxmoe.solvers.mixture": ("solve_coefficients",),
     "jaxmoe.solvers.residual": ("hashed_residual", "largest_entries"),
+    "jaxmoe.solvers.second_moment": ("expert_moments",),
     "jaxmoe.solvers.variable_projection": ("variable_projection",),
     "jaxmoe.solvers.weighted_svd": ("weighted_svd",),
 }

@@ -28,7 +28,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 import jaxmoe
-from jaxmoe.calibration.checkpoint import calibrate_checkpoint
 from jaxmoe.data import demo_checkpoint, demo_texts
 
 folder = Path(tempfile.mkdtemp())
@@ -93,7 +92,7 @@ for text in demo_texts():
         (folder / part).mkdir(exist_ok=True)
         (folder / part / text.name).write_text(cut, encoding="utf-8")
 
-statistics = calibrate_checkpoint(checkpoint.folder, [folder / "calibration"], folder / "statistics")
+statistics = jaxmoe.calibrate_checkpoint(checkpoint.folder, [folder / "calibration"], folder / "statistics")
 plan = jaxmoe.make_plan(checkpoint, method, settings, ratio=0.5, statistics=statistics)
 report = jaxmoe.compress(checkpoint, folder / "calibrated", plan, statistics=statistics)
 print(f"{statistics.describe()['tokens']:,} tokens; {report['achieved']['experts']:.4f} of the experts removed")

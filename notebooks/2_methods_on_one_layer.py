@@ -29,14 +29,12 @@ import numpy as np
 import jaxmoe
 from jaxmoe import scores
 from jaxmoe.allocation import ranks_by_importance, water_fill
-from jaxmoe.calibration.checkpoint import calibrate_checkpoint
 from jaxmoe.comparison.diagnostics import spectra
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.report import plots
 from jaxmoe.solvers.basis_size import choose_bases
 from jaxmoe.solvers.group_spectra import group_energies
 from jaxmoe.solvers.merging import regmean, shared_energy
-from jaxmoe.solvers.second_moment import expert_moments
 
 # %% [markdown]
 # ## One layer
@@ -52,9 +50,11 @@ matrices = {name: jnp.asarray(checkpoint.projection(layer, name), jnp.float32) f
 weight = jaxmoe.stack(matrices, "gate_up")
 experts, out, in_ = weight.shape
 
-statistics = calibrate_checkpoint(checkpoint.folder, demo_texts(), f"{tempfile.mkdtemp()}/statistics", sequences=8)
+statistics = jaxmoe.calibrate_checkpoint(
+    checkpoint.folder, demo_texts(), f"{tempfile.mkdtemp()}/statistics", sequences=8
+)
 sums = statistics.layer(layer.index)
-moment = jnp.asarray(expert_moments(sums.weighted_input_moments, sums.counts), jnp.float32)
+moment = jnp.asarray(jaxmoe.expert_moments(sums.weighted_input_moments, sums.counts), jnp.float32)
 print(f"weights {weight.shape}, second moments {moment.shape}, {sums.tokens:,} tokens")
 
 # %% [markdown]
