@@ -88,12 +88,16 @@ SHORT = {
 """What is appended to a command so that it takes seconds; of an option that was given the last one counts."""
 
 
+STEPS = {"mobe": "steps=2", "rfid": "steps=2", "compressed_experts": "steps=2", "reap+mobe": "mobe.steps=2"}
+"""What makes a method short; of a setting that was given the last value counts."""
+
+
 def shortened(line: str) -> list[str]:
     """Return the words of a command on the bundled checkpoint, with few steps and little text."""
     words = [SUBSTITUTES.get(word, word) for word in shlex.split(line)]
     words += shlex.split(SHORT[words[1]])
-    if words[1] == "compress" and "svd" not in words and "d2moe" not in words:
-        words += ["--set", "steps=2"]
+    if words[1] == "compress":
+        words += [word for method in STEPS if method in words for word in ("--set", STEPS[method])]
     if words[1] == "compress" and "--text" in words:
         words += ["--sequences", "2", "--length", "64"]
     return words
