@@ -124,10 +124,12 @@ def make_slim_plan(
         else:
             high = middle
     if low == 0:
-        raise JaxmoeError(_out_of_reach(method, ratio, of, [plan(keep) for keep in candidates[:1] + candidates[-1:]]))
+        raise JaxmoeError(
+            _out_of_reach(method, step, ratio, of, [plan(keep) for keep in candidates[:1] + candidates[-1:]])
+        )
     chosen = plan(candidates[low - 1])
+    config = slim_config(checkpoint, unit, chosen.keep)
     if unit == "channels":
-        config = slim_config(checkpoint, unit, chosen.keep)
         check_stock(checkpoint, config, chosen.shapes, _others(checkpoint, copied, unit, chosen.keep))
     return chosen
 
@@ -250,9 +252,12 @@ def _peak(shape: LayerShape, itemsize: int, unit: str) -> int:
     return 2 * projection * (itemsize + 4) + moments
 
 
-def _out_of_reach(method: SlimMethod, ratio: float, of: str, extremes: list[SlimPlan]) -> str:
+def _out_of_reach(method: SlimMethod, multiple: int, ratio: float, of: str, extremes: list[SlimPlan]) -> str:
     if not extremes:
-        return f"ratio {ratio} of {of}: {method.name} can remove no {method.unit} from this model"
+        return (
+            f"ratio {ratio} of {of}: {method.name} can remove no {method.unit} from this model, of which it keeps a"
+            f" multiple of {multiple}; use another method, or --set multiple=1"
+        )
     most, least = extremes[0].achieved, extremes[-1].achieved
     reach = ", ".join(f"{least[scope]:.4f} to {most[scope]:.4f} of {scope}" for scope in SCOPES)
     return (
