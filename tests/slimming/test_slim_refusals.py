@@ -40,7 +40,7 @@ BAD = {
     "a count under no known name": ({"num_experts": None, "expert_total": 4}, None, "reap", "config.json does not say"),
     "no router": ({}, without_router, "reap", r"there is no model\.layers\.1\.mlp\.gate\.weight"),
     "an unknown architecture": ({"model_type": "novelty"}, None, "reap", "'novelty' is unknown"),
-    "channels of one": ({"model_type": "novelty"}, None, "camera", "what else has its size"),
+    "channels of one": ({"model_type": "novelty"}, None, "camera", "does not say under a known name"),
     "layers that differ": ({"num_experts": [4, 3]}, fewer_in_one_layer, "frequency", "layers have 3, 4 experts"),
     "no experts per token": ({"num_experts_per_tok": None}, None, "reap", "how many experts a token needs"),
     "groups that do not divide": ({"n_group": 3}, None, "reap", "3 groups of 4 experts"),
