@@ -142,7 +142,8 @@ class SettingsTable(Directive):
     def run(self):
         name = self.arguments[0]
         method = METHOD if name == METHOD.name else methods.get(name)
-        meaning = documented(method.settings)
+        # Settings that several methods have are described once, in the class that they extend.
+        meaning = {name: text for own in reversed(method.settings.__mro__) for name, text in documented(own).items()}
         both = [method.settings(setting=setting) for setting in ("paper", "improved")]
         rows = ["| setting | paper | improved | meaning |", "|---|---|---|---|"]
         for own in fields(method.settings):
@@ -158,7 +159,7 @@ class SettingsTable(Directive):
 
 def documented(settings: type) -> dict[str, str]:
     """Return what the docstring of a class says of each argument."""
-    text = inspect.getdoc(settings) or ""
+    text = inspect.cleandoc(settings.__doc__ or "")
     found: dict[str, str] = {}
     name = None
     for line in text.partition("Args:\n")[2].split("\n\n")[0].splitlines():
