@@ -20,9 +20,10 @@ from jaxmoe.calibration.collect import calibrate
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import fingerprint, finished
-from jaxmoe.compression import carry_out, plan_compression
+from jaxmoe.compression import carry_out, check_form, plan_compression
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods import AnyMethod, SlimMethod
+from jaxmoe.methods.method import needs_gradients
 from jaxmoe.pipeline import where
 from jaxmoe.plan import SCOPES
 from jaxmoe.slimming import make_slim_plan, unwritten
@@ -162,7 +163,7 @@ def compress_chain(
         of: what it is a fraction of.
         texts: to calibrate every step on.
         tokenizer: fingerprint of what cut them.
-        gradients: whether and how the last step's calibration keeps the Fisher information.
+        gradients: whether and how the last step's calibration keeps the Fisher information; None for what it needs.
         statistics: of the source on these texts, where they are known already.
         allocation: of the last step.
         export: of the last step.
@@ -180,6 +181,9 @@ def compress_chain(
     output = Path(output).absolute()
     begun = time.perf_counter()
     budget = _Budget(checkpoint, chain, ratio, of)
+    check_form(chain.steps[-1], export=export)
+    if needs_gradients(chain.requires(settings)):
+        gradients = gradients or "sequence"
     run = {
         "source": checkpoint.fingerprint(),
         **budget.describe(settings),

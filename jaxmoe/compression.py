@@ -15,8 +15,31 @@ from jaxmoe.weighing import Sums
 
 Event = Callable[[dict[str, Any]], None]
 
-EXPORTS = (*pipeline.EXPORTS, "slim")
-"""The forms of a result; slimming methods have the last one only, all others the first ones."""
+
+def check_form(
+    method: AnyMethod,
+    *,
+    export: str | None = None,
+    layers: tuple[int, int] | None = None,
+    sequential: bool = False,
+) -> None:
+    """Raise unless a method can be carried out like that, so that nothing is calibrated in vain.
+
+    Args:
+        method: any.
+        export: form of the result, "slim" or one of `pipeline.EXPORTS`; None for the method's own.
+        layers: some layers alone.
+        sequential: whether every layer is calibrated behind the compressed ones.
+    """
+    if isinstance(method, SlimMethod):
+        if layers is not None or sequential or export not in (None, "slim"):
+            raise JaxmoeError(
+                f"{method.name} goes through all layers at once and writes a checkpoint of the original architecture:"
+                " leave out --layers, --sequential and --export"
+            )
+    elif export == "slim":
+        slimming = "frequency, reap, camera and nystrom"
+        raise JaxmoeError(f"--export slim: {method.name} removes no experts and no channels, as {slimming} do")
 
 
 def plan_compression(
@@ -71,7 +94,7 @@ def carry_out(
         checkpoint: the source.
         output: the folder to create.
         plan: from `plan_compression`.
-        export: one of `EXPORTS`; None for "slim" where the plan is one, else "factored".
+        export: see `check_form`; None for "slim" where the plan is one, else "factored".
         seed: of everything random; slimming has nothing that is.
         layers: as there; slimming goes through all of them, since it takes seconds.
         resume: as there.
@@ -83,15 +106,8 @@ def carry_out(
     Raises:
         JaxmoeError: the method does not take an argument, or the run fails.
     """
+    check_form(plan.method, export=export, layers=layers)
     shared = {"resume": resume, "command": command, "statistics": statistics, "amend": amend, "on_event": on_event}
     if isinstance(plan, SlimPlan):
-        if layers is not None or export not in (None, "slim"):
-            raise JaxmoeError(
-                f"{plan.method.name} goes through all layers and writes a checkpoint of the original architecture:"
-                " leave out --layers and --export"
-            )
         return slim(checkpoint, output, plan, **shared)
-    if export == "slim":
-        slimming = "frequency, reap, camera and nystrom"
-        raise JaxmoeError(f"--export slim: {plan.method.name} removes no experts and no channels, as {slimming} do")
     return pipeline.compress(checkpoint, output, plan, export=export or "factored", seed=seed, layers=layers, **shared)

@@ -49,8 +49,8 @@ def behind_svd(weight, terms: tuple[Term, ...], moment, target: str) -> Outcome 
     return Outcome("behind_svd", target, detail)
 
 
-def svd_instead(weight, terms: tuple[Term, ...], evidence: Evidence) -> tuple[Term, ...]:
-    """Return truncated SVD of every expert in no more numbers than some terms have.
+def svd_instead(weight, terms: tuple[Term, ...], evidence: Evidence) -> tuple[Term, ...] | None:
+    """Return truncated SVD of every expert in no more bytes than some terms have, None where a rank each is too much.
 
     Args:
         weight: the matrices of the target, `[expert, out, in]`.
@@ -61,14 +61,16 @@ def svd_instead(weight, terms: tuple[Term, ...], evidence: Evidence) -> tuple[Te
         >>> from jaxmoe.factors import LowRank
         >>> weight = jnp.eye(8)[None]
         >>> old = (LowRank(left=jnp.zeros((1, 8, 2)), right=jnp.zeros((1, 2, 8))),)
-        >>> (new,) = svd_instead(weight, old, Evidence(target="down"))
-        >>> new.kind, new.group_ranks, new.count().bytes <= old[0].count().bytes
-        ('grouped', (1,), True)
+        >>> new = svd_instead(weight, old, Evidence(target="down"))
+        >>> [(term.group_ranks, term.count().bytes <= old[0].count().bytes) for term in new or ()]
+        [((1,), True)]
     """
     experts, out, in_ = weight.shape
     dtype = np.dtype(jax.tree.leaves(terms)[0].dtype)
     room = count(terms).bytes - experts * np.dtype(np.int32).itemsize
     total = room // ((out + in_) * dtype.itemsize)
+    if total < experts:
+        return None
     template = Grouped.abstract(weight.shape, dtype, total=int(total))
     return SVD.fit(weight, (template,), SVD.settings(), evidence=evidence).terms
 

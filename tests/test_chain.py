@@ -103,6 +103,16 @@ def test_statistics_that_are_known_serve_the_first_step(tmp_path):
     assert checksums(tmp_path / "with") == checksums(tmp_path / "without")
 
 
+def test_a_last_step_that_needs_gradients_gets_them(tmp_path):
+    chain, settings = chained("reap+d2moe", "paper")
+    assert "fisher_down" in chain.requires(settings)
+    options = {"texts": TEXTS, "tokenizer": TOKENIZER.fingerprint}
+    report = compress_chain(
+        Checkpoint.open(demo_checkpoint()), tmp_path / "small", chain, settings, ratio=0.4, **options
+    )
+    assert report["steps"][1]["method"] == "d2moe"
+
+
 BAD = {
     "factors first": (("-m", "svd+reap", "-r", 0.4), "svd stores factors"),
     "unknown step": (("-m", "reap+magic", "-r", 0.4), "unknown method 'magic'"),
@@ -111,6 +121,8 @@ BAD = {
     "no fraction": (("-m", "reap+svd", "-r", 1.5), "is not a removed fraction"),
     "settings of no step": (("-m", "reap+svd", "-r", 0.4, "--set", "steps=3"), "give STEP.NAME=VALUE"),
     "layers": (("-m", "reap+svd", "-r", 0.4, "--layers", "0:2"), "--layers: reap+svd does not take that"),
+    "no factors": (("-m", "camera+reap", "-r", 0.4, "--export", "factored"), "leave out --layers, --sequential and"),
+    "not slim": (("-m", "reap+svd", "-r", 0.4, "--export", "slim"), "svd removes no experts"),
 }
 
 

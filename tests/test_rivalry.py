@@ -7,11 +7,11 @@ import pytest
 from jaxmoe import Checkpoint, make_plan
 from jaxmoe.data import demo_checkpoint
 from jaxmoe.factors import Dense, LowRank, Sparse
-from jaxmoe.methods.method import count
+from jaxmoe.methods.method import Evidence, count
 from jaxmoe.methods.mobe import MOBE
 from jaxmoe.methods.svd import SVD
 from jaxmoe.pipeline import compress
-from jaxmoe.rivalry import TOLERANCE, behind_svd
+from jaxmoe.rivalry import TOLERANCE, behind_svd, svd_instead
 
 E, P, Q = 3, 8, 14
 WEIGHT = np.random.default_rng(0).normal(size=(E, P, Q)) * np.geomspace(1, 0.1, Q)
@@ -132,3 +132,10 @@ def test_improved_mobe_stores_svd_where_that_is_closer(tmp_path):
             np.testing.assert_allclose(errors, others, rtol=0.02)
     assert "grouped" in stored["improved"]
     assert stored["paper"] == {"shared_basis", "dense"}
+
+
+def test_no_svd_where_a_rank_for_every_expert_is_too_much():
+    weight = jnp.asarray(WEIGHT, jnp.float32)
+    one = (LowRank(left=jnp.zeros((E, P, 1)), right=jnp.zeros((E, 1, Q))),)
+    # The ranks have to be stored too, for which one rank of each leaves no room.
+    assert svd_instead(weight, one, Evidence(target="up")) is None

@@ -217,18 +217,18 @@ def read(pieces: Mapping[str, Piece], matrices: Mapping[str, Matrix]) -> dict[st
     }
 
 
-def check_fit(pieces: Iterable[Piece], matrices: Mapping[str, Matrix]) -> None:
+def check_fit(pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise if tensors are missing, or have other shapes or more rows than the config says; all are listed."""
     wanted: dict[str, list[Piece]] = {}
     for piece in pieces:
         wanted.setdefault(piece.tensor, []).append(piece)
     problems = []
     for tensor, own in wanted.items():
-        if tensor not in matrices:
+        if tensor not in shapes:
             problems.append(f"{tensor} is missing")
             continue
         whole = own[0].shape if own[0].rows == slice(None) else (max(x.rows.stop for x in own), *own[0].shape[1:])
-        found = tuple(matrices[tensor].shape)
+        found = shapes[tensor]
         if [size for size in found if size != 1] != [size for size in whole if size != 1]:
             problems.append(f"{tensor}: shape {list(found)}, config.json says {list(whole)}")
     if problems:

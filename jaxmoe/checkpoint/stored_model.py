@@ -169,7 +169,7 @@ class StoredModel:
             pieces += self.pieces(index).values()
             if isinstance(layer.feed_forward, ExpertBlock) and layer.feed_forward.bias:
                 biases |= set(self.biases(index))
-        check_fit(pieces, self.matrices)
+        check_fit(pieces, {name: matrix.shape for name, matrix in self.matrices.items()})
         wanted = biases | {piece.tensor for piece in pieces}
         check_all_known(self._decoder_tensors(), wanted)
 

@@ -115,7 +115,11 @@ def compress(
         from jaxmoe.cli import main_experts as fewer
 
         other = {"--ratio": ratio, "--allocation": allocation, "--statistics": statistics, "--gradients": gradients}
-        other |= {"--sequential": sequential, "--layers": layers, "--export dense": export is Export.dense}
+        other |= {
+            "--sequential": sequential,
+            "--layers": layers,
+            f"--export {export}": export not in (None, Export.factored),
+        }
         other["--of"] = of is not Scope.experts
         record, tables = fewer.compress(
             *(checkpoint, main_experts, setting, set_, revision, other),
@@ -130,7 +134,8 @@ def compress(
         emit(record, as_json, *tables)
         return
     from jaxmoe.chain import Chain, find
-    from jaxmoe.compression import carry_out, plan_compression
+    from jaxmoe.compression import carry_out, check_form, plan_compression
+    from jaxmoe.methods.method import needs_gradients
     from jaxmoe.report.progress import progress
     from jaxmoe.report.tables import error_table, size_tables, steps_table
 
@@ -157,11 +162,12 @@ def compress(
         emit(report, as_json, steps_table(report), error_table(report["layers"]), *size_tables(report))
         return
     chosen = method_settings(recipe, setting, set_)
+    form = None if export is None else export.value
+    check_form(recipe, export=form, layers=span, sequential=sequential)
     if text:
         # An impossible size is refused before hours of calibration, not after.
         plan_compression(opened, recipe, chosen, ratio=ratio, of=of.value, weighted=True, allocation="uniform")
-        fisher = any(name.startswith("fisher") for name in recipe.requires(chosen))
-        gradients = gradients or (Gradients.sequence if fisher else None)
+        gradients = gradients or (Gradients.sequence if needs_gradients(recipe.requires(chosen)) else None)
     with progress(len(opened.layers), as_json=as_json) as on_event:
         sums = _statistics(opened, output, statistics, text, sequences, length, gradients, sequential, span, on_event)
         budget = {"ratio": ratio, "of": of.value, "allocation": allocation}
@@ -170,7 +176,7 @@ def compress(
             opened,
             output,
             planned,
-            export=None if export is None else export.value,
+            export=form,
             seed=seed,
             layers=span,
             resume=resume,

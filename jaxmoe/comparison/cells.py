@@ -19,6 +19,7 @@ from jaxmoe.compressed_experts import MainMethod
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods import AnyMethod
 from jaxmoe.methods.frequency import FREQUENCY
+from jaxmoe.methods.method import needs_gradients
 from jaxmoe.methods.reap import REAP
 from jaxmoe.methods.svd import SVD
 
@@ -66,8 +67,9 @@ class Contender:
         """Whether it needs the Fisher information, or shares its budget better with it."""
         if isinstance(self.method, MainMethod):
             return False
-        needs = any(name.startswith("fisher") for name in self._requires)
-        return needs or (self.setting == "improved" and self.method.allocation == "importance")
+        return needs_gradients(self._requires) or (
+            self.setting == "improved" and self.method.allocation == "importance"
+        )
 
     @property
     def _requires(self) -> Mapping[str, str]:

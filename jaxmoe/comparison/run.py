@@ -21,7 +21,6 @@ from jaxmoe.calibration.collect import calibrate
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.atomic import write_bytes
-from jaxmoe.checkpoint.families import UNKNOWN
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import fingerprint
 from jaxmoe.comparison.cells import Cell, Contender, cells, with_baselines
@@ -30,7 +29,7 @@ from jaxmoe.comparison.diagnostics import routing, spectra
 from jaxmoe.comparison.folder import ComparisonFolder
 from jaxmoe.comparison.making import Making, Texts
 from jaxmoe.comparison.summary import rows
-from jaxmoe.compressed_experts import MainMethod
+from jaxmoe.compressed_experts.plan import blocks
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.evaluation.evaluate import evaluate
 from jaxmoe.evaluation.windows import Walked, walk
@@ -88,11 +87,10 @@ def compare(
     """
     everyone = with_baselines(contenders, calibrated=calibration_texts is not None)
     opened = Checkpoint.open(str(source), revision=revision)
-    running = main_experts
-    if running is None and any(isinstance(contender.method, MainMethod) for contender in everyone):
-        running = [max(1, _chosen(opened) // 2)]
-    asked = cells(everyone, ratios, of=of, main_experts=running or (), seeds=seeds)
     model, tokenizer = StoredModel(opened.folder), Tokenizer.open(opened.folder)
+    if main_experts is None:
+        main_experts = [max(1, max(block.router.top_k for _, block in blocks(model.spec)) // 2)]
+    asked = cells(everyone, ratios, of=of, main_experts=main_experts, seeds=seeds)
     length = window_length(model.longest, length)
     cut = text_windows(texts, tokenizer, length=length, count=windows)
     if calibration_texts is not None:
@@ -118,13 +116,6 @@ def compare(
                 raise
             result["no_page"] = str(error)
         return result
-
-
-def _chosen(checkpoint: Checkpoint) -> int:
-    """Return how many experts a token chooses, the most of any layer."""
-    family = checkpoint.family or UNKNOWN
-    top_k = family.read(checkpoint.config, family.top_k)
-    return max(top_k) if isinstance(top_k, list) else int(top_k or 1)
 
 
 def write_tables(folder: Path, result: dict[str, Any]) -> None:

@@ -151,6 +151,16 @@ class Method(NamedTuple):
     yields: bool = False
 
 
+def needs_gradients(requires: Mapping[str, str]) -> bool:
+    """Tell whether a method that requires these statistics needs the Fisher information.
+
+    Example:
+        >>> needs_gradients({"counts": "", "fisher_down": ""})
+        True
+    """
+    return any(name.startswith("fisher") for name in requires)
+
+
 def check_setting(setting: str) -> None:
     """Raise unless a setting is one of the two that every method has.
 

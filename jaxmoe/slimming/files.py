@@ -230,7 +230,7 @@ def check_stock(
     for index, layer in enumerate(spec.layers):
         pieces += layer_pieces(layer, f"model.layers.{index}.", model_type, family).values()
     try:
-        check_fit(pieces, {tensor.name: tensor for tensor in copied})  # type: ignore[arg-type]
+        check_fit(pieces, {tensor.name: tensor.shape for tensor in copied})
     except JaxmoeError as error:
         raise JaxmoeError(
             f"{checkpoint.model_type} has one size in config.json for the routed experts and for others, so that"

@@ -191,6 +191,7 @@ BAD = {
     "zero": (("--main-experts", "0"), ("0 main experts", "1 to 3")),
     "all": (("--main-experts", "4"), ("4 main experts", "1 to 3")),
     "export": (("--main-experts", "2", "--export", "dense"), ("--export dense",)),
+    "slim export": (("--main-experts", "2", "--export", "slim"), ("--export slim",)),
     "statistics": (("--main-experts", "2", "--statistics", "somewhere"), ("--statistics", "--text")),
     "layers": (("--main-experts", "2", "--layers", "0:2"), ("--layers",)),
     "paper": (("--main-experts", "2", "--setting", "paper", "--text", TEXT), ("recover",)),

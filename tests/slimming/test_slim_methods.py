@@ -121,6 +121,15 @@ BAD = {
 }
 
 
+def test_what_it_does_not_take_is_refused_before_calibration(tmp_path):
+    for option in (("--sequential",), ("--export", "dense"), ("--layers", "0:2")):
+        text = ("--text", demo_texts()[0], *option)
+        run = jaxmoe("compress", demo_checkpoint(), tmp_path / "out", "-m", "reap", "-r", 0.25, *text)
+        assert run.returncode == 1
+        assert "leave out --layers, --sequential and --export" in run.stderr
+        assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input(what, tmp_path, statistics):
     options, message = BAD[what]
