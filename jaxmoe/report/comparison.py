@@ -73,7 +73,7 @@ def size_text(size: Mapping[str, Any]) -> str:
         ('0.4 of model', '2 experts run')
     """
     if "main_experts" in size:
-        return f"{size['main_experts']} experts run"
+        return "1 expert runs" if size["main_experts"] == 1 else f"{size['main_experts']} experts run"
     return f"{size['ratio']:g} of {size['of']}"
 
 

@@ -63,6 +63,12 @@ def plot_pareto(data: Data, ax: "Axes | None" = None, *, measure: str = "geometr
         ax.set_yscale("log")
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter("{x:g}")
+        low, high = ax.get_ylim()
+        if high > 5 * low:
+            from matplotlib.ticker import LogLocator
+
+            # With all nine, the labels of 80, 90 and 100 would meet.
+            ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     ax.axhline(original[measure], color="#7f7f7f", linewidth=1, linestyle=":", label="original")
     ax.set_xlabel("size of the checkpoint, MB")
     ax.set_ylabel(MEASURES[measure])

@@ -1,9 +1,11 @@
 """What calibration costs beside the forward pass, and its memory on a checkpoint of 4 GB.
 
-    python scripts/benchmarks/calibration.py [CHECKPOINT] [--folder FOLDER] [--gigabytes 4]
+    python scripts/benchmarks/calibration.py [CHECKPOINT] [--text PATH ...] [--windows 128] [--folder FOLDER]
+                                             [--gigabytes 4]
 
 Cost: CPU seconds of the perplexity of some windows, of calibration with second moments, and with the Fisher information
-too, on one core, in alternation; median and ratio. Memory: peak anonymous memory (see conversion.py) of `jaxmoe
+too, on one core, in alternation; median and ratio. The bundled texts are short: every text's sums are written for
+each layer, which weighs more the shorter it is. Memory: peak anonymous memory (see conversion.py) of `jaxmoe
 calibrate` and `jaxmoe evaluate` on random checkpoints of equal layers (32 experts of 1024 x 512), 40 of them and 10.
 """
 
@@ -30,10 +32,10 @@ from jaxmoe.texts import Tokenizer, text_windows  # noqa: E402
 SHAPE = {"experts": 32, "hidden": 1024, "intermediate": 512, "vocabulary": 4096}
 
 
-def cost(checkpoint: Path, windows: int, rounds: int) -> str:
+def cost(checkpoint: Path, paths: list[Path], windows: int, rounds: int) -> str:
     """Return the table of CPU seconds, each round running everything once."""
     model = StoredModel(checkpoint)
-    texts = text_windows(demo_texts(), Tokenizer.open(checkpoint), length=256, count=windows)
+    texts = text_windows(paths, Tokenizer.open(checkpoint), length=256, count=windows)
 
     def calibrated(**options) -> Callable[[], object]:
         def once() -> None:
@@ -89,10 +91,11 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", type=Path, default=demo_checkpoint())
     parser.add_argument("--folder", type=Path, help="where to put the temporary folder")
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the larger checkpoint, 0 for none")
-    parser.add_argument("--windows", type=int, default=16, help="of each of five texts")
+    parser.add_argument("--text", nargs="+", type=Path, help="the bundled ones by default")
+    parser.add_argument("--windows", type=int, default=128, help="of each text, at most")
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    print(cost(arguments.checkpoint, arguments.windows, arguments.rounds))
+    print(cost(arguments.checkpoint, arguments.text or demo_texts(), arguments.windows, arguments.rounds))
     if arguments.gigabytes:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             print()
