@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from jaxmoe.cli.app import command, emit
+from jaxmoe.cli.app import command, emit, out
 from jaxmoe.cli.arguments import (
     CalibrationOption,
     CheckpointArgument,
@@ -167,4 +167,5 @@ def compare(
     where = f"written: {report}/index.html, table.md, table.csv, comparison.json"
     if "no_page" in result:
         where = f"{result['no_page']}\nwritten: {report}/table.md, table.csv, comparison.json"
-    emit(result, as_json, comparison_table(result), *(f"{NOTHING} {reason}" for reason in reasons(result)), where)
+    missing = (f"{NOTHING} {reason}" for reason in reasons(result))
+    emit(result, as_json, comparison_table(result, out.width), *missing, where)

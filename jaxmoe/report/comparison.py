@@ -9,6 +9,8 @@ import io
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from jaxmoe.report.tables import size, table
@@ -170,10 +172,12 @@ SHORT = (
     "worst",
     "worst_growth",
     "kl",
-    "error",
     "seconds",
 )
-"""What fits into a terminal."""
+"""What a terminal shows."""
+
+DISPENSABLE = ("seconds", "kl", "bytes", "experts")
+"""What a narrow terminal does not show, in the order in which it is left out; `table.md` has all."""
 
 
 def columns(record: Mapping[str, Any], keys: Iterable[str] | None = None) -> list[Column]:
@@ -188,10 +192,27 @@ def columns(record: Mapping[str, Any], keys: Iterable[str] | None = None) -> lis
     return [*COLUMNS[:before], *texts, *COLUMNS[before:]]
 
 
-def comparison_table(record: Mapping[str, Any]) -> Table:
-    """Return the table that a terminal shows."""
-    shown = columns(record, SHORT)
-    return table([c.title for c in shown], [[c.text(row) for c in shown] for row in record["rows"]])
+def comparison_table(record: Mapping[str, Any], width: int | None = None) -> Table:
+    """Return the table that a terminal shows; where it is too wide for that, less important columns are left out.
+
+    Args:
+        record: of a comparison.
+        width: of the terminal in characters; None for any.
+    """
+    keys = [*SHORT]
+    dropped = iter(DISPENSABLE)
+    while True:
+        shown = columns(record, keys)
+        # Headings wrap and numbers do not; names of contenders fold where they must.
+        titles = [column.title.replace(" ", "\n") for column in shown]
+        grid = table(titles, [[column.text(row) for column in shown] for row in record["rows"]])
+        for column in grid.columns[1:]:
+            column.no_wrap = True
+        wide = Console(width=1_000)
+        least = Measurement.get(wide, wide.options, grid).minimum
+        if width is None or least <= width or (key := next(dropped, None)) is None:
+            return grid
+        keys.remove(key)
 
 
 def overview(record: Mapping[str, Any]) -> list[list[str]]:

@@ -1,12 +1,15 @@
 """Rows of several seeds, and the cells and commands of a comparison."""
 
+import io
+
 import numpy as np
 import pytest
+from rich.console import Console
 from small_comparison import contender
 
 from jaxmoe.comparison.cells import cells, with_baselines
 from jaxmoe.comparison.summary import rows
-from jaxmoe.report.comparison import comparison_csv, comparison_markdown
+from jaxmoe.report.comparison import comparison_csv, comparison_markdown, comparison_table
 
 
 def evaluation(*nats):
@@ -77,6 +80,19 @@ def test_seeds_become_mean_and_standard_deviation():
     mean, deviation = np.mean(perplexities[:2]), np.std(perplexities[:2], ddof=1)
     assert f"| {mean:.2f} ± {deviation:.2f} |" in comparison_markdown(data)
     assert "geometric_mean_perplexity_sd" in comparison_csv(data).splitlines()[0]
+
+
+@pytest.mark.parametrize("width", [200, 80, 72])
+def test_a_narrow_terminal_shows_fewer_columns_but_whole_numbers(width):
+    data = {"rows": rows(ORIGINAL, [cell(0, 1.5, 2.0), cell(1, 1.1, 2.8)]), "texts": [{"name": "a"}, {"name": "b"}]}
+    console = Console(width=width, file=io.StringIO())
+    console.print(comparison_table(data, width))
+    shown = console.file.getvalue()
+    row = data["rows"][1]
+    assert f"{row['geometric_mean_perplexity']:.2f} ± {row['spread']['geometric_mean_perplexity']:.2f}" in shown
+    assert f"{row['worst']['growth']:.3f}" in shown
+    assert "…" not in shown
+    assert ("seconds" in shown) == (width == 200)
 
 
 def test_a_seed_that_failed_is_told():
