@@ -228,6 +228,31 @@ def cholesky_with_floor(gram: Float[Array, "expert rank rank"], ridge: float):
     return lax.linalg.cholesky(gram + floor * jnp.eye(rank, dtype=gram.dtype), symmetrize_input=False)
 
 
+def lower_inverse(factor: Float[Array, "expert rank rank"]) -> Float[Array, "expert rank rank"]:
+    """Return the inverse of lower triangular matrices, by halves: products are faster than a triangular solution.
+
+        [A 0]^-1   [    A^-1          0  ]
+        [B C]    = [-C^-1 B A^-1    C^-1 ]
+
+    Example:
+        >>> lower_inverse(jnp.array([[[2.0, 0.0], [1.0, 1.0]]])).tolist()
+        [[[0.5, 0.0], [-0.5, 1.0]]]
+    """
+    return _lower_inverse(factor, max(16, factor.shape[-1] // 4))
+
+
+def _lower_inverse(factor, largest: int):
+    rank = factor.shape[-1]
+    if rank <= largest:
+        identity = jnp.broadcast_to(jnp.eye(rank, dtype=factor.dtype), factor.shape)
+        return lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+    half = rank // 2
+    first, last = (_lower_inverse(factor[:, part, part], largest) for part in (slice(half), slice(half, None)))
+    product = jnp.matmul(factor[:, half:, :half], first, precision=HIGHEST)
+    below = jnp.concatenate([-jnp.matmul(last, product, precision=HIGHEST), last], 2)
+    return jnp.concatenate([jnp.pad(first, [(0, 0), (0, 0), (0, rank - half)]), below], 1)
+
+
 def right_solve(right: Float[Array, "expert row rank"], factor: Float[Array, "expert rank rank"]):
     """Return X S^-1 for S = L L^T, given L."""
     half = lax.linalg.triangular_solve(factor, right, left_side=False, lower=True, transpose_a=True)

@@ -35,6 +35,7 @@ from jaxmoe.solvers.mixture import (
     block_svd,
     check_sizes,
     cholesky_with_floor,
+    lower_inverse,
     owners,
     pull_back,
     reconstruct,
@@ -211,11 +212,8 @@ def reduced_objective(
         weighed = weigh(features, moment)
         transposed = jnp.swapaxes(weighed, 1, 2)
         gram = jnp.matmul(features, transposed, precision=HIGHEST)
-        factor = cholesky_with_floor(gram, RIDGE)
         # Products with the explicit inverse are faster than two triangular solves, and a gradient needs no more digits.
-        half = lax.linalg.triangular_solve(
-            factor, jnp.broadcast_to(jnp.eye(factor.shape[-1]), factor.shape), left_side=True, lower=True
-        )
+        half = lower_inverse(cholesky_with_floor(gram, RIDGE))
         inverse = jnp.matmul(jnp.swapaxes(half, 1, 2), half, precision=HIGHEST)
         product = jnp.matmul(target, transposed, precision=HIGHEST)
         coefficients = jnp.matmul(product, inverse, precision=HIGHEST)

@@ -8,6 +8,7 @@ from jaxmoe.solvers.mixture import (
     blend,
     block_svd,
     location_and_scale,
+    lower_inverse,
     owners,
     relative_errors,
     solve_coefficients,
@@ -93,3 +94,13 @@ def test_blend():
     np.testing.assert_allclose(
         blend(jnp.asarray(MIXING), jnp.asarray(BASES)), np.einsum("em,mrq->erq", MIXING, BASES), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("rank", [1, 2, 16, 17, 40, 100])
+def test_lower_inverse_equals_float64(rank):
+    rng = np.random.default_rng(rank)
+    square = rng.standard_normal((3, rank, 2 * rank))
+    factor = np.linalg.cholesky(square @ square.swapaxes(1, 2))
+    found = np.asarray(lower_inverse(jnp.asarray(factor, jnp.float32)))
+    np.testing.assert_allclose(found, np.linalg.inv(factor), atol=2e-5 * np.abs(np.linalg.inv(factor)).max())
+    assert not np.triu(found, 1).any()
