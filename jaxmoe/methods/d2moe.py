@@ -233,14 +233,18 @@ def _moment(settings: D2MoESettings, evidence: Evidence, outcomes):
 
 def _scaled(moment, counts, outcomes):
     """Return each expert's own moment per token; the pooled one for experts that no token chose."""
-    moment, counts = np.asarray(moment, np.float64), np.asarray(counts, np.float64)
+    moment, counts = np.array(moment, np.float64), np.asarray(counts, np.float64)
     if not counts.sum() > 0:
         outcomes.append(Outcome("unweighted", "", "no calibration token reached this layer: deviations are plain SVDs"))
         return None
-    pooled = moment.sum(0) / counts.sum()
-    moment = np.where(counts[:, None, None] > 0, moment / np.maximum(counts, 1)[:, None, None], pooled)
+    # In place: these are the largest arrays of the whole method.
+    if not counts.all():
+        moment[counts == 0] = moment.sum(0) / counts.sum()
+    moment /= np.maximum(counts, 1)[:, None, None]
     levels = np.trace(moment, axis1=1, axis2=2) / moment.shape[1]
-    return moment + UNSEEN * np.where(levels > 0, levels, 1.0)[:, None, None] * np.eye(moment.shape[1])
+    diagonal = np.einsum("eii->ei", moment)
+    diagonal += UNSEEN * np.where(levels > 0, levels, 1.0)[:, None]
+    return moment
 
 
 def _base(weight, settings: D2MoESettings, evidence: Evidence, target: str, outcomes) -> jax.Array:
