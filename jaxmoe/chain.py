@@ -1,9 +1,10 @@
 """Chains: one method after another under one budget, such as `reap+mobe`.
 
 All steps but the last remove experts or channels, so that each hands a checkpoint of the original architecture to the
-next. What the chain is to keep is shared in equal factors: with n steps and a kept fraction g of the experts, every
-step is asked to keep g^(1/n) of what it finds. Whole experts and channels come in coarse pieces; the last step makes up
-for that and spends what is left of the budget exactly. Every step is calibrated on what it finds.
+next. What the chain is to keep is shared in factors: with a kept fraction g of the experts, step i is asked to keep
+g^(s_i / (s_1 + s_2 + ...)) of what it finds, with shares s_i of one unless others are given. Whole experts and channels
+come in coarse pieces, of which the nearest number is kept; the last step makes up for that and spends what is left of
+the budget exactly. Every step is calibrated on what it finds.
 """
 
 import math
@@ -26,7 +27,7 @@ from jaxmoe.methods import AnyMethod, SlimMethod
 from jaxmoe.methods.method import needs_gradients
 from jaxmoe.pipeline import where
 from jaxmoe.plan import SCOPES
-from jaxmoe.slimming import make_slim_plan, unwritten
+from jaxmoe.slimming import SlimPlan, make_slim_plan, unwritten
 from jaxmoe.texts import Windows
 from jaxmoe.weighing import Sums
 
@@ -69,10 +70,26 @@ class ChainSettings:
     Args:
         setting: "paper" or "improved".
         steps: an instance of every step's own settings.
+        shares: how much each step removes beside the others, as an exponent of what the chain keeps; None for equal
+            shares.
+
+    Raises:
+        JaxmoeError: shares that are not one positive number for each step.
     """
 
     setting: str
     steps: tuple[Any, ...]
+    shares: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        shares = self.shares
+        if shares is not None and (len(shares) != len(self.steps) or not all(0 < s < math.inf for s in shares)):
+            raise JaxmoeError(f"shares {shares} of {len(self.steps)} steps: give each step a positive number")
+
+    def share(self, position: int) -> float:
+        """Return the fraction of the whole removal, in factors, that falls to a step."""
+        shares = self.shares or (1.0,) * len(self.steps)
+        return shares[position] / sum(shares)
 
 
 def find(name: str) -> AnyMethod | Chain:
@@ -117,8 +134,8 @@ def plan_chain(
     """
     budget = _Budget(checkpoint, chain, ratio, of)
     steps, found = [], checkpoint
-    for method, own in zip(chain.slimming, settings.steps):
-        plan = make_slim_plan(found, method, own, ratio=budget.share())
+    for position, method in enumerate(chain.slimming):
+        plan = budget.slim(found, method, settings, position)
         steps.append(plan.summary())
         found = unwritten(found, plan)
     rest = budget.rest(found)
@@ -204,10 +221,10 @@ def compress_chain(
     if not resume:
         shutil.rmtree(folder, ignore_errors=True)
     found, reports, known = checkpoint, [], statistics
-    for number, (method, own) in enumerate(zip(chain.slimming, settings.steps), start=1):
+    for number, method in enumerate(chain.slimming, start=1):
         if known is None:
             known = _calibrated(found, texts, folder / f"{number}-statistics-{mark}", tokenizer, None, on_event)
-        plan = make_slim_plan(found, method, own, ratio=budget.share())
+        plan = budget.slim(found, method, settings, number - 1)
         step = folder / f"{number}-{method.name}-{mark}"
         report = carry_out(found, step, plan, statistics=known, on_event=_quiet(on_event))
         reports.append({name: report[name] for name in _OF_A_STEP if name in report})
@@ -260,9 +277,10 @@ class _Budget:
         if self.removed >= self.experts:
             raise JaxmoeError(f"ratio {ratio} of {of} is more than all routed experts: choose a smaller one")
 
-    def share(self) -> float:
-        """Return the fraction of the experts that it finds that a step but the last removes."""
-        return 1 - (1 - self.removed / self.experts) ** (1 / len(self.chain.steps))
+    def slim(self, found: Checkpoint, method: SlimMethod, settings: ChainSettings, position: int) -> SlimPlan:
+        """Plan a step but the last on what it finds."""
+        ratio = 1 - (1 - self.removed / self.experts) ** settings.share(position)
+        return make_slim_plan(found, method, settings.steps[position], ratio=ratio, nearest=True)
 
     def rest(self, found: Checkpoint) -> float:
         """Return the fraction of the experts that it finds that the last step removes."""
@@ -290,7 +308,10 @@ class _Budget:
 
     def describe(self, settings: ChainSettings) -> dict[str, Any]:
         """Return what the report says was asked for."""
-        own = {step.name: asdict(chosen) for step, chosen in zip(self.chain.steps, settings.steps)}
+        own: dict[str, Any] = {step.name: asdict(chosen) for step, chosen in zip(self.chain.steps, settings.steps)}
+        if settings.shares is not None:
+            for name, share in zip(own, settings.shares):
+                own[name]["share"] = share
         requested = {"ratio": self.ratio, "of": self.of}
         return {"method": self.chain.name, "settings": own, "requested": requested}
 

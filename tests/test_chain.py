@@ -1,6 +1,8 @@
 """Chains: one budget for all steps, what a plan says is what comes out, and a run that was stopped goes on."""
 
+import json
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -10,6 +12,7 @@ from jaxmoe import Checkpoint, calibrate
 from jaxmoe.chain import ChainSettings, compress_chain, find, plan_chain
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.checkpoint.stored_model import StoredModel
+from jaxmoe.comparison import Contender
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.texts import Tokenizer, text_windows
@@ -50,6 +53,22 @@ def test_the_budget_is_spent_once(name, of):
     kept = math.prod(1 - step["achieved"]["experts"] for step in plan["steps"])
     assert kept == pytest.approx(1 - plan["achieved"]["experts"], abs=1e-12)
     assert [step["method"] for step in plan["steps"]] == name.split("+")
+
+
+def test_shares_say_what_falls_to_a_step():
+    checkpoint = Checkpoint.open(demo_checkpoint())
+    chain, settings = chained("camera+reap+svd")
+
+    def kept(shares):
+        plan = plan_chain(checkpoint, chain, replace(settings, shares=shares), ratio=0.6)
+        assert 0.6 <= plan["achieved"]["experts"] < 0.601
+        return [1 - step["achieved"]["experts"] for step in plan["steps"]]
+
+    assert kept(None) == kept((1, 1, 1)) == kept((2.0, 2.0, 2.0))
+    # Of 64 channels, kept in eights, and of 16 experts the nearest number stays: 0.4^(1/3) and 0.4^(1/6) of them.
+    assert kept(None)[:2] == [48 / 64, 12 / 16]
+    assert kept((1, 1, 4))[:2] == [56 / 64, 14 / 16]
+    assert kept((4, 1, 1))[:2] == [32 / 64, 14 / 16]
 
 
 @pytest.mark.parametrize("name", ["reap+svd", "camera+reap"])
@@ -120,6 +139,8 @@ BAD = {
     "too much": (("-m", "reap+svd", "-r", 0.9, "--of", "model"), "more than all routed experts"),
     "no fraction": (("-m", "reap+svd", "-r", 1.5), "is not a removed fraction"),
     "settings of no step": (("-m", "reap+svd", "-r", 0.4, "--set", "steps=3"), "give STEP.NAME=VALUE"),
+    "no share": (("-m", "reap+svd", "-r", 0.4, "--set", "svd.share=0"), "give each step a positive number"),
+    "share of no number": (("-m", "reap+svd", "-r", 0.4, "--set", "svd.share=x"), "takes svd.share as float"),
     "layers": (("-m", "reap+svd", "-r", 0.4, "--layers", "0:2"), "--layers: reap+svd does not take that"),
     "no factors": (("-m", "camera+reap", "-r", 0.4, "--export", "factored"), "leave out --layers, --sequential and"),
     "not slim": (("-m", "reap+svd", "-r", 0.4, "--export", "slim"), "svd removes no experts"),
@@ -140,3 +161,14 @@ def test_without_text_it_says_what_it_needs(tmp_path):
     done = jaxmoe("compress", demo_checkpoint(), tmp_path / "out", "-m", "reap+svd", "-r", 0.4)
     assert done.returncode == 1
     assert "every step is calibrated on what it finds; give --text" in done.stderr
+
+
+def test_the_command_of_a_cell_has_its_shares(tmp_path):
+    chain, settings = chained("reap+svd")
+    contender = Contender(method=chain, settings=replace(settings, shares=(1.0, 2.0)))
+    assert contender.options()[4:] == ["--set", "reap.share=1.0", "--set", "svd.share=2.0"]
+    done = jaxmoe("plan", demo_checkpoint(), "-r", 0.4, *contender.options(), "--json")
+    assert done.returncode == 0, done.stderr
+    plan = plan_chain(Checkpoint.open(demo_checkpoint()), chain, contender.settings, ratio=0.4)
+    assert json.loads(done.stdout)["steps"] == plan["steps"]
+    assert plan["settings"]["svd"]["share"] == 2.0

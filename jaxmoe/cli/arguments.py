@@ -141,18 +141,23 @@ def method_settings(method, setting: Setting, given: list[str] | None):
 
 
 def chain_settings(chain, setting: Setting, given: list[str] | None):
-    """Build the settings of a chain from `--setting` and `--set STEP.NAME=VALUE`."""
+    """Build the settings of a chain from `--setting` and `--set STEP.NAME=VALUE`; `STEP.share` is the chain's own."""
     from jaxmoe.chain import ChainSettings
 
     names = [step.name for step in chain.steps]
     own: dict[str, list[str]] = {name: [] for name in names}
+    shares: dict[str, float] = {}
     for text in given or []:
         step, separator, rest = text.partition(".")
         if not separator or step not in own:
             raise JaxmoeError(f"--set {text}: give STEP.NAME=VALUE with a step of {chain.name}")
-        own[step].append(rest)
+        if rest.startswith("share="):
+            shares[step] = _parse(chain.name, f"{step}.share", rest.removeprefix("share="), float)
+        else:
+            own[step].append(rest)
     steps = tuple(method_settings(step, setting, own[step.name]) for step in chain.steps)
-    return ChainSettings(setting=setting.value, steps=steps)
+    parts = tuple(shares.get(name, 1.0) for name in names) if shares else None
+    return ChainSettings(setting=setting.value, steps=steps, shares=parts)
 
 
 def _parse(method: str, name: str, text: str, hint: Any) -> Any:

@@ -53,8 +53,10 @@ class Contender:
     def changed(self) -> dict[str, Any]:
         """The settings that differ from those of "paper" or "improved" as they come; `step.name` in a chain."""
         if isinstance(self.method, Chain):
-            pairs = zip(self.method.steps, self.settings.steps)
-            return {f"{step.name}.{name}": value for step, own in pairs for name, value in _changed(own).items()}
+            names = [step.name for step in self.method.steps]
+            pairs = zip(names, self.settings.steps)
+            found = {f"{step}.{name}": value for step, own in pairs for name, value in _changed(own).items()}
+            return found | {f"{step}.share": share for step, share in zip(names, self.settings.shares or ())}
         return _changed(self.settings)
 
     @property

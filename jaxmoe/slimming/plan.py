@@ -79,7 +79,13 @@ class SlimPlan:
 
 
 def make_slim_plan(
-    checkpoint: Checkpoint, method: SlimMethod, settings: Any, *, ratio: float, of: str = "experts"
+    checkpoint: Checkpoint,
+    method: SlimMethod,
+    settings: Any,
+    *,
+    ratio: float,
+    of: str = "experts",
+    nearest: bool = False,
 ) -> SlimPlan:
     """Choose how many experts or channels stay: at least the asked fraction goes, and as little more as possible.
 
@@ -89,6 +95,7 @@ def make_slim_plan(
         settings: an instance of `method.settings`.
         ratio: removed fraction, between 0 and 1.
         of: what the ratio is a fraction of, one of `plan.SCOPES`; what is touched are all routed experts.
+        nearest: whether a little less may go instead where that is closer, for a chain whose last step makes up for it.
 
     Raises:
         JaxmoeError: the ratio is not a fraction, or out of reach: the message names the reachable range; or the stock
@@ -128,6 +135,9 @@ def make_slim_plan(
             _out_of_reach(method, step, ratio, of, [plan(keep) for keep in candidates[:1] + candidates[-1:]])
         )
     chosen = plan(candidates[low - 1])
+    if nearest and low < len(candidates):
+        more = plan(candidates[low])
+        chosen = min(chosen, more, key=lambda found: abs(found.achieved[of] - ratio))
     config = slim_config(checkpoint, unit, chosen.keep)
     if unit == "channels":
         check_stock(checkpoint, config, chosen.shapes, _others(checkpoint, copied, unit, chosen.keep))
