@@ -5,6 +5,8 @@ of the next one are read in the background. Layers of equal spec share one compi
 time is one layer (and the next), one batch, and whatever the caller gathers.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -104,9 +106,17 @@ class Prefetched:
                 ahead = reader.submit(self._read, follows[0]) if follows else None
                 yield index, parameters
                 del parameters
+                give_back()
 
     def _read(self, index: int) -> dict[str, Any]:
         return on_device(self.model.layer(index))
+
+
+def give_back() -> None:
+    """Return freed memory to the system; glibc keeps what lies between buffers in use, and more with every layer."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def start(model: StoredModel, states: HiddenStates) -> None:

@@ -7,6 +7,7 @@ differentiable and shardable; on TPU, where `jax.lax.ragged_dot` is native, the 
 padding.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -172,18 +173,40 @@ def block_product(blocks: Blocks):
     """Return the product that a term applies to rows in blocks: each block times the matrix of its expert."""
 
     def product(rows: Float[Array, "block row in"], matrices: Float[Array, "expert out in"]):
-        def one(parts):
+        def some(parts):
             own, expert = parts
-            return jnp.einsum("ti,oi->to", own, matrices[expert].astype(own.dtype), precision=lax.Precision.HIGHEST)
+            copies = _taken(matrices, expert, len(matrices)).astype(own.dtype)
+            return jnp.einsum("bti,boi->bto", own, copies, precision=lax.Precision.HIGHEST)
 
         # Every block reads a copy of its matrix: not all copies of large matrices at once.
         together = max(1, _COPIES // (matrices.shape[1] * matrices.shape[2] * rows.dtype.itemsize))
         if together >= len(rows):
-            return jax.vmap(one)((rows, blocks.expert))
-        return lax.map(one, (rows, blocks.expert), batch_size=together)
+            return some((rows, blocks.expert))
+        whole = len(rows) // together * together
+        cut = [part[:whole].reshape(-1, together, *part.shape[1:]) for part in (rows, blocks.expert)]
+        found = lax.map(some, cut).reshape(whole, rows.shape[1], -1)
+        if whole == len(rows):
+            return found
+        return jnp.concatenate([found, some((rows[whole:], blocks.expert[whole:]))])
 
     return product
 
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _taken(matrices: Float[Array, "expert out in"], experts: Int[Array, " block"], count: int) -> Array:
+    """Return the matrices of some of `count` experts, `[block, out, in]`."""
+    if matrices.dtype.itemsize != 2:
+        return matrices[experts]
+    # As bits: on CPU XLA reads floating-point numbers of two bytes by turning the whole array into float32 first.
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(matrices, jnp.uint16)[experts], matrices.dtype)
+
+
+def _taken_backward(count: int, experts, gradient):
+    return jnp.zeros((count, *gradient.shape[1:]), gradient.dtype).at[experts].add(gradient), None
+
+
+# Bits have no gradient of their own.
+_taken.defvjp(lambda matrices, experts, count: (_taken(matrices, experts, count), experts), _taken_backward)
 
 _COPIES = 32 << 20
 """Bytes of matrices that are copied for blocks at a time."""
