@@ -175,7 +175,7 @@ def block_product(blocks: Blocks):
     def product(rows: Float[Array, "block row in"], matrices: Float[Array, "expert out in"]):
         def some(parts):
             own, expert = parts
-            copies = _taken(matrices, expert, len(matrices)).astype(own.dtype)
+            copies = jnp.asarray(_taken(matrices, expert, len(matrices)), own.dtype)
             return jnp.einsum("bti,boi->bto", own, copies, precision=lax.Precision.HIGHEST)
 
         # Every block reads a copy of its matrix: not all copies of large matrices at once.

@@ -14,7 +14,7 @@ import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from one_core import alternate, pin, ratio, table
@@ -32,7 +32,7 @@ from jaxmoe.texts import Tokenizer, text_windows  # noqa: E402
 SHAPE = {"experts": 32, "hidden": 1024, "intermediate": 512, "vocabulary": 4096}
 
 
-def cost(checkpoint: Path, paths: list[Path], windows: int, rounds: int) -> str:
+def cost(checkpoint: Path, paths: Sequence[Path], windows: int, rounds: int) -> str:
     """Return the table of CPU seconds, each round running everything once."""
     model = StoredModel(checkpoint)
     texts = text_windows(paths, Tokenizer.open(checkpoint), length=256, count=windows)
