@@ -55,14 +55,14 @@ def test_sizes_are_told_apart(compared):
         assert row(result, method)["requested"] == {"ratio": 0.5, "of": "experts"}
         assert 0.5 <= row(result, method)["achieved"]["experts"] < 0.501
     header, _, *lines = comparison_markdown(result).split("\n\n")[0].splitlines()
-    assert header.endswith("| 50% of experts | 1 experts run |")
+    assert header.endswith("| 50% of experts | 1 expert runs |")
     assert len(lines) == 6
 
 
 def test_the_page_shows_them(compared):
     _, report, _ = compared
     page = (report / "index.html").read_text()
-    assert "compressed_experts improved, steps=20, 1 experts run" in page
+    assert "compressed_experts improved, steps=20, 1 expert runs" in page
     assert "reap removed" in page
 
 
