@@ -28,6 +28,9 @@ from jaxmoe.model.spec import ExpertBlock, LayerSpec
 TOKENS = 4096
 """Tokens that go through a layer together."""
 
+LARGE = 32 << 20
+"""Bytes of a layer from which on it is worth the time to return its memory to the system."""
+
 Observe = Callable[[Intermediates, Any], Any]
 
 
@@ -105,8 +108,10 @@ class Prefetched:
                 follows = self.order[position + 1 : position + 2]
                 ahead = reader.submit(self._read, follows[0]) if follows else None
                 yield index, parameters
+                large = sum(array.nbytes for array in jax.tree.leaves(parameters)) > LARGE
                 del parameters
-                give_back()
+                if large:
+                    give_back()
 
     def _read(self, index: int) -> dict[str, Any]:
         return on_device(self.model.layer(index))

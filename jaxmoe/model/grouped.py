@@ -173,15 +173,18 @@ def block_product(blocks: Blocks):
     """Return the product that a term applies to rows in blocks: each block times the matrix of its expert."""
 
     def product(rows: Float[Array, "block row in"], matrices: Float[Array, "expert out in"]):
-        def some(parts):
-            own, expert = parts
-            copies = jnp.asarray(_taken(matrices, expert, len(matrices)), own.dtype)
+        def multiply(own, copies):
             return jnp.einsum("bti,boi->bto", own, copies, precision=lax.Precision.HIGHEST)
 
         # Every block reads a copy of its matrix: not all copies of large matrices at once.
         together = max(1, _COPIES // (matrices.shape[1] * matrices.shape[2] * rows.dtype.itemsize))
         if together >= len(rows):
-            return some((rows, blocks.expert))
+            return multiply(rows, matrices.astype(rows.dtype)[blocks.expert])
+
+        def some(parts):
+            own, expert = parts
+            return multiply(own, jnp.asarray(_taken(matrices, expert, len(matrices)), own.dtype))
+
         whole = len(rows) // together * together
         cut = [part[:whole].reshape(-1, together, *part.shape[1:]) for part in (rows, blocks.expert)]
         found = lax.map(some, cut).reshape(whole, rows.shape[1], -1)
