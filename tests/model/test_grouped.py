@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmoe.model.grouped import BlockShape, arrange, gather, gather_tokens, most_blocks, scatter
+from jaxmoe.model import grouped
+from jaxmoe.model.grouped import BlockShape, arrange, block_product, gather, gather_tokens, most_blocks, scatter
 
 SIZE = 3
 
@@ -49,3 +50,28 @@ def test_there_and_back():
     blocks = arrange(chosen, 3, BlockShape(2, 4))
     x = jnp.arange(18.0).reshape(3, 2, SIZE)
     assert np.array_equal(scatter(gather(x, blocks), blocks), x)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("together", [1, 2, 4, 5, 8], ids="{} matrices at a time".format)
+def test_products_and_their_gradients_equal_float64(monkeypatch, together, dtype):
+    experts, out, size, rows = 3, 6, 4, 2
+    monkeypatch.setattr(grouped, "_COPIES", together * out * size * 4)
+    rng = np.random.default_rng(together)
+    chosen = rng.integers(0, experts - 1, (10, 1)).astype(np.int32)
+    blocks = arrange(jnp.asarray(chosen), experts, BlockShape(rows, 8))
+    matrices = jnp.asarray(rng.standard_normal((experts, out, size)), dtype)
+    left, gradient = rng.standard_normal((8, rows, size)), rng.standard_normal((8, rows, out))
+    left, gradient = (np.asarray(part, np.float32) for part in (left, gradient))
+    found, back = jax.vjp(block_product(blocks), jnp.asarray(left), matrices)
+    owner, exact = np.asarray(blocks.expert), np.asarray(matrices, np.float64)
+    np.testing.assert_allclose(found, np.einsum("bti,boi->bto", left, exact[owner]), rtol=1e-5, atol=1e-5)
+    to_left, to_matrices = back(jnp.asarray(gradient))
+    np.testing.assert_allclose(to_left, np.einsum("bto,boi->bti", gradient, exact[owner]), rtol=1e-5, atol=1e-5)
+    expected = np.zeros_like(exact)
+    np.add.at(expected, owner, np.einsum("bto,bti->boi", gradient, left))
+    assert to_matrices.dtype == dtype
+    # Gradients are stored, and added up over an expert's blocks, in the type of the matrices.
+    close = 1e-5 if dtype == jnp.float32 else 16 * float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(to_matrices, np.float64), expected, atol=close * np.abs(expected).max())
+    assert np.abs(expected).max() > 1
