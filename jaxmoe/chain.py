@@ -102,10 +102,9 @@ def find(name: str) -> AnyMethod | Chain:
     if len(steps) == 1:
         return steps[0]
     if wrong := [step.name for step in steps[:-1] if not isinstance(step, SlimMethod)]:
-        slimming = ", ".join(name for name, method in sorted(methods.METHODS.items()) if isinstance(method, SlimMethod))
         raise JaxmoeError(
             f"{name}: {', '.join(wrong)} stores factors, on which no further step can work; let it be the last one,"
-            f" after methods that remove experts or channels: {slimming}"
+            f" after methods that remove experts or channels: {methods.slimming()}"
         )
     return Chain("+".join(step.name for step in steps), tuple(steps))
 

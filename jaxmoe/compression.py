@@ -7,7 +7,7 @@ from typing import Any
 from jaxmoe import pipeline
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.methods import AnyMethod, SlimMethod
+from jaxmoe.methods import AnyMethod, SlimMethod, slimming
 from jaxmoe.pipeline import Amend, unchanged
 from jaxmoe.plan import Plan, make_plan
 from jaxmoe.slimming import SlimPlan, make_slim_plan, slim
@@ -38,8 +38,7 @@ def check_form(
                 " leave out --layers, --sequential and --export"
             )
     elif export == "slim":
-        slimming = "frequency, reap, camera and nystrom"
-        raise JaxmoeError(f"--export slim: {method.name} removes no experts and no channels, as {slimming} do")
+        raise JaxmoeError(f"--export slim: {method.name} removes no experts and no channels; these do: {slimming()}")
 
 
 def plan_compression(

@@ -49,7 +49,29 @@ def get(name: str) -> AnyMethod:
     return METHODS[name]
 
 
+def slimming() -> str:
+    """Return the names of the methods that remove experts or channels, for messages.
+
+    Example:
+        >>> slimming()
+        'camera, frequency, nystrom, reap'
+    """
+    return ", ".join(name for name, method in sorted(METHODS.items()) if isinstance(method, SlimMethod))
+
+
 for _method in (SVD, MOBE, RFID, D2MOE, FREQUENCY, REAP, CAMERA, NYSTROM, HC_SMOE):
     register(_method)
 
-__all__ = ["METHODS", "AnyMethod", "Evidence", "Fit", "Method", "Outcome", "SlimMethod", "Slot", "get", "register"]
+__all__ = [
+    "METHODS",
+    "AnyMethod",
+    "Evidence",
+    "Fit",
+    "Method",
+    "Outcome",
+    "SlimMethod",
+    "Slot",
+    "get",
+    "register",
+    "slimming",
+]
