@@ -1,0 +1,129 @@
+"""Small files that a program wrote and anyone may have changed since: opened safely, decoded against a type.
+
+Only regular files are opened: a pipe or a device where a file is expected would be waited for without end. What a file
+holds is described once, as a dataclass, `NamedTuple` or msgspec type; msgspec checks it while decoding and names the
+first place that does not fit (`Expected `int`, got `str` - at `$.layers[2].rank``).
+"""
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import msgspec
+
+from jaxmoe.errors import JaxmoeError
+
+Record = TypeVar("Record")
+
+LARGEST = 1 << 30
+"""Bytes of the largest file that is read as one record: anything above is none, and would fill the memory."""
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file for reading.
+
+    Raises:
+        JaxmoeError: there is no such file, it is not a regular one (a folder, pipe, socket or device), or it cannot be
+            read.
+
+    Example:
+        >>> open_regular("/dev/null")
+        Traceback (most recent call last):
+            ...
+        jaxmoe.errors.JaxmoeError: /dev/null is not a regular file but a device: put the file itself there
+    """
+    try:
+        # Opening a pipe waits for a writer, unless asked not to.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError:
+        raise JaxmoeError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise unreadable(path, error) from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        raise JaxmoeError(f"{path} is not a regular file but a {file_kind(mode)}: put the file itself there")
+    return open(descriptor, "rb")
+
+
+def unreadable(path: str | Path, error: OSError | ValueError) -> JaxmoeError:
+    """Return the error for a path that the system refuses; for a pipe or socket it says which.
+
+    Example:
+        >>> unreadable("a", PermissionError(13, "Permission denied"))
+        JaxmoeError('a cannot be read: Permission denied')
+    """
+    if isinstance(error, OSError) and error.errno == errno.ENXIO:
+        return JaxmoeError(f"{path} is not a regular file but a socket or device: put the file itself there")
+    return JaxmoeError(f"{path!s} cannot be read: {getattr(error, 'strerror', None) or error}")
+
+
+def file_kind(mode: int) -> str:
+    """Return what a file that is not regular is, by the mode that `os.stat` gives."""
+    kinds = {stat.S_ISDIR: "folder", stat.S_ISFIFO: "pipe", stat.S_ISSOCK: "socket", stat.S_ISLNK: "link"}
+    return next((name for test, name in kinds.items() if test(mode)), "device")
+
+
+def read_bytes(path: str | Path, *, limit: int = LARGEST) -> bytes:
+    """Return what a regular file holds.
+
+    Raises:
+        JaxmoeError: as `open_regular`, or the file is larger than `limit` bytes.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise JaxmoeError(f"{path} has {size} bytes, and no such file has more than {limit}: it is something else")
+        try:
+            return file.read()
+        except OSError as error:
+            raise unreadable(path, error) from None
+
+
+def read_record(path: str | Path, kind: type[Record], mend: str) -> Record:
+    """Return the record that a JSON file holds.
+
+    Args:
+        path: of the file.
+        kind: a type that msgspec decodes; `dict[str, Any]` for any JSON object.
+        mend: what to do where the file is missing or does not fit.
+
+    Raises:
+        JaxmoeError: the file is missing, not regular, no JSON, or holds something else; the message names the place.
+    """
+    try:
+        content = read_bytes(path)
+    except JaxmoeError as error:
+        raise JaxmoeError(f"{error}: {mend}") from None
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except msgspec.ValidationError as error:
+        raise JaxmoeError(f"{path} does not hold what it should ({error}): {mend}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise JaxmoeError(f"{path} is not JSON ({error}): {mend}") from None
+
+
+def as_record(value: Any, kind: type[Record], where: str, mend: str) -> Record:
+    """Return decoded JSON as a record.
+
+    Args:
+        value: dictionaries, lists, text and numbers, as `json.loads` gives them.
+        kind: a type that msgspec converts to.
+        where: what holds the value, for the message.
+        mend: what to do where it does not fit.
+
+    Raises:
+        JaxmoeError: the value does not fit; the message names the place.
+
+    Example:
+        >>> as_record({"rank": "3"}, dict[str, int], "spec.json", "write it again")
+        Traceback (most recent call last):
+            ...
+        jaxmoe.errors.JaxmoeError: spec.json does not hold what it should (Expected `int`, got `str` - at `$[...]`): ...
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise JaxmoeError(f"{where} does not hold what it should ({error}): {mend}") from None
