@@ -1,6 +1,7 @@
 """The command line: thin commands over the library, one JSON object on standard output where asked.
 
-Exit codes: 0, 1 with a message that one can act on, 2 for wrong usage.
+Exit codes: 0, 1 with a message that one can act on, 2 for wrong usage, 130 for Ctrl-C. SIGTERM ends the program as it
+ends any other: every run can be killed at any moment, and goes on.
 """
 
 import os
@@ -12,8 +13,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Each registers its commands, in the order in which the help lists them.
 from jaxmoe.cli import looking, compressing, measuring, training  # noqa: F401, I001
 from jaxmoe.cli.app import app
+from jaxmoe.cli.app import run as main
 
-
-def main() -> None:
-    """Run the command line."""
-    app()
+__all__ = ["app", "main"]

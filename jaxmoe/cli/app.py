@@ -2,7 +2,12 @@
 
 import functools
 import json
+import os
 import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +15,7 @@ from rich.console import Console
 
 import jaxmoe
 from jaxmoe.cli.arguments import import_module
+from jaxmoe.cli.last_resort import explain
 from jaxmoe.errors import JaxmoeError
 
 app = typer.Typer(
@@ -19,7 +25,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+if sys.stdout is None:
+    # Started with standard output closed: what would be printed goes nowhere.
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
+_debug = ContextVar("debug", default=False)
+# What all errors of usage are; from where it can be imported differs between typer's versions.
+_Usage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
 def _version(value: bool) -> None:
@@ -39,34 +51,70 @@ def options(
             "--import", metavar="MODULE", help="module or Python file that registers further methods; may be repeated"
         ),
     ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="show where an error arose, for reports of defects")] = False,
 ) -> None:
     """Compress the experts of Mixture-of-Experts language models."""
-    for name in modules or []:
-        try:
+    _debug.set(debug)
+    with guard():
+        for name in modules or []:
             import_module(name)
-        except JaxmoeError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(1) from None
 
 
-def command(function):
-    """Register a command whose known errors end in one message and exit code 1."""
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Register a command whose errors end in one message and exit code 1."""
 
     @functools.wraps(function)
-    def guarded(*args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except (JaxmoeError, PermissionError) as error:
-            if kwargs.get("as_json"):
-                print(json.dumps({"error": str(error)}))
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            resumes = "; the same command goes on where it stopped" if {"resume", "report"} & kwargs.keys() else ""
-            print(f"stopped{resumes}", file=sys.stderr)
-            raise typer.Exit(130) from None
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        with guard(as_json=kwargs.get("as_json", False), resumes=bool({"resume", "report"} & kwargs.keys())):
+            function(*args, **kwargs)
+            # Here, where a full disk or a reader that is gone becomes a message, and not when Python ends.
+            sys.stdout.flush()
 
     return app.command(name=function.__name__.rstrip("_"))(guarded)
+
+
+@contextmanager
+def guard(*, as_json: bool = False, resumes: bool = False) -> Iterator[None]:
+    """Turn whatever is raised within into one message on standard error and an exit code.
+
+    Args:
+        as_json: whether standard output gets the message too, as `{"error": ...}`.
+        resumes: whether the same command goes on where it was stopped.
+    """
+    try:
+        yield
+    except (typer.Exit, typer.Abort, _Usage):
+        raise
+    except BrokenPipeError:
+        # Whoever read standard output has read enough, as `head` has: nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print(f"stopped{'; the same command goes on where it stopped' if resumes else ''}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except Exception as error:  # The last resort: a user gets a message, whatever was overlooked.
+        if _debug.get():
+            traceback.print_exc()
+        _say(str(error) if isinstance(error, JaxmoeError) else explain(error), as_json)
+        raise typer.Exit(1) from None
+
+
+def _say(message: str, as_json: bool) -> None:
+    if as_json:
+        # Standard output may be what failed.
+        with suppress(OSError):
+            print(json.dumps({"error": message}), flush=True)
+    print(f"error: {message}", file=sys.stderr)
+
+
+def run() -> None:
+    """Run the program to its exit code."""
+    try:
+        # What is printed outside of commands, such as help, can fail too.
+        with guard():
+            app()
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
 
 
 def emit(record: dict[str, Any], as_json: bool, *tables) -> None:
