@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from jaxmoe.checkpoint import files, hub
-from jaxmoe.checkpoint.layout import Stack, plan_dense
-from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry, listing
+from jaxmoe.checkpoint.layout import plan_dense
+from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.factored import is_factored, read_main_experts, read_spec
+from jaxmoe.export.factored import Module, is_factored, read_spec
 from jaxmoe.factors import CompressedLayer, Count, LayerShape
 from jaxmoe.model.auxiliary import MainExperts, vector_shapes
 
@@ -28,18 +29,14 @@ class CompressedCheckpoint:
         folder: where it lies.
         config: its `config.json`.
         original: the configuration of the dense model that it stands for.
-        shapes: sizes of each compressed layer, by the path of its experts' module.
-        specs: the kinds and sizes of its terms, likewise.
-        main: the experts that run, of the layers where vectors stand in for the others.
+        records: what the config says of each compressed layer, by the path of its experts' module.
         tensors: every tensor on disk by name.
     """
 
     folder: Path
     config: Mapping[str, Any]
     original: Mapping[str, Any]
-    shapes: Mapping[str, LayerShape]
-    specs: Mapping[str, Mapping[str, Any]] = field(repr=False)
-    main: Mapping[str, MainExperts]
+    records: Mapping[str, Module] = field(repr=False)
     tensors: Mapping[str, TensorEntry] = field(repr=False)
 
     @classmethod
@@ -55,14 +52,15 @@ class CompressedCheckpoint:
             raise JaxmoeError(
                 f"{folder} holds no factored experts (model_type {config['model_type']}): it is dense already"
             )
-        original, layers = read_spec(config)
+        try:
+            original, records = read_spec(config)
+        except JaxmoeError as error:
+            raise JaxmoeError(f"{folder}: {error}") from None
         opened = cls(
             folder=folder,
             config=config,
             original=original,
-            shapes={module: shape for module, (shape, _) in layers.items()},
-            specs={module: spec for module, (_, spec) in layers.items()},
-            main=read_main_experts(config),
+            records=records,
             tensors=files.read_tensors(folder),
         )
         for module in opened.modules:
@@ -73,7 +71,17 @@ class CompressedCheckpoint:
     @property
     def modules(self) -> tuple[str, ...]:
         """The paths of the compressed experts' modules, in the order of the layers."""
-        return tuple(self.shapes)
+        return tuple(self.records)
+
+    @property
+    def shapes(self) -> dict[str, LayerShape]:
+        """Sizes of each compressed layer, by the path of its experts' module."""
+        return {module: record.shape for module, record in self.records.items()}
+
+    @property
+    def main(self) -> dict[str, MainExperts]:
+        """The experts that run, of the layers where vectors stand in for the others."""
+        return {module: record.main for module, record in self.records.items() if record.main is not None}
 
     @property
     def parameters(self) -> int:
@@ -90,12 +98,13 @@ class CompressedCheckpoint:
         return files.fingerprint(self.folder, self.tensors)
 
     def _names(self, module: str) -> list[str]:
-        targets = tuple(f"{module}.{target}." for target in self.specs[module])
+        targets = tuple(f"{module}.{target}." for target in self.records[module].terms)
         vectors = {f"{module}.{name}" for name in self._vectors(module)}
         return [name for name in self.tensors if name.startswith(targets) or name in vectors]
 
     def _vectors(self, module: str) -> dict[str, tuple[int, int]]:
-        return vector_shapes(self.shapes[module]) if module in self.main else {}
+        record = self.records[module]
+        return {} if record.main is None else vector_shapes(record.shape)
 
     def auxiliary(self, module: str) -> dict[str, np.ndarray]:
         """Return the vectors that stand in for experts of a layer, by name; none where all chosen experts run.
@@ -121,14 +130,12 @@ class CompressedCheckpoint:
             JaxmoeError: a tensor is missing or has another size than the config says.
         """
         views = {name.removeprefix(f"{module}."): self.tensors[name].view() for name in self._names(module)}
+        record = self.records[module]
         try:
-            return CompressedLayer.from_tensors(views, self.specs[module], self.shapes[module])
-        except (KeyError, ValueError) as error:
-            if isinstance(error, JaxmoeError):
-                raise
+            return CompressedLayer.from_tensors(views, record.terms, record.shape)
+        except JaxmoeError as error:
             raise JaxmoeError(
-                f"{self.folder}: {module} does not hold what config.json says ({error}; it holds "
-                f"{listing(sorted(views))}): write the checkpoint again"
+                f"{self.folder}: {module} does not hold what config.json says: {error}; write the checkpoint again"
             ) from None
 
     def count(self) -> Count:
@@ -142,8 +149,8 @@ class CompressedCheckpoint:
 
     def layouts(self) -> dict[str, Any] | None:
         """Return how the dense experts lay on disk, as `Checkpoint` does; None where the record does not say."""
-        layouts = {module: entry.get("layout") for module, entry in self.config["jaxmoe"]["experts"].items()}
-        return None if None in layouts.values() else layouts
+        found = {module: record.layout for module, record in self.records.items()}
+        return None if None in found.values() else msgspec.to_builtins(found)
 
     def copied(self) -> list[Planned]:
         """Plan every tensor that belongs to no compressed layer, byte for byte."""
@@ -164,13 +171,18 @@ class CompressedCheckpoint:
 
     def dense_tensors(self, module: str) -> list[Planned]:
         """Plan a layer's materialised experts under the names and in the form that the original had."""
-        layout = self.config["jaxmoe"]["experts"][module].get("layout")
-        if layout is None:
+        record = self.records[module]
+        if record.layout is None:
             raise JaxmoeError(f"{self.folder}: config.json does not say how {module} lay on disk: compress again")
         layer = self.layer(module)
-        stacks = [Stack(**stack) for stack in layout["stacks"]]
 
         def produce(projection: str) -> np.ndarray:
-            return np.asarray(layer.materialize(projection))
+            dense = np.asarray(layer.materialize(projection))
+            if not np.isfinite(dense).all():
+                raise JaxmoeError(
+                    f"{self.folder}: NaN or infinite weights in {module}, {projection}: the checkpoint is damaged,"
+                    " fetch or write it again"
+                )
+            return dense
 
-        return plan_dense(stacks, self.shapes[module], np.dtype(layout["dtype"]), produce)
+        return plan_dense(record.layout.stacks, record.shape, np.dtype(record.layout.dtype), produce)

@@ -10,7 +10,7 @@ from jaxmoe.checkpoint.families import decoder_config, lookup
 from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.architectures import architecture
-from jaxmoe.export.factored import is_factored
+from jaxmoe.export.factored import is_factored, layer_index
 
 
 def inspect(source: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -60,15 +60,15 @@ def _compressed(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
         "known": True,
         "compressed": True,
         "expert_parameters": checkpoint.count().numbers,
-        "moe_layers": [int(module.split(".layers.")[1].split(".")[0]) for module in checkpoint.modules],
+        "moe_layers": [layer_index(module) for module in checkpoint.modules],
         "layers": [
             {
                 "module": module,
-                **checkpoint.shapes[module]._asdict(),
-                "terms": dict(checkpoint.specs[module]),
-                **(checkpoint.main[module].as_json() if module in checkpoint.main else {}),
+                **record.shape._asdict(),
+                "terms": record.terms,
+                **({} if record.main is None else record.main.as_json()),
             }
-            for module in checkpoint.modules
+            for module, record in checkpoint.records.items()
         ],
         "main_experts": max((main.count for main in checkpoint.main.values()), default=None),
         "exports": [] if checkpoint.main else ["dense"],

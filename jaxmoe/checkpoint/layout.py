@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxmoe.checkpoint.quantization import Matrix
 from jaxmoe.checkpoint.tensor_file import Planned
+from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS, LayerShape
 
 
@@ -117,6 +118,27 @@ class Stack:
         if self.transposed:
             values = values.swapaxes(-1, -2)
         return values.reshape(-1, values.shape[-1]) if self.flat else values
+
+
+def check_layout(layout: Sequence[Stack], shape: LayerShape) -> None:
+    """Raise unless a layout that was read holds each projection of a layer once, under names that can be names.
+
+    Example:
+        >>> check_layout([Stack(name="w1", target="up")], LayerShape(experts=2, hidden=4, intermediate=3, gated=False))
+        Traceback (most recent call last):
+            ...
+        jaxmoe.errors.JaxmoeError: the stacks hold up, not each of up, down once
+    """
+    if unknown := [stack.target for stack in layout if stack.target not in TARGETS]:
+        raise JaxmoeError(f"unknown target {unknown[0]!r}: the targets are {', '.join(TARGETS)}")
+    held = [projection for stack in layout for projection in TARGETS[stack.target]]
+    if sorted(held) != sorted(shape.projections):
+        raise JaxmoeError(
+            f"the stacks hold {', '.join(held) or 'nothing'}, not each of {', '.join(shape.projections)} once"
+        )
+    names = [stack.name for stack in layout]
+    if wrong := [name for name in names if not name.isprintable() or not name or names.count(name) > 1]:
+        raise JaxmoeError(f"{wrong[0]!r} cannot be the name of one tensor")
 
 
 def plan_dense(

@@ -21,7 +21,7 @@ from jaxmoe.checkpoint.names import layer_number
 from jaxmoe.checkpoint.quantization import Matrix
 from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.factored import is_factored
+from jaxmoe.export.factored import is_factored, layer_index
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, Term
 from jaxmoe.model.auxiliary import MainExperts, main_experts
 from jaxmoe.model.configuration import decoder_spec
@@ -56,7 +56,7 @@ class StoredModel:
             self.checkpoint = CompressedCheckpoint.open(self.folder)
             original = self.checkpoint.original
             self.matrices: Mapping[str, Matrix] = self.checkpoint.tensors
-            shapes = {_index(module): shape for module, shape in self.checkpoint.shapes.items()}
+            shapes = {layer_index(module): shape for module, shape in self.checkpoint.shapes.items()}
         else:
             self.checkpoint = Checkpoint.open(self.folder)
             original = self.checkpoint.config
@@ -144,13 +144,13 @@ class StoredModel:
     def modules(self) -> dict[int, str]:
         """The paths of the routed experts' modules, by layer."""
         if isinstance(self.checkpoint, CompressedCheckpoint):
-            return {_index(module): module for module in self.checkpoint.modules}
+            return {layer_index(module): module for module in self.checkpoint.modules}
         return {layer.index: layer.module for layer in self.checkpoint.layers}
 
     def _main_experts(self) -> dict[int, MainExperts]:
         if not isinstance(self.checkpoint, CompressedCheckpoint):
             return {}
-        return {_index(module): main for module, main in self.checkpoint.main.items()}
+        return {layer_index(module): main for module, main in self.checkpoint.main.items()}
 
     def pieces(self, index: int) -> dict[str, Piece]:
         """Return what a layer's arrays are read from, the routed experts excepted."""
@@ -187,7 +187,3 @@ class StoredModel:
             if not {part.name for part in matrix.parts} & (predicting | routed)
             and not (self.spec.tied and name == "lm_head.weight")
         }
-
-
-def _index(module: str) -> int:
-    return int(module.split(".layers.")[1].split(".")[0])

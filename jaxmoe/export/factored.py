@@ -12,13 +12,17 @@ stand beside them as `<module>.auxiliary.<projection>` in float32, and `main_exp
 
 from collections.abc import Mapping
 from importlib import resources
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
 
 import jaxmoe
+from jaxmoe.checkpoint.layout import Stack, check_layout
+from jaxmoe.checkpoint.records import as_record
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.architectures import architecture
-from jaxmoe.factors import LayerShape
-from jaxmoe.model.auxiliary import RENORMS, MainExperts
+from jaxmoe.factors import LayerShape, ShapeRecord
+from jaxmoe.model.auxiliary import MainExperts
 
 FORMAT_VERSION = 1
 """Of the layout that this module writes, and the newest that it reads."""
@@ -28,6 +32,53 @@ PREFIX = "jaxmoe_"
 
 _KEPT = ("model_type", "architectures", "auto_map")
 """The keys of the original configuration that are replaced, and kept beside the factors."""
+
+_WHERE = "the jaxmoe record in config.json"
+_MEND = "write the checkpoint again"
+
+
+class Layout(msgspec.Struct, forbid_unknown_fields=True):
+    """How the dense experts of a module lay on disk: in which dtype, and in which tensors."""
+
+    dtype: Literal["bfloat16", "float16", "float32", "float64"]
+    stacks: list[Stack]
+
+
+class Module(NamedTuple):
+    """What the record says of one experts module.
+
+    Args:
+        shape: its sizes.
+        terms: what `CompressedLayer.from_tensors` takes beside the tensors.
+        layout: how the dense experts lay on disk; None where it was not written down.
+        main: the experts that run, where vectors stand in for the others; None where all chosen ones do.
+    """
+
+    shape: LayerShape
+    terms: dict[str, list[dict[str, Any]]]
+    layout: Layout | None
+    main: MainExperts | None
+
+
+class _Experts(msgspec.Struct, forbid_unknown_fields=True):
+    shape: ShapeRecord
+    terms: dict[str, list[dict[str, Any]]]
+    layout: Layout | None = None
+    main_experts: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    renorm: Literal["none", "main"] = "none"
+
+
+_Path = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f]*?\.layers\.[0-9]{1,6}\.[^\x00-\x1f]+\Z")]
+
+
+class _Record(msgspec.Struct, forbid_unknown_fields=True):
+    format_version: int
+    version: str
+    minimum_transformers: str
+    model_type: str
+    experts: Annotated[dict[_Path, _Experts], msgspec.Meta(min_length=1)]
+    architectures: Any = None
+    auto_map: Any = None
 
 
 def factored_config(
@@ -90,10 +141,8 @@ def is_factored(config: Mapping[str, Any]) -> bool:
     return str(config.get("model_type", "")).startswith(PREFIX)
 
 
-def read_spec(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[LayerShape, dict[str, Any]]]]:
-    """Return the original configuration of a factored checkpoint, and for each experts module its shape and spec.
-
-    The spec is what `CompressedLayer.from_tensors` takes beside the tensors.
+def read_spec(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Module]]:
+    """Return the original configuration of a factored checkpoint, and what its record says of each experts module.
 
     Raises:
         JaxmoeError: if the checkpoint is not factored, its format is newer than this version's or its record damaged.
@@ -104,45 +153,44 @@ def read_spec(config: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tupl
             f"model_type {config.get('model_type')!r} is not a factored checkpoint: it has no jaxmoe record"
         )
     version = record.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise JaxmoeError(
             f"the checkpoint has jaxmoe's format {version}, written by jaxmoe {record.get('version')}, and jaxmoe "
             f"{jaxmoe.__version__} reads up to {FORMAT_VERSION}: pip install --upgrade jaxmoe"
         )
-    try:
-        layers = {
-            module: (LayerShape(**entry["shape"]), {target: list(terms) for target, terms in entry["terms"].items()})
-            for module, entry in record["experts"].items()
-        }
-        kept = {key: record[key] for key in _KEPT if key in record}
-        original = {key: kept.get(key, value) for key, value in config.items() if key != "jaxmoe"}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise JaxmoeError(
-            f"the jaxmoe record in config.json is damaged ({error!r}): write the checkpoint again"
-        ) from error
+    found = as_record(record, _Record, _WHERE, _MEND)
+    if config["model_type"] != PREFIX + found.model_type:
+        raise JaxmoeError(f"model_type {config['model_type']!r}, and in {_WHERE} {found.model_type!r}: {_MEND}")
+    indices = [layer_index(module) for module in found.experts]
+    if twice := sorted({index for index in indices if indices.count(index) > 1}):
+        raise JaxmoeError(f"{_WHERE} names several modules of layer {', '.join(map(str, twice))}: {_MEND}")
+    kept = {key: record[key] for key in _KEPT if key in record}
+    original = {key: kept.get(key, value) for key, value in config.items() if key != "jaxmoe"}
     for key in _KEPT:
         if key not in kept:
             original.pop(key, None)
-    return original, layers
+    return original, {name: _module(name, entry) for name, entry in found.experts.items()}
 
 
-def read_main_experts(config: Mapping[str, Any]) -> dict[str, MainExperts]:
-    """Return which experts run, for each experts module of a factored checkpoint in which vectors stand in for others.
+def layer_index(module: str) -> int:
+    """Return the layer of an experts module by its path in transformers.
 
-    Raises:
-        JaxmoeError: if the record is damaged.
+    Example:
+        >>> layer_index("model.layers.3.mlp.experts")
+        3
     """
-    found = {}
-    for module, entry in config["jaxmoe"]["experts"].items():
-        if "main_experts" in entry:
-            main, renorm = entry["main_experts"], entry.get("renorm", "none")
-            if type(main) is not int or main < 1 or renorm not in RENORMS:
-                raise JaxmoeError(
-                    f"{module}: {main!r} main experts, renorm {renorm!r}: the jaxmoe record in config.json is damaged,"
-                    " write the checkpoint again"
-                )
-            found[module] = MainExperts(main, renorm)
-    return found
+    return int(module.split(".layers.")[1].split(".")[0])
+
+
+def _module(name: str, entry: "_Experts") -> Module:
+    shape = entry.shape.shape
+    if entry.layout is not None:
+        try:
+            check_layout(entry.layout.stacks, shape)
+        except JaxmoeError as error:
+            raise JaxmoeError(f"the layout of {name} in {_WHERE}: {error}; {_MEND}") from None
+    main = None if entry.main_experts is None else MainExperts(entry.main_experts, entry.renorm)
+    return Module(shape, entry.terms, entry.layout, main)
 
 
 def remote_code(config: Mapping[str, Any]) -> dict[str, str]:

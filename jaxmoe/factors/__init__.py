@@ -3,7 +3,7 @@
 from jaxmoe.factors.dense import Dense
 from jaxmoe.factors.grouped import Grouped
 from jaxmoe.factors.hashed import Hashed
-from jaxmoe.factors.layer import PROJECTIONS, TARGETS, CompressedLayer, LayerShape, stack
+from jaxmoe.factors.layer import PROJECTIONS, TARGETS, CompressedLayer, LayerShape, ShapeRecord, stack
 from jaxmoe.factors.low_rank import LowRank
 from jaxmoe.factors.merged import Merged
 from jaxmoe.factors.shared import Shared
@@ -22,6 +22,7 @@ __all__ = [
     "LayerShape",
     "LowRank",
     "Merged",
+    "ShapeRecord",
     "Shared",
     "SharedBasis",
     "Sparse",

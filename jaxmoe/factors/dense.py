@@ -1,17 +1,19 @@
 """Dense: the matrices themselves, for projections that a method leaves alone or that factors cannot shrink."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, per_expert, pytree, stack_rows
+from jaxmoe.factors.stored import Stored, TermSpec
+from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
 
 
 @pytree()
 @dataclass(frozen=True, kw_only=True)
-class Dense:
+class Dense(Stored):
     """W_e itself.
 
     Args:
@@ -23,7 +25,11 @@ class Dense:
         ((2, 3, 4), 24)
     """
 
+    class Spec(TermSpec, tag="dense"):
+        """No sizes: all of them are the layer's."""
+
     kind: ClassVar[str] = "dense"
+    named: ClassVar[Mapping[str, str]] = {"weight": "dense"}
     for_all: ClassVar[bool] = False
     weight: Float[Array | Abstract, "expert out in"]
 
@@ -43,15 +49,9 @@ class Dense:
     def apply(self, rows, product=per_expert):
         return product(rows, self.weight)
 
-    def count(self) -> Count:
-        return count_arrays([self.weight])
-
-    def tensors(self):
-        return {"dense": stack_rows(self.weight)}
-
-    def spec(self):
-        return {"kind": self.kind}
+    def described(self):
+        return self.Spec()
 
     @classmethod
-    def from_tensors(cls, tensors, spec, shape):
-        return cls(weight=tensors["dense"].reshape(shape))
+    def planned(cls, spec, shape):
+        return cls.abstract(shape, jnp.float32)

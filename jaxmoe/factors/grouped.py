@@ -12,7 +12,7 @@ that ranks may be traced; only the widest of them has to be known, because it is
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -22,13 +22,14 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors.shared_basis import ACTIVATIONS
-from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, per_expert, pytree
+from jaxmoe.factors.shared_basis import ACTIVATIONS, Activation
+from jaxmoe.factors.stored import Number, Size, Stored, TermSpec, check_order, shortened
+from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
 
 
 @pytree(static=("experts", "size", "widest", "activation", "transposed"))
 @dataclass(frozen=True, kw_only=True)
-class Grouped:
+class Grouped(Stored):
     """A_e f(B_g(e)), or A_e f(sum_j alpha_ej B_j), with a rank for every group.
 
     Stored numbers: sum over experts of their ranks * rows + sum over groups of their ranks * columns + groups
@@ -54,6 +55,15 @@ class Grouped:
         >>> term.materialize()[:, 0, 0].tolist()
         [2.0, 2.0, 1.0]
     """
+
+    class Spec(TermSpec, tag="grouped"):
+        size: Size
+        total: Number
+        rows: Number
+        activation: Activation
+        transposed: bool
+        order: bool
+        mixing: bool
 
     kind: ClassVar[str] = "grouped"
     for_all: ClassVar[bool] = False
@@ -239,52 +249,43 @@ class Grouped:
         index = jnp.where(offset < ranks[:, None], start[:, None] + offset, flat.shape[0])
         return jnp.asarray(flat).at[index].get(mode="fill", fill_value=0)
 
-    def count(self) -> Count:
-        return count_arrays(self.tensors().values())
-
-    def tensors(self):
-        optional = {"order": self.order, "mixing": self.mixing}
-        return {
-            "coefficients": self.coefficients,
-            "bases": self.bases,
-            "ranks": self.ranks,
-            **{name: array for name, array in optional.items() if array is not None},
-        }
-
-    def spec(self):
-        return {
-            "kind": self.kind,
-            "size": self.size,
-            "total": self.bases.shape[0],
-            "rows": self.coefficients.shape[0],
-            "activation": self.activation,
-            "transposed": self.transposed,
-            "order": self.order is not None,
-            "mixing": self.mixing is not None,
-        }
+    def described(self):
+        return self.Spec(
+            size=self.size,
+            total=self.bases.shape[0],
+            rows=self.coefficients.shape[0],
+            activation=self.activation,
+            transposed=self.transposed,
+            order=self.order is not None,
+            mixing=self.mixing is not None,
+        )
 
     @classmethod
-    def from_tensors(cls, tensors, spec, shape):
-        experts, rows, columns = (shape[0], *(shape[:0:-1] if spec["transposed"] else shape[1:]))
-        ranks = np.asarray(tensors["ranks"]).reshape(1, -(-experts // spec["size"]))
-        members = np.minimum(spec["size"], experts - spec["size"] * np.arange(ranks.size))
-        if ranks.min() < 0 or ranks.sum() != spec["total"] or (members * ranks[0]).sum() != spec["rows"]:
-            raise JaxmoeError(
-                f"ranks {ranks[0].tolist()} of groups of {spec['size']} experts do not add up to the {spec['total']} "
-                f"rows of bases and {spec['rows']} of coefficients that the specification names: write the file again"
-            )
-        return cls(
-            coefficients=tensors["coefficients"].reshape(spec["rows"], rows),
-            bases=tensors["bases"].reshape(spec["total"], columns),
-            ranks=tensors["ranks"],
-            experts=experts,
-            order=tensors["order"] if spec["order"] else None,
-            mixing=tensors["mixing"] if spec["mixing"] else None,
-            size=spec["size"],
-            widest=int(ranks.max()),
-            activation=spec["activation"],
-            transposed=spec["transposed"],
+    def planned(cls, spec, shape):
+        return cls.abstract(
+            shape,
+            jnp.float32,
+            total=spec.total,
+            rows=spec.rows,
+            size=spec.size,
+            activation=spec.activation,
+            transposed=spec.transposed,
+            ordered=spec.order,
+            mixed=spec.mixing,
         )
+
+    def checked(self):
+        ranks = np.asarray(self.ranks, np.int64)[0]
+        members = np.minimum(self.size, self.experts - self.size * np.arange(ranks.size))
+        total, rows = self.bases.shape[0], self.coefficients.shape[0]
+        if ranks.min() < 0 or ranks.sum() != total or (members * ranks).sum() != rows:
+            raise JaxmoeError(
+                f"ranks {shortened(ranks)} of groups of {self.size} experts do not add up to the {total} rows of bases"
+                f" and {rows} of coefficients that are there"
+            )
+        if self.order is not None:
+            check_order(self.order, self.experts)
+        return replace(self, widest=int(ranks.max()))
 
 
 def _check(coefficients, bases, ranks: np.ndarray, order: np.ndarray, mixing: Any, size: int, activation: str) -> None:

@@ -15,7 +15,7 @@ The result is dense: `apply` forms the matrices. Source: RFID-MoE, arXiv 2602.09
 Uni-LoRA, arXiv 2506.00799.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, per_expert, pytree
+from jaxmoe.factors.stored import Size, Stored, TermSpec, check_order
+from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
 
 
 def mixed(seed, number):
@@ -97,7 +98,7 @@ def of_last_group(count: int, experts: int, size: int) -> int:
 
 @pytree(static=("experts", "out", "in_", "size", "buckets", "last", "balanced"))
 @dataclass(frozen=True, kw_only=True)
-class Hashed:
+class Hashed(Stored):
     """P eta for each group of experts.
 
     Stored numbers: groups * buckets + 1 (fewer buckets in a shorter last group; + experts where there is an order).
@@ -119,6 +120,13 @@ class Hashed:
         >>> term.count()
         Count(numbers=17, bytes=36)
     """
+
+    class Spec(TermSpec, tag="hashed"):
+        size: Size
+        buckets: Size
+        last: Size
+        balanced: bool
+        order: bool
 
     kind: ClassVar[str] = "hashed"
     for_all: ClassVar[bool] = False
@@ -212,30 +220,24 @@ class Hashed:
         # A value stands at places without any order: nothing is saved by not forming the matrices.
         return product(rows, self.materialize())
 
-    def count(self) -> Count:
-        return count_arrays(self.tensors().values())
-
-    def tensors(self):
-        tensors = {"values": self.values, "seed": self.seed}
-        return tensors if self.order is None else {**tensors, "order": self.order}
-
-    def spec(self):
-        return {
-            "kind": self.kind,
-            "size": self.size,
-            "buckets": self.buckets,
-            "last": self.last,
-            "balanced": self.balanced,
-            "order": self.order is not None,
-        }
+    def described(self):
+        return self.Spec(
+            size=self.size, buckets=self.buckets, last=self.last, balanced=self.balanced, order=self.order is not None
+        )
 
     @classmethod
-    def from_tensors(cls, tensors, spec, shape):
-        sizes = {key: spec[key] for key in ("size", "buckets", "last", "balanced")}
-        expected = cls.abstract(shape, tensors["values"].dtype, ordered=spec["order"], **sizes)
-        return replace(
-            expected,
-            values=tensors["values"].reshape(expected.values.shape),
-            seed=tensors["seed"].reshape(1, 1),
-            order=tensors["order"].reshape(1, -1) if spec["order"] else None,
+    def planned(cls, spec, shape):
+        return cls.abstract(
+            shape,
+            jnp.float32,
+            size=spec.size,
+            buckets=spec.buckets,
+            last=spec.last,
+            balanced=spec.balanced,
+            ordered=spec.order,
         )
+
+    def checked(self):
+        if self.order is not None:
+            check_order(self.order, self.experts)
+        return self

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import msgspec
 from jaxtyping import Array, Float
 
 from jaxmoe.errors import JaxmoeError
@@ -20,13 +21,14 @@ from jaxmoe.factors.merged import Merged
 from jaxmoe.factors.shared import Shared
 from jaxmoe.factors.shared_basis import SharedBasis
 from jaxmoe.factors.sparse import Sparse
+from jaxmoe.factors.stored import Size, Stored, read_spec
 from jaxmoe.factors.term import EVERY, Count, Term, per_expert, pytree
 
 PROJECTIONS = ("gate", "up", "down")
 TARGETS = {"gate": ("gate",), "up": ("up",), "gate_up": ("gate", "up"), "down": ("down",)}
 """What each target covers, in the order in which the outputs are stacked."""
 
-KINDS: dict[str, type] = {
+KINDS: dict[str, type[Stored]] = {
     cls.kind: cls for cls in (Dense, LowRank, SharedBasis, Grouped, Shared, Hashed, Sparse, Merged)
 }
 """The registered terms by the name that stands in files."""
@@ -59,6 +61,24 @@ class LayerShape(NamedTuple):
         if target == "down":
             return self.experts, self.hidden, self.intermediate
         return self.experts, len(TARGETS[target]) * self.intermediate, self.hidden
+
+
+class ShapeRecord(msgspec.Struct, forbid_unknown_fields=True):
+    """A `LayerShape` as it stands in JSON (`LayerShape._asdict`), for msgspec to read.
+
+    Example:
+        >>> msgspec.convert({"experts": 2, "hidden": 4, "intermediate": 3}, ShapeRecord).shape
+        LayerShape(experts=2, hidden=4, intermediate=3, gated=True)
+    """
+
+    experts: Size
+    hidden: Size
+    intermediate: Size
+    gated: bool = True
+
+    @property
+    def shape(self) -> LayerShape:
+        return LayerShape(**msgspec.structs.asdict(self))
 
 
 def stack(weights: Mapping[str, Any], target: str) -> Float[Array, "expert out in"]:
@@ -186,18 +206,31 @@ class CompressedLayer:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Any], spec: Mapping[str, Any], sizes: LayerShape) -> "CompressedLayer":
-        """Rebuild the layer from its file layout and spec."""
-        terms = {}
-        for target, specs in spec.items():
+        """Rebuild the layer from its file layout and spec.
+
+        Raises:
+            JaxmoeError: the spec is not one, a term is unknown, or the tensors are not what it demands; the message
+                names the target and the term's position.
+        """
+        terms: dict[str, tuple[Term, ...]] = {}
+        left = set(tensors)
+        for target, entries in read_spec(spec, dict[str, list[dict[str, Any]]], "the terms").items():
             if target not in TARGETS:
                 raise JaxmoeError(f"unknown target {target!r}: the targets are {', '.join(TARGETS)}")
             rebuilt = []
-            for position, entry in enumerate(specs):
-                if entry.get("kind") not in KINDS:
+            for position, entry in enumerate(entries):
+                # A list: whatever stands there may not be hashable.
+                if entry.get("kind") not in list(KINDS):
                     known = ", ".join(KINDS)
                     raise JaxmoeError(f"unknown term {entry.get('kind')!r} in {target}: this version knows {known}")
                 prefix = f"{target}.{position}."
                 parts = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-                rebuilt.append(KINDS[entry["kind"]].from_tensors(parts, entry, sizes.of(target)))
+                left -= {prefix + name for name in parts}
+                try:
+                    rebuilt.append(KINDS[entry["kind"]].from_tensors(parts, entry, sizes.of(target)))
+                except JaxmoeError as error:
+                    raise JaxmoeError(f"{target}.{position} ({entry['kind']}): {error}") from None
             terms[target] = tuple(rebuilt)
+        if left:
+            raise JaxmoeError(f"{', '.join(sorted(left)[:8])} belong to no term that the record names")
         return cls(terms=terms, sizes=sizes).check()

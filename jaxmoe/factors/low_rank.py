@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, per_expert, pytree, stack_rows
+from jaxmoe.factors.stored import Size, Stored, TermSpec
+from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
 
 
 @pytree()
 @dataclass(frozen=True, kw_only=True)
-class LowRank:
+class LowRank(Stored):
     """L_e R_e, with one rank for all experts.
 
     Stored numbers: experts * rank * (out + in), fewer than dense only for rank < out * in / (out + in).
@@ -26,6 +27,9 @@ class LowRank:
         >>> term.materialize().shape, term.count().numbers
         ((2, 3, 4), 14)
     """
+
+    class Spec(TermSpec, tag="low_rank"):
+        rank: Size
 
     kind: ClassVar[str] = "low_rank"
     for_all: ClassVar[bool] = False
@@ -54,17 +58,9 @@ class LowRank:
     def apply(self, rows, product=per_expert):
         return product(product(rows, self.right), self.left)
 
-    def count(self) -> Count:
-        return count_arrays([self.left, self.right])
-
-    def tensors(self):
-        return {"left": stack_rows(self.left), "right": stack_rows(self.right)}
-
-    def spec(self):
-        return {"kind": self.kind, "rank": self.rank}
+    def described(self):
+        return self.Spec(rank=self.rank)
 
     @classmethod
-    def from_tensors(cls, tensors, spec, shape):
-        experts, out, in_ = shape
-        rank = spec["rank"]
-        return cls(left=tensors["left"].reshape(experts, out, rank), right=tensors["right"].reshape(experts, rank, in_))
+    def planned(cls, spec, shape):
+        return cls.abstract(shape, jnp.float32, rank=spec.rank)

@@ -1,5 +1,6 @@
 """Merged: experts that share one matrix, in clusters; the router chooses between them as before."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -8,12 +9,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, per_expert, pytree, stack_rows
+from jaxmoe.factors.stored import Size, Stored, TermSpec
+from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
 
 
 @pytree()
 @dataclass(frozen=True, kw_only=True)
-class Merged:
+class Merged(Stored):
     """W_e = M_c(e), one matrix for every cluster of experts.
 
     Stored numbers: clusters * out * in + experts.
@@ -28,7 +30,11 @@ class Merged:
         ([2.0, 1.0, 2.0], 5)
     """
 
+    class Spec(TermSpec, tag="merged"):
+        clusters: Size
+
     kind: ClassVar[str] = "merged"
+    named: ClassVar[Mapping[str, str]] = {"weight": "merged"}
     for_all: ClassVar[bool] = False
     weight: Float[Array | Abstract, "cluster out in"]
     labels: Int[Array | Abstract, "1 expert"]
@@ -49,21 +55,17 @@ class Merged:
     def apply(self, rows, product=per_expert):
         return product(rows, jnp.asarray(self.weight)[jnp.asarray(self.labels)[0]])
 
-    def count(self) -> Count:
-        return count_arrays(self.tensors().values())
-
-    def tensors(self):
-        return {"merged": stack_rows(self.weight), "labels": self.labels}
-
-    def spec(self):
-        return {"kind": self.kind, "clusters": self.weight.shape[0]}
+    def described(self):
+        return self.Spec(clusters=self.weight.shape[0])
 
     @classmethod
-    def from_tensors(cls, tensors, spec, shape):
-        clusters = spec["clusters"]
-        labels = np.asarray(tensors["labels"]).reshape(1, shape[0])
+    def planned(cls, spec, shape):
+        return cls.abstract(shape, jnp.float32, clusters=spec.clusters)
+
+    def checked(self):
+        clusters, labels = self.weight.shape[0], np.asarray(self.labels)
         if not 0 <= labels.min() <= labels.max() < clusters:
             raise JaxmoeError(
                 f"labels of merged experts {labels.min()} to {labels.max()}: there are {clusters} clusters"
             )
-        return cls(weight=tensors["merged"].reshape(clusters, *shape[1:]), labels=labels)
+        return self

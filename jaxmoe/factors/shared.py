@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, per_expert, pytree
+from jaxmoe.factors.stored import Number, Size, Stored, TermSpec, shortened
+from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
 
 AXES = ("out", "in")
 """The axes along which channels may be missing."""
@@ -26,7 +28,7 @@ AXES = ("out", "in")
 
 @pytree(static=("experts", "out", "in_", "axis", "parts", "dynamic"))
 @dataclass(frozen=True, kw_only=True)
-class Shared:
+class Shared(Stored):
     """The same matrix for every expert, zero in the channels that are not kept.
 
     Stored numbers: kept outputs * kept inputs (+ the kept channels' numbers).
@@ -49,6 +51,12 @@ class Shared:
         >>> term.count()
         Count(numbers=10, bytes=40)
     """
+
+    class Spec(TermSpec, tag="shared"):
+        kept: Size | None
+        axis: str
+        parts: Size
+        dynamic: Number
 
     kind: ClassVar[str] = "shared"
     for_all: ClassVar[bool] = True
@@ -162,30 +170,25 @@ class Shared:
     def _kept_rows(self):
         return _rows(jnp.asarray(self.kept)[0], self.parts, self.out)
 
-    def count(self) -> Count:
-        return count_arrays(self.tensors().values())
-
-    def tensors(self):
-        return {"weight": self.weight} if self.kept is None else {"weight": self.weight, "kept": self.kept}
-
-    def spec(self):
-        return {
-            "kind": self.kind,
-            "kept": None if self.kept is None else self.kept.shape[1],
-            "axis": self.axis,
-            "parts": self.parts,
-            "dynamic": self.dynamic,
-        }
+    def described(self):
+        return self.Spec(
+            kept=None if self.kept is None else self.kept.shape[1],
+            axis=self.axis,
+            parts=self.parts,
+            dynamic=self.dynamic,
+        )
 
     @classmethod
-    def from_tensors(cls, tensors, spec, shape):
-        sizes = {key: spec[key] for key in ("kept", "axis", "parts", "dynamic")}
-        expected = cls.abstract(shape, tensors["weight"].dtype, **sizes)
-        return replace(
-            expected,
-            weight=tensors["weight"].reshape(expected.weight.shape),
-            kept=None if expected.kept is None else tensors["kept"].reshape(expected.kept.shape),
-        )
+    def planned(cls, spec, shape):
+        return cls.abstract(shape, jnp.float32, **msgspec.structs.asdict(spec))
+
+    def checked(self):
+        if self.kept is not None:
+            kept = np.asarray(self.kept, np.int64)[0]
+            channels = self.out // self.parts if self.axis == "out" else self.in_
+            if (np.diff(kept) <= 0).any() or not 0 <= kept[0] <= kept[-1] < channels:
+                raise JaxmoeError(f"kept channels {shortened(kept)} are not ascending ones of 0 to {channels - 1}")
+        return self
 
 
 def _rows(kept, parts: int, out: int):

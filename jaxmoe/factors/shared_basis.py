@@ -8,14 +8,16 @@ every expert first, [rank, columns] each. Source: MoBE, arXiv 2508.05257.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import jax
 import jax.numpy as jnp
+import msgspec
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, per_expert, pytree, stack_rows
+from jaxmoe.factors.stored import Size, Stored, TermSpec
+from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
 
 
 def wavelet(x):
@@ -43,10 +45,13 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 """The element-wise functions that may stand between the blend and the coefficients."""
 
+Activation = Annotated[str, msgspec.Meta(pattern=rf"^({'|'.join(ACTIVATIONS)})\Z")]
+"""The name of one of them."""
+
 
 @pytree(static=("activation", "transposed"))
 @dataclass(frozen=True, kw_only=True)
-class SharedBasis:
+class SharedBasis(Stored):
     """A_e f(sum_j alpha_ej B_j), optionally plus one constant, optionally transposed.
 
     Stored numbers: experts * rows * rank + bases * rank * columns + experts * bases (+ 1 for the mean).
@@ -64,6 +69,13 @@ class SharedBasis:
         >>> term.count().numbers == 8 * 4 * 4 + 2 * 4 * 16 + 8 * 2
         True
     """
+
+    class Spec(TermSpec, tag="shared_basis"):
+        bases: Size
+        rank: Size
+        activation: Activation
+        transposed: bool
+        mean: bool
 
     kind: ClassVar[str] = "shared_basis"
     for_all: ClassVar[bool] = False
@@ -120,37 +132,15 @@ class SharedBasis:
         # A constant matrix maps a row to its sum times the constant, for every output.
         return out + jnp.asarray(self.mean, rows.dtype) * jnp.sum(rows, axis=-1, keepdims=True)
 
-    def count(self) -> Count:
-        arrays = [self.coefficients, self.bases, self.mixing]
-        return count_arrays(arrays if self.mean is None else [*arrays, self.mean])
-
-    def tensors(self):
-        tensors = {
-            "coefficients": stack_rows(self.coefficients),
-            "bases": stack_rows(self.bases),
-            "mixing": self.mixing,
-        }
-        return tensors if self.mean is None else {**tensors, "mean": self.mean}
-
-    def spec(self):
-        return {
-            "kind": self.kind,
-            "bases": self.bases.shape[0],
-            "rank": self.rank,
-            "activation": self.activation,
-            "transposed": self.transposed,
-            "mean": self.mean is not None,
-        }
+    def described(self):
+        return self.Spec(
+            bases=self.bases.shape[0],
+            rank=self.rank,
+            activation=self.activation,
+            transposed=self.transposed,
+            mean=self.mean is not None,
+        )
 
     @classmethod
-    def from_tensors(cls, tensors, spec, shape):
-        experts, rows, columns = (shape[0], *(shape[:0:-1] if spec["transposed"] else shape[1:]))
-        bases, rank = spec["bases"], spec["rank"]
-        return cls(
-            coefficients=tensors["coefficients"].reshape(experts, rows, rank),
-            bases=tensors["bases"].reshape(bases, rank, columns),
-            mixing=tensors["mixing"],
-            mean=tensors["mean"] if spec["mean"] else None,
-            activation=spec["activation"],
-            transposed=spec["transposed"],
-        )
+    def planned(cls, spec, shape):
+        return cls.abstract(shape, jnp.float32, **msgspec.structs.asdict(spec))

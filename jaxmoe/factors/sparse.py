@@ -4,7 +4,7 @@ Every entry stores a value and where it stands, two numbers; how many each exper
 the few largest entries of what other terms leave over. The result is dense: `apply` forms the matrices.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -12,12 +12,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors.term import EVERY, Abstract, Count, count_arrays, per_expert, pytree
+from jaxmoe.factors.stored import Number, Stored, TermSpec, shortened
+from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
 
 
 @pytree(static=("experts", "out", "in_"))
 @dataclass(frozen=True, kw_only=True)
-class Sparse:
+class Sparse(Stored):
     """Values at places; where a place is named twice, their sum.
 
     Stored numbers: 2 * entries + experts.
@@ -37,6 +38,9 @@ class Sparse:
         >>> term.materialize().tolist()
         [[[0.0, 0.0, 0.0], [0.0, 0.0, 1.0]], [[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]]
     """
+
+    class Spec(TermSpec, tag="sparse"):
+        entries: Number
 
     kind: ClassVar[str] = "sparse"
     for_all: ClassVar[bool] = False
@@ -80,25 +84,19 @@ class Sparse:
         # Products with the few entries alone would gather and scatter for every row: slower than dense ones.
         return product(rows, self.materialize())
 
-    def count(self) -> Count:
-        return count_arrays(self.tensors().values())
-
-    def tensors(self):
-        return {"values": self.values, "indices": self.indices, "counts": self.counts}
-
-    def spec(self):
-        return {"kind": self.kind, "entries": self.values.shape[1]}
+    def described(self):
+        return self.Spec(entries=self.values.shape[1])
 
     @classmethod
-    def from_tensors(cls, tensors, spec, shape):
-        expected = cls.abstract(shape, tensors["values"].dtype, entries=spec["entries"])
-        counts, indices = (np.asarray(tensors[name]) for name in ("counts", "indices"))
-        if counts.sum() != spec["entries"] or (counts < 0).any():
-            raise JaxmoeError(f"counts of sparse entries {counts.tolist()} do not add up to {spec['entries']}")
-        if indices.size and not 0 <= indices.min() <= indices.max() < shape[1] * shape[2]:
+    def planned(cls, spec, shape):
+        return cls.abstract(shape, jnp.float32, entries=spec.entries)
+
+    def checked(self):
+        counts, indices, entries = np.asarray(self.counts, np.int64), np.asarray(self.indices), self.values.shape[1]
+        if counts.sum() != entries or (counts < 0).any():
+            raise JaxmoeError(f"counts of sparse entries {shortened(counts[0])} do not add up to {entries}")
+        if indices.size and not 0 <= indices.min() <= indices.max() < self.out * self.in_:
             raise JaxmoeError(
-                f"sparse entries {indices.min()} to {indices.max()} lie outside matrices of {shape[1]} x {shape[2]}"
+                f"sparse entries {indices.min()} to {indices.max()} lie outside matrices of {self.out} x {self.in_}"
             )
-        return replace(
-            expected, **{name: tensors[name].reshape(getattr(expected, name).shape) for name in expected.tensors()}
-        )
+        return self

@@ -1,11 +1,9 @@
 """What every factor type has in common: a term of the sum that stands for the experts' matrices.
 
 A term is a pytree of arrays with a leading expert axis (or of shared arrays), and knows four things: how to
-materialise, how to multiply activations, how many numbers and bytes it stores, and how it lies in a file. The arrays
-may also be `jax.ShapeDtypeStruct`: such an abstract term is what a plan holds, and counts exactly like the real one.
-
-On disk every tensor of a term is two-dimensional: the experts (or bases) are stacked along the rows. Serving engines
-take a module whose parameters are all three-dimensional for a stock expert layer and replace it.
+materialise, how to multiply activations, how many numbers and bytes it stores, and how it lies in a file (`stored`).
+The arrays may also be `jax.ShapeDtypeStruct`: such an abstract term is what a plan holds, and counts exactly like the
+real one.
 """
 
 from collections.abc import Mapping

@@ -105,11 +105,31 @@ def test_reading_gives_back_the_original_and_the_layers(original):
     assert not is_factored(original)
     back, layers = read_spec(config)
     assert back == original
-    sizes, spec = layers[MODULE]
-    assert sizes == SIZES
-    rebuilt = CompressedLayer.from_tensors(made.tensors(), spec, sizes)
+    found = layers[MODULE]
+    assert found.shape == SIZES
+    rebuilt = CompressedLayer.from_tensors(made.tensors(), found.terms, found.shape)
     for projection in SIZES.projections:
         np.testing.assert_array_equal(rebuilt.materialize(projection), made.materialize(projection))
+
+
+STACKS = [{"name": "a.gate_up", "target": "gate_up"}, {"name": "a.down", "target": "down"}]
+
+
+def entry(change):
+    """Return a change of the record of the module."""
+    return lambda config: change(config["jaxmoe"]["experts"][MODULE])
+
+
+def renamed(name, keep=False):
+    """Return a change that gives the module another path."""
+
+    def change(config):
+        experts = config["jaxmoe"]["experts"]
+        experts[name] = experts[MODULE]
+        if not keep:
+            del experts[MODULE]
+
+    return change
 
 
 @pytest.mark.parametrize(
@@ -119,10 +139,34 @@ def test_reading_gives_back_the_original_and_the_layers(original):
         (lambda c: c["jaxmoe"].pop("format_version"), "format None"),
         (lambda c: c.pop("jaxmoe"), "no jaxmoe record"),
         (lambda c: c.update(model_type="qwen3_moe"), "'qwen3_moe' is not a factored checkpoint"),
-        (lambda c: c["jaxmoe"].pop("experts"), "damaged.*experts"),
-        (lambda c: c["jaxmoe"]["experts"][MODULE].pop("shape"), "damaged.*shape"),
-        (lambda c: c["jaxmoe"]["experts"][MODULE]["shape"].update(depth=3), "damaged.*depth"),
-        (lambda c: c["jaxmoe"].update(experts=[]), "damaged"),
+        (lambda c: c["jaxmoe"].update(format_version=True), "format True"),
+        (lambda c: c["jaxmoe"].pop("experts"), "does not hold.*experts"),
+        (lambda c: c["jaxmoe"].update(experts=[]), "does not hold.*Expected `object`"),
+        (lambda c: c["jaxmoe"].update(experts={}), "does not hold.*length >= 1"),
+        (lambda c: c["jaxmoe"].update(surprise=1), "unknown field `surprise`"),
+        (lambda c: c["jaxmoe"].update(model_type="olmoe"), "'jaxmoe_qwen3_moe'.*'olmoe'"),
+        (renamed("mlp.experts"), "does not hold.*key"),
+        (renamed("model.layers.0.mlp\0.experts"), "does not hold.*key"),
+        (renamed("other.layers.3.mlp.experts", keep=True), "several modules of layer 3"),
+        (entry(lambda e: e.pop("shape")), "does not hold.*shape"),
+        (entry(lambda e: e["shape"].update(depth=3)), "does not hold.*depth"),
+        (entry(lambda e: e["shape"].update(experts=-4)), "does not hold.*>= 1"),
+        (entry(lambda e: e["shape"].update(hidden=2**63)), "does not hold.*<= 2147483647"),
+        (entry(lambda e: e["shape"].update(gated=1)), "does not hold.*bool"),
+        (entry(lambda e: e.update(terms=[])), "does not hold.*terms"),
+        (entry(lambda e: e["terms"].update(down=None)), "does not hold.*terms"),
+        (entry(lambda e: e["terms"].update(down=["dense"])), "does not hold.*terms"),
+        (entry(lambda e: e.update(main_experts=0)), "does not hold.*main_experts"),
+        (entry(lambda e: e.update(main_experts=1, renorm="all")), "does not hold.*renorm"),
+        (entry(lambda e: e.update(layout={"dtype": "float32"})), "does not hold.*stacks"),
+        (entry(lambda e: e.update(layout={"dtype": "int8", "stacks": []})), "does not hold.*dtype"),
+        (entry(lambda e: e.update(layout={"dtype": "float32", "stacks": []})), "layout of .*hold nothing"),
+        (entry(lambda e: e.update(layout={"dtype": "float32", "stacks": [*STACKS, STACKS[0]]})), "layout.*once"),
+        (entry(lambda e: e.update(layout={"dtype": "float32", "stacks": [{"name": "a"}]})), "does not hold.*target"),
+        (
+            entry(lambda e: e.update(layout={"dtype": "float32", "stacks": [{**STACKS[0], "name": "a\0"}, STACKS[1]]})),
+            "cannot be the name",
+        ),
     ],
 )
 def test_reading_refuses(change, message):

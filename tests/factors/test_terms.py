@@ -413,8 +413,8 @@ def test_hashed_refuses_what_does_not_fit():
 def test_sparse_from_a_damaged_file():
     term = filled(terms(SHAPE)["sparse"])
     for change, message in (
-        ({"counts": np.array([[2, 0, 3, 1, 0]])}, "do not add up to 7"),
-        ({"indices": np.full((1, 7), 28)}, "28 to 28 lie outside matrices of 4 x 7"),
+        ({"counts": np.array([[2, 0, 3, 1, 0]], np.int32)}, "do not add up to 7"),
+        ({"indices": np.full((1, 7), 28, np.int32)}, "28 to 28 lie outside matrices of 4 x 7"),
     ):
         with pytest.raises(JaxmoeError, match=message):
             Sparse.from_tensors({**term.tensors(), **change}, term.spec(), SHAPE)
