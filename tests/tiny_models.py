@@ -244,10 +244,9 @@ _BUILT_AS = {"kimi_k2": "deepseek_v3"}
 FAMILIES: tuple[str, ...] = tuple(_CONFIGS)
 
 
-def build(family: str, seed: int = 0, **changes: Any):
-    """Return a tiny random model in float32, in evaluation mode; `changes` edit its settings."""
-    import torch
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+def configure(family: str, **changes: Any):
+    """Return transformers' configuration of a tiny model; `changes` edit its settings."""
+    from transformers import CONFIG_MAPPING
 
     settings = {**_COMMON, **_CONFIGS[family], **changes}
     settings = {
@@ -255,8 +254,17 @@ def build(family: str, seed: int = 0, **changes: Any):
         for key, value in settings.items()
         if key not in _UNKNOWN.get(family, ()) and (value is not None or key == "pad_token_id")
     }
+    return CONFIG_MAPPING[_BUILT_AS.get(family, family)](**settings)
+
+
+def build(family: str, seed: int = 0, **changes: Any):
+    """Return a tiny random model in float32, in evaluation mode; `changes` edit its settings."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = configure(family, **changes)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[_BUILT_AS.get(family, family)](**settings)).eval()
+    model = AutoModelForCausalLM.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     parameters = dict(model.named_parameters())
     for name, tensor in model.state_dict().items():

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxmoe.checkpoint.families import UNKNOWN, Family, decoder_config, lookup
 from jaxmoe.checkpoint.layout import Stack
-from jaxmoe.checkpoint.moe_layers import is_mtp, moe_layers, num_layers
+from jaxmoe.checkpoint.moe_layers import check_config, is_mtp, moe_layers, num_layers
 from jaxmoe.checkpoint.names import ExpertName, classify, layer_number
 from jaxmoe.checkpoint.quantization import Matrix
 from jaxmoe.checkpoint.tensor_file import DTYPES, listing
@@ -78,6 +78,7 @@ def find_experts(matrices: Mapping[str, Matrix], config: Mapping[str, Any], fami
         JaxmoeError: if there are no routed experts, or something about them is wrong; all offenders are listed.
     """
     decoder = decoder_config(config)
+    check_config(family or UNKNOWN, decoder)
     count = num_layers(decoder)
     members, near, mtp = _sort_names(matrices, family)
     roots = {prefix[: prefix.rindex(".", 0, -1) + 1] for prefix in members}
@@ -279,7 +280,8 @@ def _disagreements(layer: MoELayer, prefix: str, family: Family, decoder: Mappin
     """Return where the config's sizes differ from those of the tensors."""
     problems = []
     for what, keys, found in (
-        ("routed experts", family.experts, layer.shape.experts),
+        # All of these are names of one number; of the others the first that is there counts.
+        *(("routed experts", key, layer.shape.experts) for key in family.experts.split("|")),
         ("hidden size", family.hidden, layer.shape.hidden),
         ("expert intermediate size", family.intermediate, layer.shape.intermediate),
     ):

@@ -56,6 +56,12 @@ class Family:
         """The first of its model types."""
         return self.model_types[0]
 
+    @property
+    def keys(self) -> frozenset[str]:
+        """The keys of the config that it names; of those that reach into an object, the object's."""
+        names = (self.experts, self.top_k, self.intermediate, self.hidden)
+        return frozenset(key.split(".")[0] for own in names for key in own.split("|") if key)
+
     def memory(self, prefix: str) -> str:
         """Return the path of the experts' module in transformers from a layer's prefix on disk.
 

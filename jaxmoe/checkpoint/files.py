@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxmoe.checkpoint.tensor_file import TensorEntry, header_bytes, listing, read_header
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.model.keys import EVERYWHERE, check_kinds
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -22,11 +23,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's `config.json`.
 
     Raises:
-        JaxmoeError: if it is missing, no JSON object, or names no architecture.
+        JaxmoeError: if it is missing, no JSON object, names no architecture, or says what no architecture could mean.
     """
     config = read_json(folder / CONFIG, "a checkpoint's folder has one; give the folder that holds it")
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise JaxmoeError(f"{folder / CONFIG} names no model_type: jaxmoe cannot tell the architecture; add the key")
+    try:
+        check_kinds(config, names=EVERYWHERE)
+    except JaxmoeError as error:
+        raise JaxmoeError(f"{folder}: {error}") from None
     return config
 
 

@@ -10,14 +10,24 @@ from typing import Any
 
 from jaxmoe.checkpoint.families import Family, lookup
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.model.keys import brief, check_kinds
+
+_DEPTH = "num_hidden_layers|n_layers|num_layers"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Which layers have routed experts: the config keys that it reads, and what it makes of them for one layer."""
+    """Which layers have routed experts.
+
+    Args:
+        keys: of the config, all of which have to be there.
+        holds: what it makes of them for one layer.
+        others: keys that may be there.
+    """
 
     keys: tuple[str, ...]
     holds: Callable[[Mapping[str, Any], int], bool] = field(repr=False)
+    others: tuple[str, ...] = ()
 
 
 def _llama4_step(config: Mapping[str, Any], layer: int) -> bool:
@@ -50,27 +60,31 @@ RULES: dict[str, Rule] = {
         ("hybrid_override_pattern",), lambda config, layer: config["hybrid_override_pattern"][layer] == "E"
     ),
     "moe_layer_freq": Rule(("moe_layer_freq",), lambda config, layer: bool(config["moe_layer_freq"][layer])),
-    "first_k_dense_replace": Rule(("first_k_dense_replace",), _first_dense),
+    "first_k_dense_replace": Rule(("first_k_dense_replace",), _first_dense, ("moe_layer_freq",)),
     "num_dense_layers": Rule(("num_dense_layers",), lambda config, layer: layer >= config["num_dense_layers"]),
-    "decoder_sparse_step": Rule(("decoder_sparse_step",), _qwen),
+    "decoder_sparse_step": Rule(("decoder_sparse_step",), _qwen, ("mlp_only_layers",)),
     "expert_layer_period": Rule(
         ("expert_layer_period", "expert_layer_offset"),
         lambda config, layer: layer % config["expert_layer_period"] == config["expert_layer_offset"],
     ),
     "moe_layers": Rule(("moe_layers",), lambda config, layer: layer in config["moe_layers"]),
     "interleave_moe_layer_step": Rule(("interleave_moe_layer_step",), _llama4_step),
-    "moe_layer_interval": Rule(("moe_layer_interval",), _ernie),
+    "moe_layer_interval": Rule(("moe_layer_interval",), _ernie, ("moe_layer_start_index", "moe_layer_end_index")),
 }
 """The rules by the name that families use."""
 
 
+def check_config(family: Family, config: Mapping[str, Any]) -> None:
+    """Raise if what a config says of its layers and experts is of another kind than it should be; all are listed."""
+    rules = {key for name in family.moe_layers for key in (*RULES[name].keys, *RULES[name].others)}
+    check_kinds(config, names={*family.keys, *_DEPTH.split("|"), *rules})
+
+
 def num_layers(config: Mapping[str, Any]) -> int | None:
     """Return the number of decoder layers without those of multi-token prediction, None if the config does not say."""
-    count = lookup(config, "num_hidden_layers|n_layers|num_layers")
+    count = lookup(config, _DEPTH)
     if count is None and (blocks := lookup(config, "layers_block_type|hybrid_override_pattern")) is not None:
         count = len(blocks)
-    if count is not None and (type(count) is not int or not 1 <= count < 10_000):
-        raise JaxmoeError(f"config.json: {count!r} is not a number of layers: mend num_hidden_layers")
     return count
 
 
@@ -86,7 +100,7 @@ def moe_layers(family: Family, config: Mapping[str, Any]) -> list[int] | None:
             try:
                 return [layer for layer in range(count) if rule.holds(config, layer)]
             except (TypeError, IndexError, KeyError, ZeroDivisionError) as error:
-                values = ", ".join(f"{key} = {config[key]!r}" for key in rule.keys)
+                values = ", ".join(f"{key} = {brief(config[key])}" for key in rule.keys)
                 raise JaxmoeError(f"config.json does not tell which of {count} layers are MoE: {values}") from error
     return None
 

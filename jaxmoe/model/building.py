@@ -12,7 +12,7 @@ from typing import Any
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
 from jaxmoe.model.experts import ACTIVATIONS
-from jaxmoe.model.rotary import mscale, rotary
+from jaxmoe.model.rotary import mscale, rope_type, rotary
 from jaxmoe.model.settings import Settings
 from jaxmoe.model.spec import (
     Attention,
@@ -29,6 +29,11 @@ from jaxmoe.model.spec import (
 
 Shapes = Mapping[int, LayerShape]
 KINDS = ("full_attention", "sliding_attention")
+LARGEST_HEAD = 4096
+"""Numbers of a head, far beyond any model: a config that leads to more is damaged."""
+
+EXPERTS = "num_experts|num_local_experts|n_routed_experts|moe_num_experts"
+TOP_K = "num_experts_per_tok|num_experts_per_token"
 
 
 def build(
@@ -39,7 +44,7 @@ def build(
     attention: Callable[[Settings, int, Norm], Attention | LatentAttention] | None = None,
     norm: Norm | None = None,
     gate: Gate | None = None,
-    shared: int = 0,
+    shared: Callable[[Settings, int], int] | None = None,
     shared_gate: bool = False,
     scale: float = 1.0,
     expert_bias: bool = False,
@@ -57,7 +62,7 @@ def build(
         attention: makes the attention of a layer.
         norm: of the layers and the end.
         gate: of all feed-forward networks.
-        shared: size of the shared experts together, 0 without.
+        shared: gives the size of a layer's shared experts together; None without.
         shared_gate: whether a sigmoid scales them.
         scale: of what all experts of a layer give.
         expert_bias: whether routed experts have biases.
@@ -65,24 +70,29 @@ def build(
         dense: key of the size of layers without experts.
         layer: further arguments of `LayerSpec`.
         ends: further arguments of `DecoderSpec`.
+
+    Raises:
+        JaxmoeError: the config lacks something, says what jaxmoe does not compute, or contradicts itself or the shapes.
     """
     hidden, depth = s.take("hidden_size"), s.take("num_hidden_layers")
-    norm = norm or Norm(epsilon=s.take("rms_norm_eps", 1e-6))
-    gate = gate or Gate(activation=s.take("hidden_act", "silu"))
+    norm = norm or Norm(epsilon=s.take("rms_norm_eps"))
+    gate = gate or Gate(activation=s.take("hidden_act"))
     if gate.activation not in (*ACTIVATIONS, "scaled_swish"):
         raise JaxmoeError(f"config.json: activation {gate.activation!r}: jaxmoe runs {', '.join(sorted(ACTIVATIONS))}")
-    intermediate = s.take(dense, 0)
-    s.take("intermediate_size|moe_intermediate_size", 0)
+    # Where all layers have experts, these are keys that nothing is computed with.
+    for name in ("intermediate_size", "moe_intermediate_size"):
+        s.take(name, None)
 
     def block(index: int) -> DenseBlock | ExpertBlock:
         if index not in shapes:
-            return DenseBlock(intermediate=intermediate, gate=gate, bias=mlp_bias)
+            return DenseBlock(intermediate=s.of_layer(dense, index), gate=gate, bias=mlp_bias)
+        beside = shared(s, index) if shared else 0
         return ExpertBlock(
             shape=shapes[index],
-            router=router(s, index),
+            router=checked(router(s, index), shapes[index], index),
             gate=gate,
             bias=expert_bias,
-            shared=DenseBlock(intermediate=shared, gate=gate, bias=mlp_bias) if shared else None,
+            shared=DenseBlock(intermediate=beside, gate=gate, bias=mlp_bias) if beside else None,
             shared_gate=shared_gate,
             scale=scale,
         )
@@ -102,27 +112,71 @@ def build(
         hidden=hidden,
         layers=layers,
         norm=norm,
-        tied=s.take("tie_word_embeddings", False),
+        tied=s.take("tie_word_embeddings"),
         **ends,
     )
 
 
-def rope(s: Settings, index: int, head: int, *, interleaved: bool = False, partial: float = 1.0) -> Rotary:
-    """Return a layer's position embedding, from `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-    given = s.take("rope_parameters|rope_scaling", {})
-    if nested := [kind for kind in given if isinstance(given[kind], Mapping)]:
-        given = given[kind_of(s, index, nested)]
-    parameters = {"rope_theta": s.take("rope_theta", 10000.0), **given}
-    share = s.take("partial_rotary_factor", None)
-    share = parameters.get("partial_rotary_factor", partial if share is None else share)
-    longest = s.take("max_position_embeddings", 0)
+def checked(router: Router, shape: LayerShape, index: int) -> Router:
+    """Return a layer's router; raise if it cannot choose among the experts that the tensors hold."""
+    experts, groups = router.experts, router.groups
+    problem = ""
+    if experts != shape.experts:
+        problem = f"{experts} experts, by config.json or by the default of its model_type, and the tensors hold"
+        problem += f" {shape.experts}"
+    elif router.top_k > experts:
+        problem = f"a token chooses {router.top_k} of {experts} experts"
+    elif experts % groups or router.kept_groups > groups:
+        problem = f"{experts} experts in {groups} groups, of which {router.kept_groups} are chosen from"
+    elif router.top_k > router.kept_groups * (experts // groups):
+        problem = f"a token chooses {router.top_k} experts, and {router.kept_groups} of {groups} groups have fewer"
+    elif router.group_score == "top2" and groups > 1 and experts // groups < 2:
+        problem = f"groups are scored by their two best experts, and {groups} groups of {experts} have one each"
+    if problem:
+        raise JaxmoeError(f"config.json: layer {index}: {problem}: mend the numbers")
+    return router
+
+
+def shared_experts(count: str, size: str = "moe_intermediate_size"):
+    """Return what gives the size of a layer's shared experts together: how many, times the size of one."""
+
+    def total(s: Settings, index: int) -> int:
+        number = s.of_layer(count, index, 0)
+        return number and number * s.of_layer(size, index)
+
+    return total
+
+
+def rope_parameters(s: Settings, index: int, *, partial: float = 1.0) -> dict[str, Any]:
+    """Return what a layer's positions are computed from, put together as transformers does.
+
+    The older `rope_scaling` replaces `rope_parameters` altogether; `rope_theta` and `partial_rotary_factor` beside them
+    count where they are silent. Either may be nested by the kind of attention.
+    """
+    older, newer = s.take("rope_scaling", None), s.take("rope_parameters", None)
+    given = older or newer or s.defaults.get("rope_parameters") or {}
+    nested = [kind for kind in given if isinstance(given[kind], Mapping)]
+    if nested:
+        kind = kind_of(s, index, KINDS)
+        if kind not in nested:
+            raise JaxmoeError(f"config.json: rope_parameters says nothing of {kind}, which layer {index} has")
+        given = given[kind]
+    beside = {
+        "rope_theta": s.take("rope_theta"),
+        "partial_rotary_factor": s.take("partial_rotary_factor", partial),
+        "original_max_position_embeddings": s.take("max_position_embeddings"),
+    }
+    said = {name: value for name, value in given.items() if value is not None}
     original = s.take("original_max_position_embeddings", None)
-    if original is not None:
-        parameters["original_max_position_embeddings"] = original
-    elif longest:
-        parameters.setdefault("original_max_position_embeddings", longest)
-    size = s.take("rotary_dim", None) or int(head * share)
-    return rotary(parameters, size, interleaved=interleaved, positions=longest)
+    if original is not None and not nested:
+        said["original_max_position_embeddings"] = original
+    return {**beside, **said}
+
+
+def rope(s: Settings, index: int, head: int, *, interleaved: bool = False, partial: float = 1.0) -> Rotary:
+    """Return a layer's position embedding."""
+    parameters = rope_parameters(s, index, partial=partial)
+    return rotary(parameters, head, interleaved=interleaved, positions=s.take("max_position_embeddings"))
 
 
 def grouped(
@@ -141,13 +195,15 @@ def grouped(
     """Return what builds attention with grouped heads; `bias` is a name in the config or the value itself."""
 
     def make(s: Settings, index: int, layer_norm: Norm) -> Attention:
-        heads, hidden = s.take("num_attention_heads"), s.take("hidden_size")
-        head = s.take("head_dim|attention_head_dim", None) or hidden // heads
-        inputs = s.take(bias, False) if isinstance(bias, str) else bias
+        heads, head = s.take("num_attention_heads"), head_size(s)
+        groups = s.take("num_key_value_heads", None) or heads
+        if heads % groups:
+            raise JaxmoeError(f"config.json: {heads} attention heads cannot share {groups} key-value heads evenly")
+        inputs = s.take(bias) if isinstance(bias, str) else bias
         output = inputs if output_bias is None else output_bias
         return Attention(
             heads=heads,
-            kv_heads=s.take("num_key_value_heads", heads),
+            kv_heads=groups,
             head=head,
             value=head,
             rotary=rope(s, index, head, interleaved=interleaved, partial=partial),
@@ -157,7 +213,7 @@ def grouped(
             norm_over=norm or "head",
             norm_after_rotary=norm_after_rotary,
             bias=inputs,
-            output_bias=s.take(output, False) if isinstance(output, str) else output,
+            output_bias=s.take(output) if isinstance(output, str) else output,
             sinks=sinks,
             gated=gated,
             clip=s.take("clip_qkv", None),
@@ -171,13 +227,17 @@ def latent(*, interleaved: bool | None = None):
 
     def make(s: Settings, index: int, layer_norm: Norm) -> LatentAttention:
         plain, rotated = s.take("qk_nope_head_dim"), s.take("qk_rope_head_dim")
-        s.take("head_dim|qk_head_dim", None)
-        s.take("num_key_value_heads", None)
-        pairs = s.take("rope_interleave", True) if interleaved is None else interleaved
-        scaling = s.take("rope_parameters|rope_scaling", {})
+        # Names of sizes that follow from those two, and of one that nothing is computed with.
+        for name in ("head_dim", "qk_head_dim", "num_key_value_heads"):
+            s.take(name, None)
+        pairs = s.take("rope_interleave") if interleaved is None else interleaved
+        rotation = rope(s, index, rotated, interleaved=pairs)
         scale = (plain + rotated) ** -0.5
-        if scaling.get("rope_type", scaling.get("type", "default")) != "default" and scaling.get("mscale_all_dim"):
-            scale *= mscale(scaling["factor"], scaling["mscale_all_dim"]) ** 2
+        parameters = rope_parameters(s, index)
+        if rope_type(parameters) != "default" and parameters.get("mscale_all_dim"):
+            if "factor" not in parameters:
+                raise JaxmoeError("config.json: mscale_all_dim needs the factor that positions are stretched by")
+            scale *= mscale(parameters["factor"], parameters["mscale_all_dim"]) ** 2
         return LatentAttention(
             heads=s.take("num_attention_heads"),
             query_rank=s.take("q_lora_rank", None),
@@ -185,33 +245,59 @@ def latent(*, interleaved: bool | None = None):
             plain=plain,
             rotated=rotated,
             value=s.take("v_head_dim"),
-            rotary=rope(s, index, rotated, interleaved=pairs),
+            rotary=rotation,
             scale=scale,
             norm=Norm(epsilon=1e-6),
-            bias=s.take("attention_bias", False),
+            bias=s.take("attention_bias"),
         )
 
     return make
 
 
+def head_size(s: Settings) -> int:
+    """Return the numbers of a head: given, or the hidden size divided among the heads."""
+    heads, hidden = s.take("num_attention_heads"), s.take("hidden_size")
+    given = s.take("head_dim|attention_head_dim", None)
+    head = hidden // heads if given is None else given
+    if not 1 <= head <= LARGEST_HEAD:
+        raise JaxmoeError(f"config.json: {heads} attention heads of {head} numbers: no model has such; mend the sizes")
+    return head
+
+
 def everywhere(s: Settings, index: int) -> int | None:
     """Return the window of a family that has one in all layers or none."""
-    return s.take("sliding_window", None) if s.take("use_sliding_window", True) else None
+    window = s.take("sliding_window", None)
+    return None if window is None else open_window(window)
 
 
-def by_layer(s: Settings, index: int) -> int | None:
-    """Return the window of a family whose config may name the layers that have one, or how many have none."""
-    if s.take("layer_types", None) is not None:
-        s.take("use_sliding_window", None)
-        return by_kind(s, index)
-    window, first = s.take("sliding_window", None), s.take("max_window_layers", 0)
-    return window if s.take("use_sliding_window", False) and index >= first else None
+def where_used(s: Settings, index: int) -> int | None:
+    """Return the window of a family whose config has a switch for it."""
+    used = s.take("use_sliding_window")
+    s.take("sliding_window", None)
+    return everywhere(s, index) if used else None
 
 
 def by_kind(s: Settings, index: int) -> int | None:
-    """Return the window of a family whose config must name the layers that have one."""
+    """Return the window of a family whose config names the layers that have one."""
     window = s.take("sliding_window", None)
-    return window if kind_of(s, index, KINDS) == "sliding_attention" else None
+    if kind_of(s, index, KINDS) != "sliding_attention":
+        return None
+    if window is None:
+        raise JaxmoeError(f"config.json: layer {index} has a sliding window, and sliding_window is null")
+    return open_window(window)
+
+
+def derive_kinds(s: Settings, slides: Callable[[int], bool]) -> None:
+    """Fill in `layer_types`, where the config does not name them, by what tells whether a layer has a window."""
+    depth = s.take("num_hidden_layers")
+    s.derive("layer_types", ["sliding_attention" if slides(index) else "full_attention" for index in range(depth)])
+
+
+def open_window(size: int) -> int:
+    """Return the size of a window; raise if a token would not see even itself."""
+    if size < 1:
+        raise JaxmoeError("config.json: sliding_window is 0, so that no token would see any: give null for no window")
+    return size
 
 
 def kind_of(s: Settings, index: int, known: Sequence[str]) -> str:
@@ -219,9 +305,11 @@ def kind_of(s: Settings, index: int, known: Sequence[str]) -> str:
     kinds, depth = s.take("layer_types"), s.take("num_hidden_layers")
     if len(kinds) != depth:
         raise JaxmoeError(f"config.json: layer_types names {len(kinds)} layers of {depth}")
-    if kinds[index] not in known:
-        raise JaxmoeError(f"config.json: layer {index} has {kinds[index]}, which is none of {', '.join(known)}")
-    return kinds[index]
+    # What transformers called it in some versions.
+    kind = "full_attention" if kinds[index] == "attention" else kinds[index]
+    if kind not in known:
+        raise JaxmoeError(f"config.json: layer {index} has {kind}, which is none of {', '.join(known)}")
+    return kind
 
 
 def rotary_where_sliding(attention: Callable[[Settings, int, Norm], Attention]):
@@ -234,15 +322,14 @@ def rotary_where_sliding(attention: Callable[[Settings, int, Norm], Attention]):
     return make
 
 
-def softmax(*, top_k: str = "num_experts_per_tok", normalize: bool | str = False, **options: Any):
+def softmax(*, top_k: str = TOP_K, normalize: bool | str = False, **options: Any):
     """Return what builds a softmax router; `normalize` is a name in the config or the value itself."""
 
     def make(s: Settings, index: int) -> Router:
-        chosen = s.take(top_k)
         return Router(
-            experts=s.take("num_experts|num_local_experts|n_routed_experts|moe_num_experts"),
-            top_k=chosen[index] if isinstance(chosen, list) else chosen,
-            normalize=s.take(normalize, False) if isinstance(normalize, str) else normalize,
+            experts=s.of_layer(EXPERTS, index),
+            top_k=s.of_layer(top_k, index),
+            normalize=s.take(normalize) if isinstance(normalize, str) else normalize,
             **options,
         )
 
@@ -253,23 +340,26 @@ def sigmoid(*, scale: str):
     """Return what builds a sigmoid router with a selection bias; `scale` is the config's name of the factor."""
 
     def make(s: Settings, index: int) -> Router:
-        options = {"selection_bias": True, "normalize": True, "epsilon": 1e-20, "scale": s.take(scale, 1.0)}
+        options = {"selection_bias": True, "normalize": True, "epsilon": 1e-20, "scale": s.take(scale)}
         return softmax(score="sigmoid", **options)(s, index)
 
     return make
 
 
 def deepseek_v2_router(s: Settings, index: int) -> Router:
-    limited = s.take("topk_method", "greedy") == "group_limited_greedy"
+    limited = s.take("topk_method") == "group_limited_greedy"
+    s.expect("topk_method", "greedy", "group_limited_greedy")
     s.expect("scoring_func", "softmax")
-    s.take("norm_topk_prob", None)  # read by the config, never by the model
-    groups, kept = s.take("n_group", 1), s.take("topk_group", 1)
+    s.take("norm_topk_prob")  # read by the config, never by the model
+    groups, kept = s.take("n_group", None), s.take("topk_group", None)
+    if limited and (groups is None or kept is None):
+        raise JaxmoeError("config.json: topk_method group_limited_greedy needs n_group and topk_group")
     return Router(
-        experts=s.take("n_routed_experts|num_experts"),
-        top_k=s.take("num_experts_per_tok"),
+        experts=s.of_layer(EXPERTS, index),
+        top_k=s.of_layer(TOP_K, index),
         groups=groups if limited else 1,
         kept_groups=kept if limited else 1,
-        scale=s.take("routed_scaling_factor", 1.0),
+        scale=s.take("routed_scaling_factor"),
     )
 
 
@@ -277,14 +367,14 @@ def deepseek_v3_router(s: Settings, index: int) -> Router:
     s.expect("scoring_func", "sigmoid", "noaux_tc")
     s.expect("topk_method", "noaux_tc")
     return Router(
-        experts=s.take("n_routed_experts|num_experts|num_local_experts"),
-        top_k=s.take("num_experts_per_tok|num_experts_per_token"),
+        experts=s.of_layer(EXPERTS, index),
+        top_k=s.of_layer(TOP_K, index),
         score="sigmoid",
         selection_bias=True,
-        groups=s.take("n_group|num_expert_group", 1),
+        groups=s.take("n_group|num_expert_group"),
         group_score="top2",
-        kept_groups=s.take("topk_group", 1),
-        normalize=s.take("norm_topk_prob|moe_renormalize", True),
+        kept_groups=s.take("topk_group"),
+        normalize=s.take("norm_topk_prob|moe_renormalize"),
         epsilon=1e-20,
-        scale=s.take("routed_scaling_factor", 1.0),
+        scale=s.take("routed_scaling_factor"),
     )

@@ -4,73 +4,84 @@ The parts are those of `building.py`. Sizes of the routed experts and which laye
 Every attribute of the config must be used or known to be harmless (`settings.py`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.model.building import (
+    KINDS,
     Shapes,
     build,
     by_kind,
-    by_layer,
     deepseek_v2_router,
     deepseek_v3_router,
+    derive_kinds,
     everywhere,
     grouped,
+    head_size,
     latent,
+    rope_parameters,
     rotary_where_sliding,
+    shared_experts,
     sigmoid,
     softmax,
+    where_used,
 )
+from jaxmoe.model.defaults import DEFAULTS
+from jaxmoe.model.keys import brief
+from jaxmoe.model.rotary import rope_type
 from jaxmoe.model.settings import Settings
 from jaxmoe.model.spec import Attention, DecoderSpec, Gate, Norm
 
 Builder = Callable[[Settings, Shapes], DecoderSpec]
 
 
-def decoder_spec(config: Mapping[str, Any], shapes: Shapes) -> DecoderSpec:
+def decoder_spec(config: Mapping[str, Any], shapes: Shapes, ignored: Collection[str] = ()) -> DecoderSpec:
     """Return what a checkpoint's decoder computes.
 
     Args:
         config: the part of `config.json` that describes the decoder.
         shapes: of the routed experts, by layer.
+        ignored: keys of the config to leave out of account, where jaxmoe does not know what they mean.
 
     Raises:
-        JaxmoeError: the architecture is not one that jaxmoe runs, or an attribute is neither handled nor known to be
-            harmless; all of them are listed.
+        JaxmoeError: the architecture is not one that jaxmoe runs, values are of the wrong kind or contradict one
+            another, or an attribute is neither handled nor known to be harmless; all of them are listed.
     """
-    model_type = str(config.get("model_type"))
-    if model_type not in BUILDERS:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in BUILDERS:
         raise JaxmoeError(
-            f"model_type {model_type!r}: jaxmoe runs {', '.join(sorted(BUILDERS))}; statistics of others can be"
+            f"model_type {brief(model_type)}: jaxmoe runs {', '.join(sorted(BUILDERS))}; statistics of others can be"
             " gathered through PyTorch (`jaxmoe.torch.statistics`)"
         )
-    given = {name: value for name, value in config.items() if value is not None}
-    settings = Settings({**DEFAULTS.get(model_type, {}), **given})
+    settings = Settings(config, DEFAULTS[model_type], ignored)
     spec = BUILDERS[model_type](settings, shapes)
     settings.finish()
     return spec
 
 
 def _mixtral(s: Settings, shapes: Shapes) -> DecoderSpec:
-    s.take("router_jitter_noise", None)
+    s.take("router_jitter_noise", None)  # of training alone
     return build(s, shapes, router=softmax(normalize=True), attention=grouped(bias=False, sliding=everywhere))
 
 
 def _qwen2_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
+    used, first = s.take("use_sliding_window"), s.take("max_window_layers")
+
+    derive_kinds(s, lambda index: used and index % 2 == 0 and index < first)
     return build(
         s,
         shapes,
         router=softmax(normalize="norm_topk_prob"),
-        attention=grouped(bias=s.take("qkv_bias", True), output_bias=False, sliding=by_layer),
-        shared=s.take("shared_expert_intermediate_size"),
+        attention=grouped(bias="qkv_bias", output_bias=False, sliding=by_kind),
+        shared=lambda s, index: s.take("shared_expert_intermediate_size"),
         shared_gate=True,
     )
 
 
 def _qwen3_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
-    attention = grouped(norm="head", sliding=everywhere)
+    attention = grouped(norm="head", sliding=where_used)
     return build(s, shapes, router=softmax(normalize="norm_topk_prob"), attention=attention)
 
 
@@ -85,13 +96,19 @@ def _flex_olmo(s: Settings, shapes: Shapes) -> DecoderSpec:
 
 
 def _phimoe(s: Settings, shapes: Shapes) -> DecoderSpec:
+    positions = rope_parameters(s, 0)
+    kind = rope_type(positions)
+    if kind != "default" and not (kind == "longrope" and {"short_mscale", "long_mscale"} <= positions.keys()):
+        raise JaxmoeError(
+            f"config.json: rope_type {brief(kind)}: phimoe has longrope with short_mscale and long_mscale"
+        )
     return build(
         s,
         shapes,
-        router=softmax(score="sparse_mixer", jitter=s.take("router_jitter_noise", 0.01)),
+        router=softmax(score="sparse_mixer", jitter=s.take("router_jitter_noise")),
         attention=grouped(sliding=everywhere),
         norm=Norm(kind="layer", epsilon=s.take("rms_norm_eps"), bias=True),
-        head_bias=s.take("lm_head_bias", False),
+        head_bias=s.take("lm_head_bias"),
     )
 
 
@@ -101,13 +118,13 @@ def _deepseek_v2(s: Settings, shapes: Shapes) -> DecoderSpec:
         shapes,
         router=deepseek_v2_router,
         attention=latent(interleaved=True),
-        shared=s.take("n_shared_experts", 0) * s.take("moe_intermediate_size"),
-        mlp_bias=s.take("mlp_bias", False),
+        shared=shared_experts("n_shared_experts"),
+        mlp_bias=s.take("mlp_bias"),
     )
 
 
 def _deepseek_v3(s: Settings, shapes: Shapes) -> DecoderSpec:
-    shared = s.take("n_shared_experts", 0) * s.take("moe_intermediate_size")
+    shared = shared_experts("n_shared_experts")
     return build(s, shapes, router=deepseek_v3_router, attention=latent(), shared=shared)
 
 
@@ -116,14 +133,16 @@ def _glm4_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
         s,
         shapes,
         router=deepseek_v3_router,
-        attention=grouped(output_bias=False, norm="head" if s.take("use_qk_norm", False) else None, partial=0.5),
-        shared=s.take("n_shared_experts", 0) * s.take("moe_intermediate_size"),
+        attention=grouped(output_bias=False, norm="head" if s.take("use_qk_norm") else None, partial=0.5),
+        shared=shared_experts("n_shared_experts"),
     )
 
 
 def _dots1(s: Settings, shapes: Shapes) -> DecoderSpec:
-    shared = s.take("n_shared_experts", 0) * s.take("moe_intermediate_size")
-    attention = grouped(norm="head", sliding=by_layer)
+    window, first = s.take("sliding_window", None), s.take("max_window_layers")
+    derive_kinds(s, lambda index: window is not None and index >= first)
+    shared = shared_experts("n_shared_experts")
+    attention = grouped(norm="head", sliding=by_kind)
     return build(s, shapes, router=deepseek_v3_router, attention=attention, shared=shared)
 
 
@@ -136,17 +155,20 @@ def _minimax_m2(s: Settings, shapes: Shapes) -> DecoderSpec:
     s.expect("attn_type_list", [1] * s.take("num_hidden_layers"))
     s.expect("shared_intermediate_size", 0)
     router = softmax(score="sigmoid", selection_bias=True, normalize=True)
-    return build(s, shapes, router=router, attention=grouped(bias=False, norm="all"))
+    rotated = s.take("rotary_dim", None)
+    partial = 1.0 if rotated is None else rotated / head_size(s)
+    return build(s, shapes, router=router, attention=grouped(bias=False, norm="all", partial=partial))
 
 
 def _gpt_oss(s: Settings, shapes: Shapes) -> DecoderSpec:
     gate = Gate(
         activation="scaled_swish",
-        limit=s.take("swiglu_limit", 7.0),
-        alpha=s.take("swiglu_alpha", 1.702),
+        limit=s.take("swiglu_limit"),
+        alpha=s.take("swiglu_alpha"),
         offset=1.0,
     )
     s.expect("hidden_act", "silu")
+    derive_kinds(s, lambda index: index % 2 == 0)
     return build(
         s,
         shapes,
@@ -158,16 +180,16 @@ def _gpt_oss(s: Settings, shapes: Shapes) -> DecoderSpec:
 
 
 def _ernie4_5_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
-    bias = s.take("use_bias", False)
+    bias = s.take("use_bias")
     router = softmax(
-        top_k="moe_k|num_experts_per_tok", selection_bias=True, normalize=True, floor=s.take("moe_norm_min", 1e-12)
+        top_k="moe_k|num_experts_per_tok", selection_bias=True, normalize=True, floor=s.take("moe_norm_min")
     )
     return build(
         s,
         shapes,
         router=router,
         attention=grouped(bias=bias, interleaved=True),
-        shared=s.take("moe_num_shared_experts", 0) * s.take("moe_intermediate_size"),
+        shared=shared_experts("moe_num_shared_experts"),
         mlp_bias=bias,
         head_bias=bias,
     )
@@ -177,13 +199,17 @@ def _hunyuan_v1_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
     for name in ("qk_norm", "use_qk_norm", "use_mixed_mlp_moe", "norm_topk_prob"):
         s.expect(name, True)
     s.expect("routed_scaling_factor", False, 1.0)
-    s.expect("num_shared_expert", 1, [1] * s.take("num_hidden_layers"))
+
+    def shared(s: Settings, index: int) -> int:
+        # The size of one is that of the routed experts, for which the config has two names.
+        return s.of_layer("num_shared_expert", index, 1) * shapes[index].intermediate
+
     return build(
         s,
         shapes,
         router=softmax(top_k="moe_topk|num_experts_per_tok", normalize=True),
         attention=grouped(norm="head", norm_after_rotary=True),
-        shared=s.take("intermediate_size"),
+        shared=shared,
     )
 
 
@@ -193,38 +219,41 @@ def _granitemoe(s: Settings, shapes: Shapes) -> DecoderSpec:
         shapes,
         router=softmax(score="chosen"),
         attention=grouped(scale="attention_multiplier"),
-        shared=s.take("shared_intermediate_size", 0),
-        layer={"multiplier": s.take("residual_multiplier", 1.0)},
-        embedding_scale=s.take("embedding_multiplier", 1.0),
-        logit_scale=1 / s.take("logits_scaling", 1.0),
+        shared=lambda s, index: s.take("shared_intermediate_size"),
+        layer={"multiplier": s.take("residual_multiplier")},
+        embedding_scale=s.take("embedding_multiplier"),
+        logit_scale=1 / s.take("logits_scaling"),
     )
 
 
 def _bailing_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
-    s.take("use_bias", False)
     s.expect("router_dtype", "fp32")
+    own = "moe_shared_expert_intermediate_size" if s.take("moe_shared_expert_intermediate_size", None) else ""
     return build(
         s,
         shapes,
         router=softmax(normalize="norm_topk_prob"),
         attention=grouped(bias="use_qkv_bias", output_bias="use_bias"),
-        shared=s.take("num_shared_experts", 0) * s.take("moe_shared_expert_intermediate_size|moe_intermediate_size"),
-        head_norm=s.take("norm_head", False),
+        shared=shared_experts("num_shared_experts", own or "moe_intermediate_size"),
+        head_norm=s.take("norm_head"),
     )
 
 
 def _solar_open(s: Settings, shapes: Shapes) -> DecoderSpec:
-    shared = s.take("n_shared_experts", 0) * s.take("moe_intermediate_size")
+    shared = shared_experts("n_shared_experts")
     return build(s, shapes, router=deepseek_v3_router, attention=grouped(output_bias=False), shared=shared)
 
 
 def _exaone_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
+    pattern = s.take("sliding_window_pattern", None)
+    if isinstance(pattern, int) and s.take("sliding_window", None) is not None:
+        derive_kinds(s, lambda index: (index + 1) % pattern != 0)
     return build(
         s,
         shapes,
         router=deepseek_v3_router,
         attention=rotary_where_sliding(grouped(bias=False, norm="head", sliding=by_kind)),
-        shared=s.take("num_shared_experts|n_shared_experts", 0) * s.take("moe_intermediate_size"),
+        shared=shared_experts("num_shared_experts|n_shared_experts"),
     )
 
 
@@ -234,8 +263,8 @@ def _hy_v3(s: Settings, shapes: Shapes) -> DecoderSpec:
         shapes,
         router=sigmoid(scale="router_scaling_factor"),
         attention=grouped(norm="head"),
-        shared=s.take("num_shared_experts", 0) * s.take("moe_intermediate_size"),
-        mlp_bias=s.take("mlp_bias", False),
+        shared=shared_experts("num_shared_experts"),
+        mlp_bias=s.take("mlp_bias"),
     )
 
 
@@ -244,19 +273,25 @@ def _afmoe(s: Settings, shapes: Shapes) -> DecoderSpec:
     s.expect("route_norm", True)
     for groups in ("n_group", "topk_group", "num_expert_groups", "num_limited_groups"):
         s.expect(groups, 1)
+    pattern = s.take("global_attn_every_n_layers")
+    derive_kinds(s, lambda index: (index + 1) % pattern != 0)
     return build(
         s,
         shapes,
         router=sigmoid(scale="route_scale"),
         attention=rotary_where_sliding(grouped(norm="head", sliding=by_kind, gated=True)),
-        shared=s.take("num_shared_experts", 0) * s.take("moe_intermediate_size"),
+        shared=shared_experts("num_shared_experts"),
         layer={"after": True},
-        embedding_scale=s.take("hidden_size") ** 0.5 if s.take("mup_enabled", False) else 1.0,
+        embedding_scale=s.take("hidden_size") ** 0.5 if s.take("mup_enabled") else 1.0,
     )
 
 
 def _mimo_v2_flash(s: Settings, shapes: Shapes) -> DecoderSpec:
-    value, value_scale = s.take("v_head_dim"), s.take("attention_value_scale", 1.0)
+    value, value_scale = s.take("v_head_dim"), s.take("attention_value_scale")
+    derive_kinds(s, lambda index: index > 0 and (index + 1) % 6 != 0)
+    positions = s.take("rope_scaling", None) or s.take("rope_parameters", None) or {}
+    if positions and not any(kind in positions for kind in KINDS):
+        raise JaxmoeError("config.json: mimo_v2_flash needs rope_parameters for each kind of attention (layer_types)")
 
     def attention(s: Settings, index: int, norm: Norm) -> Attention:
         built = grouped(output_bias=False, sliding=by_kind)(s, index, norm)
@@ -268,23 +303,32 @@ def _mimo_v2_flash(s: Settings, shapes: Shapes) -> DecoderSpec:
 
 
 def _cohere2_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
-    chosen = s.take("expert_selection_fn", "softmax")
+    for name in ("rope_scaling", "partial_rotary_factor"):
+        if s.take(name, None):
+            raise JaxmoeError(
+                f"config.json: transformers' class of cohere2_moe does not read {name}: say it in rope_parameters, or"
+                " take it out if it is not meant"
+            )
+    chosen = s.take("expert_selection_fn")
     if chosen not in ("softmax", "sigmoid"):
         raise JaxmoeError(f"config.json: expert_selection_fn {chosen!r}: jaxmoe computes softmax and sigmoid")
-    of_sigmoids = s.take("norm_topk_prob", True)
+    of_sigmoids = s.take("norm_topk_prob")
     router = softmax(score="chosen") if chosen == "softmax" else softmax(score="sigmoid", normalize=of_sigmoids)
-    joined = s.take("shared_expert_combination_strategy", "average")
+    joined = s.take("shared_expert_combination_strategy")
     if joined not in ("sum", "average"):
         raise JaxmoeError(
             f"config.json: shared_expert_combination_strategy {joined!r}: jaxmoe computes sum and average"
         )
-    shared = s.take("num_shared_experts", 0) * s.take("intermediate_size")
-    rms, epsilon = s.take("rms_norm_eps", None), s.take("layer_norm_eps", 1e-5)
-    everywhere_rotated = s.take("prefix_dense_sliding_window_pattern", 1) == 1
+    shared = s.take("num_shared_experts")
+    rms, epsilon = s.take("rms_norm_eps", None), s.take("layer_norm_eps")
+    pattern, first = s.take("prefix_dense_sliding_window_pattern"), s.take("first_k_dense_replace", 0)
+    others = s.take("sliding_window_pattern")
+    # The dense layers at the beginning have a pattern of their own.
+    derive_kinds(s, lambda index: ((index + 1) % pattern if index < first else (index - first + 1) % others) != 0)
 
     def attention(s: Settings, index: int, norm: Norm) -> Attention:
         built = grouped(sliding=by_kind, interleaved=True)(s, index, norm)
-        rotated = built.window or (index not in shapes and everywhere_rotated)
+        rotated = built.window or (index not in shapes and pattern == 1)
         return built if rotated else replace(built, rotary=None)
 
     return build(
@@ -293,49 +337,13 @@ def _cohere2_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
         router=router,
         attention=attention,
         norm=Norm(kind="layer", epsilon=epsilon) if rms is None else Norm(epsilon=rms),
-        shared=shared,
+        shared=shared_experts("num_shared_experts", "intermediate_size"),
         scale=0.5 if shared and joined == "average" else 1.0,
         dense="prefix_dense_intermediate_size",
         layer={"parallel": True},
-        logit_scale=s.take("logit_scale", 0.0625),
+        logit_scale=s.take("logit_scale"),
     )
 
-
-_DEEPSEEK_V3 = {"n_group": 8, "topk_group": 4, "norm_topk_prob": True, "routed_scaling_factor": 2.5}
-
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {
-    "mixtral": {"rope_theta": 1e6, "rms_norm_eps": 1e-5},
-    "olmoe": {"rms_norm_eps": 1e-5},
-    "flex_olmo": {"rope_theta": 5e5},
-    "phimoe": {"rope_theta": 1e6, "rms_norm_eps": 1e-5},
-    "deepseek_v3": _DEEPSEEK_V3,
-    "kimi_k2": _DEEPSEEK_V3,
-    "glm4_moe": {"rms_norm_eps": 1e-5, "norm_topk_prob": True},
-    "dots1": {"norm_topk_prob": False},
-    "minimax_m2": {"rope_theta": 5e6},
-    "gpt_oss": {
-        "rope_theta": 150000.0,
-        "rope_scaling": {
-            "rope_type": "yarn",
-            "factor": 32.0,
-            "original_max_position_embeddings": 4096,
-            "truncate": False,
-        },
-        "rms_norm_eps": 1e-5,
-        "attention_bias": True,
-    },
-    "ernie4_5_moe": {"rope_theta": 5e5, "rms_norm_eps": 1e-5, "tie_word_embeddings": True},
-    "hunyuan_v1_moe": {"rms_norm_eps": 1e-5},
-    "qwen3_moe": {"use_sliding_window": False},
-    "glm4_moe_lite": {"rms_norm_eps": 1e-5, "norm_topk_prob": True, "routed_scaling_factor": 1.8},
-    "solar_open": {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "norm_topk_prob": True},
-    "exaone_moe": {"rms_norm_eps": 1e-5, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
-    "hy_v3": {"rope_theta": 11158840.0, "rms_norm_eps": 1e-5, "router_scaling_factor": 2.826},
-    "afmoe": {"rms_norm_eps": 1e-5},
-    "mimo_v2_flash": {"rms_norm_eps": 1e-5, "norm_topk_prob": True, "attention_value_scale": 0.707},
-    "cohere2_moe": {"tie_word_embeddings": True},
-}
-"""What a config means where it says nothing, as far as it differs from the usual and tensors do not tell."""
 
 BUILDERS: dict[str, Builder] = {
     "mixtral": _mixtral,

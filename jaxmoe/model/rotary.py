@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.model.keys import FLAG, POSITIONS, POSITIVE, POSITIVES, SHARE, WEIGHT, WORD, Kind, brief, check_kinds
 from jaxmoe.model.spec import Rotary
 
 NEEDED: Mapping[str, tuple[str, ...]] = {
@@ -26,31 +27,43 @@ NEEDED: Mapping[str, tuple[str, ...]] = {
 }
 """The rules by name, and what each cannot do without."""
 
-_KNOWN = {
-    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "alpha", "attention_factor", "factor", "truncate"),
-    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "long_mscale", "short_mscale"),
-    *(name for names in NEEDED.values() for name in names),
+KINDS: Mapping[str, Kind] = {
+    **dict.fromkeys(("rope_type", "type"), WORD),
+    **dict.fromkeys(("rope_theta", "factor", "alpha", "attention_factor"), POSITIVE),
+    **dict.fromkeys(("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"), POSITIVE),
+    **dict.fromkeys(("long_mscale", "short_mscale"), POSITIVE),
+    **dict.fromkeys(("mscale", "mscale_all_dim"), WEIGHT),
+    "partial_rotary_factor": SHARE,
+    "original_max_position_embeddings": POSITIONS,
+    "truncate": FLAG,
+    **dict.fromkeys(("long_factor", "short_factor"), POSITIVES),
 }
+"""What may stand in `rope_parameters`."""
 
 
-def rotary(parameters: Mapping[str, Any], size: int, *, interleaved: bool = False, positions: int = 0) -> Rotary:
+def rope_type(parameters: Mapping[str, Any]) -> str:
+    """Return the name of the rule."""
+    return parameters.get("rope_type") or parameters.get("type") or "default"
+
+
+def rotary(parameters: Mapping[str, Any], head: int, *, interleaved: bool = False, positions: int = 0) -> Rotary:
     """Return the embedding that a config's `rope_parameters` describe.
 
     Args:
         parameters: with `rope_type`, `rope_theta` and what the type needs.
-        size: numbers of a head that are rotated.
+        head: numbers of a head, of which `partial_rotary_factor` are rotated.
         interleaved: whether neighbours form a pair.
         positions: `max_position_embeddings`, for types that compare with it.
 
     Raises:
-        JaxmoeError: the type is unknown, or lacks something, or has something that is unknown.
+        JaxmoeError: the type is unknown, or lacks something, or has something that is unknown or of the wrong kind.
 
     Example:
         >>> rotary({"rope_theta": 100.0}, 4).frequencies
         (1.0, 0.1)
     """
-    kind = parameters.get("rope_type", parameters.get("type", "default"))
-    _check(kind, {name: value for name, value in parameters.items() if value is not None})
+    parameters = {name: value for name, value in parameters.items() if value is not None}
+    kind, size = _check(parameters, head)
     theta = float(parameters["rope_theta"])
     if kind == "dynamic" and parameters.get("alpha"):
         theta *= float(parameters["alpha"]) ** (size / (size - 2))
@@ -85,14 +98,38 @@ def rotary(parameters: Mapping[str, Any], size: int, *, interleaved: bool = Fals
     )
 
 
-def _check(kind: str, parameters: Mapping[str, Any]) -> None:
+def _check(parameters: Mapping[str, Any], head: int) -> tuple[str, int]:
+    """Return the rule and how many numbers of a head it rotates."""
+    if unknown := sorted(parameters.keys() - KINDS.keys()):
+        listed = ", ".join(f"{name} ({brief(parameters[name])})" for name in unknown)
+        raise JaxmoeError(f"config.json: jaxmoe does not know what {listed} does to the position embedding")
+    check_kinds(parameters, KINDS)
+    kind = rope_type(parameters)
     if kind not in NEEDED:
-        raise JaxmoeError(f"config.json: rope_type {kind!r}: jaxmoe computes {', '.join(NEEDED)}")
+        raise JaxmoeError(f"config.json: rope_type {brief(kind)}: jaxmoe computes {', '.join(NEEDED)}")
     if missing := [name for name in NEEDED[kind] if name not in parameters]:
         raise JaxmoeError(f"config.json: rope_type {kind!r} needs {', '.join(missing)}: fetch the checkpoint again")
-    if unknown := sorted(parameters.keys() - _KNOWN):
-        listed = ", ".join(f"{name} ({parameters[name]!r})" for name in unknown)
-        raise JaxmoeError(f"config.json: jaxmoe does not know what {listed} does to the position embedding")
+    share = parameters.get("partial_rotary_factor", 1.0)
+    size = int(head * share)
+    problem = ""
+    # Of an odd number the last goes in a pair with what follows, if there is something.
+    if size < 1 or size + size % 2 > head or (size % 2 and kind == "yarn"):
+        problem = f"{size} of a head's {head} numbers cannot be rotated in pairs (partial_rotary_factor = {share})"
+    elif kind == "dynamic" and size == 2:
+        problem = f"rope_type {kind!r} needs more than one pair of a head's {head} numbers"
+    elif kind == "yarn" and parameters["rope_theta"] == 1:
+        problem = "rope_type 'yarn' needs a rope_theta other than 1"
+    elif kind == "longrope" and parameters["original_max_position_embeddings"] < 2:
+        problem = "rope_type 'longrope' needs original_max_position_embeddings of 2 or more"
+    elif kind == "llama3" and parameters["low_freq_factor"] >= parameters["high_freq_factor"]:
+        problem = "rope_type 'llama3' needs a high_freq_factor above low_freq_factor"
+    elif kind == "longrope" and (
+        wrong := [name for name in ("long_factor", "short_factor") if len(parameters[name]) != size // 2]
+    ):
+        problem = f"{wrong[0]} has {len(parameters[wrong[0]])} entries for {size // 2} pairs"
+    if problem:
+        raise JaxmoeError(f"config.json: {problem}: mend the numbers")
+    return kind, size
 
 
 def _numbers(frequencies: np.ndarray) -> tuple[float, ...]:

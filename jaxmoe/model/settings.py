@@ -1,103 +1,128 @@
 """A checkpoint's config, read with account: what is neither used nor known to be harmless is an error."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.model.harmless import HARMLESS, NEUTRAL
+from jaxmoe.model.keys import FALSE_FOR_NONE, brief, check_kinds
 
 _REQUIRED = object()
-
-HARMLESS = frozenset(
-    """
-    _attn_implementation _name_or_path architectures attention_dropout auto_map bos_token_id
-    chunk_size_feed_forward dtype embd_pdrop embedding_dropout eod_token_id eos_token_id ep_size
-    experts_implementation hidden_dropout hidden_dropout_prob id2label initializer_range input_jitter_noise
-    is_decoder is_encoder_decoder keys_to_ignore_at_inference label2id max_position_embeddings max_window_layers
-    model_type output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp
-    problem_type quantization_config resid_pdrop return_dict router_aux_loss_coef router_z_loss_coef
-    sep_token_id seq_aux aux_loss_alpha torch_dtype transformers_version unk_token_id use_cache
-    vocab_size_per_partition jaxmoe num_nextn_predict_layers num_mtp_layers mtp_loss_scaling_factor
-    decoder_sparse_step mlp_only_layers first_k_dense_replace moe_layer_freq mlp_layer_types
-    moe_layer_start_index moe_layer_end_index moe_layer_interval num_dense_layers num_experts num_local_experts
-    n_routed_experts moe_num_experts im_end_id im_newline_id im_start_id image_token_id text_start_id
-    text_end_id video_start_id video_end_id eod_id sft_max_length initial_context_length
-    moe_router_enable_expert_bias output_dropout moe_dropout_prob moe_capacity moe_drop_tokens mask_init_id
-    org_vocab_size pad_id num_media_embeds add_classification_head class_num dense_list pool_type skip_cls_token
-    vit_input_resolution vit_mapping_type vit_norm_type vit_patch vit_path vit_token vit_type mtp_transformer_layers
-    num_mtp_modules use_mtp mlp_intermediate_size shared_moe_mode cla_share_factor
-    enable_moe_fp32_combine sliding_window_pattern global_attn_every_n_layers n_shared_experts
-    load_balance_coeff use_grouped_mm
-    """.split()  # noqa: SIM905
-)
-"""What does not change what the model computes, or what the tensors on disk say for certain."""
-
-NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "use_rmsnorm": (True,),
-    "norm_type": ("rms",),
-    "use_rotary_pos_emb": (True,),
-    "moe_gate": ("topk",),
-    "moe_use_aux_free": (True,),
-    "compression_ratio": (1.0,),
-    "layernorm_full_attention_alpha": (1.0,),
-    "layernorm_full_attention_beta": (1.0,),
-    "layernorm_linear_attention_alpha": (1.0,),
-    "layernorm_linear_attention_beta": (1.0,),
-    "layernorm_mlp_alpha": (1.0,),
-    "layernorm_mlp_beta": (1.0,),
-}
-"""What has these values in every published checkpoint, so that nothing else was ever needed."""
 
 
 class Settings:
     """A decoder's config that remembers what was read.
 
     Args:
-        config: the part of `config.json` that describes the decoder.
+        config: the part of `config.json` that describes the decoder; all values are checked here (`keys.py`).
+        defaults: what the architecture means by keys that are not there.
+        ignored: keys that nobody knows and the user says to leave out of account.
+
+    Raises:
+        JaxmoeError: values are of the wrong kind, or what is to be ignored is in use.
 
     Example:
-        >>> settings = Settings({"hidden_size": 8, "new_trick": True})
-        >>> settings.take("hidden_size")
-        8
+        >>> settings = Settings({"hidden_size": 8, "new_trick": True}, {"vocab_size": 32})
+        >>> settings.take("hidden_size"), settings.take("vocab_size")
+        (8, 32)
         >>> settings.finish()
         Traceback (most recent call last):
             ...
         jaxmoe.errors.JaxmoeError: config.json: jaxmoe does not know what new_trick (True) does to the model, ...
     """
 
-    def __init__(self, config: Mapping[str, Any]):
-        self.config = config
+    def __init__(
+        self, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, ignored: Collection[str] = ()
+    ):
+        check_kinds(config)
+        self.config = {k: None if v is False and k in FALSE_FOR_NONE else v for k, v in config.items()}
+        self.defaults = defaults or {}
+        self.ignored = frozenset(ignored)
         self.read: set[str] = set()
 
-    def take(self, names: str, default: Any = _REQUIRED) -> Any:
-        """Return the first value, other than null, of alternative names `a|b`, else the default.
+    def take(self, names: str, null: Any = _REQUIRED) -> Any:
+        """Return the value of a key that goes by several names `a|b`, else the architecture's default.
+
+        Args:
+            names: of one thing.
+            null: what it means that the config says null, and that it says nothing where the architecture has no
+                default; without it null is as nothing.
 
         Raises:
-            JaxmoeError: there is neither a value nor a default.
+            JaxmoeError: the names say different things, or there is neither a value nor a default.
         """
-        found = [self.config[name] for name in names.split("|") if self.config.get(name) is not None]
-        self.read |= set(names.split("|"))
-        if found:
-            return found[0]
-        if default is _REQUIRED:
+        keys = names.split("|")
+        self.read.update(keys)
+        given = {key: self.config[key] for key in keys if self.config.get(key) is not None}
+        if given:
+            first, *others = given.values()
+            if not all(_same(first, other) for other in others):
+                listed = " and ".join(f"{key} = {brief(value)}" for key, value in given.items())
+                raise JaxmoeError(f"config.json: {listed} are two names of one thing: keep the one that is true")
+            return first
+        if null is not _REQUIRED and any(key in self.config for key in keys):
+            return null
+        for key in keys:
+            if key in self.defaults:
+                return self.defaults[key]
+        if null is _REQUIRED:
             raise JaxmoeError(f"config.json says nothing of {names.replace('|', ' or ')}: fetch the checkpoint again")
-        return default
+        return null
+
+    def of_layer(self, names: str, index: int, null: Any = _REQUIRED) -> Any:
+        """Return what `take` does, of one layer where the config has a list with an entry for each.
+
+        Raises:
+            JaxmoeError: as `take`, or the list is not as long as the model is deep.
+        """
+        value = self.take(names, null)
+        if not isinstance(value, list):
+            return value
+        depth = self.take("num_hidden_layers")
+        if len(value) != depth:
+            raise JaxmoeError(
+                f"config.json: {names.replace('|', ' or ')} has {len(value)} entries, and there are {depth} layers"
+            )
+        return value[index]
+
+    def derive(self, name: str, value: Any) -> None:
+        """Fill in what follows from other keys, where the config says nothing or null."""
+        if self.config.get(name) is None:
+            self.config[name] = value
 
     def expect(self, name: str, *values: Any) -> None:
         """Accept an attribute, absent or with one of the values that change nothing; raise for any other one."""
-        value = self.take(name, None)
+        self.read.add(name)
+        value = self.config.get(name)
         if value is not None and value not in values:
-            raise JaxmoeError(f"config.json: {name} = {value!r} is not something that jaxmoe computes")
+            raise JaxmoeError(f"config.json: {name} = {brief(value)} is not something that jaxmoe computes")
 
     def finish(self) -> None:
         """Raise if there is an attribute that was not read and is not known to be harmless; all are listed."""
+        if used := sorted(self.ignored & self.read & self.config.keys()):
+            raise JaxmoeError(
+                f"--ignore-config-keys {','.join(used)}: jaxmoe knows what this means and computes with it; change it"
+                " in config.json if it is wrong"
+            )
         left = {
             name: value
             for name, value in self.config.items()
-            if name not in self.read | HARMLESS and value not in (None, False, {}, [], *NEUTRAL.get(name, ()))
+            if name not in self.read | HARMLESS | self.ignored
+            and value not in (None, *NEUTRAL.get(name, (False, {}, [])))
         }
         if left:
-            listed = ", ".join(f"{name} ({value!r})" for name, value in sorted(left.items()))
+            listed = ", ".join(f"{name} ({brief(value)})" for name, value in sorted(left.items()))
             raise JaxmoeError(
                 f"config.json: jaxmoe does not know what {listed} does to the model, and computes nothing that it is"
-                " not sure of; statistics can be gathered through PyTorch instead (`jaxmoe.torch.statistics`)"
+                " not sure of. If it changes nothing, say so: --ignore-config-keys"
+                f" {','.join(sorted(left))} (ignore_config_keys= in Python). Else statistics can be gathered through"
+                " PyTorch instead (`jaxmoe.torch.statistics`)"
             )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Tell whether two values say the same: also one number beside a list that has it for every layer."""
+    if isinstance(one, list) != isinstance(other, list):
+        one, other = (value if isinstance(value, list) else [value] for value in (one, other))
+        return bool(one) and bool(other) and {*one} == {*other}
+    return one == other

@@ -138,12 +138,10 @@ REFUSED = {
     "rope needs": ("mixtral-8x7b", {"rope_scaling": {"type": "llama3", "factor": 2.0}}, "low_freq_factor"),
     "layer type": ("gpt-oss-20b", {"layer_types": ["chunked_attention"] * 24}, "chunked_attention"),
     "scoring": ("deepseek-v3", {"scoring_func": "tanh"}, "scoring_func = 'tanh'"),
-    "no experts per token": ("olmoe-1b-7b", {"num_experts_per_tok": None}, "nothing of num_experts_per_tok"),
+    "no experts per token": ("dots.llm1", {"num_experts_per_tok": None}, "nothing of num_experts_per_tok"),
     "linear attention": ("minimax-m2", {"attn_type_list": [0] * 62}, "attn_type_list"),
     "cross-layer attention": ("hunyuan-a13b", {"use_cla": True}, "use_cla"),
-    "two shared experts": ("hunyuan-a13b", {"num_shared_expert": [2] * 32}, "num_shared_expert"),
     "another gate": ("ernie-4.5-21b-a3b", {"moe_gate": "top2_fused"}, "moe_gate"),
-    "which layers slide": ("gpt-oss-20b", {"layer_types": None}, "nothing of layer_types"),
     "number of layer types": ("gpt-oss-20b", {"layer_types": ["full_attention"]}, "layer_types"),
 }
 

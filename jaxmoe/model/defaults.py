@@ -1,0 +1,275 @@
+"""What a config means by keys that are not there: what transformers' configuration classes say, by `model_type`.
+
+The tests hold these tables against the classes, key by key. Architectures that transformers has no class for
+(`bailing_moe`, `deepseek`) have the defaults of the code that their publishers give along. Keys that an architecture
+does not use are left out. What follows from other keys (a window in every fourth layer) is with the builders.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+_USUAL: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "rope_interleave": True,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "norm_topk_prob": False,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
+}
+
+_COLUMNS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
+_SIZES: Mapping[str, tuple[int | None, ...]] = {
+    "mixtral": (32000, 4096, 14336, 32, 32, 8, 131072),
+    "qwen2_moe": (151936, 2048, 5632, 24, 16, 16, 32768),
+    "qwen3_moe": (151936, 2048, 6144, 24, 32, 4, 32768),
+    "olmoe": (50304, 2048, 2048, 16, 16, None, 4096),
+    "flex_olmo": (100352, 4096, 11008, 32, 32, None, 4096),
+    "phimoe": (32064, 4096, 6400, 32, 32, 8, 131072),
+    "deepseek": (102400, 4096, 11008, 30, 32, None, 2048),
+    "deepseek_v2": (102400, 4096, 11008, 32, 32, None, 2048),
+    "deepseek_v3": (129280, 7168, 18432, 61, 128, 128, 4096),
+    "glm4_moe": (151552, 4096, 10944, 46, 96, 8, 131072),
+    "dots1": (152064, 4608, 10944, 62, 32, 32, 2048),
+    "minimax_m2": (200064, 3072, 1536, 62, 48, 8, 196608),
+    "gpt_oss": (201088, 2880, 2880, 36, 64, 8, 131072),
+    "ernie4_5_moe": (103424, 2560, 12288, 28, 20, 4, 131072),
+    "hunyuan_v1_moe": (290943, 4096, 11008, 32, 32, None, 2048),
+    "granitemoe": (32000, 4096, 11008, 32, 32, None, 2048),
+    "bailing_moe": (30592, 1024, None, 24, 16, None, 16384),
+    "glm4_moe_lite": (154880, 2048, 10240, 47, 20, 20, 202752),
+    "solar_open": (196608, 4096, None, 48, 64, 8, 131072),
+    "exaone_moe": (102400, 4096, 16384, 32, 32, 32, 2048),
+    "hy_v3": (120832, 4096, 13312, 80, 64, 8, 131072),
+    "afmoe": (200192, 2048, 6144, 32, 16, None, 16384),
+    "mimo_v2_flash": (152576, 4096, 16384, 48, 64, 4, 131072),
+    "cohere2_moe": (256000, 8192, 22528, 40, 64, None, 8192),
+}
+"""The columns are `_COLUMNS`; None where there is no default."""
+
+_LATENT = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+
+_OTHERS: Mapping[str, Mapping[str, Any]] = {
+    "mixtral": {"rope_theta": 1e6, "rms_norm_eps": 1e-5, "num_experts_per_tok": 2, "num_local_experts": 8},
+    "qwen2_moe": {
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "num_experts_per_tok": 4,
+        "num_experts": 60,
+        "qkv_bias": True,
+    },
+    "qwen3_moe": {
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "moe_intermediate_size": 768,
+        "num_experts_per_tok": 8,
+        "num_experts": 128,
+    },
+    "olmoe": {"rms_norm_eps": 1e-5, "num_experts_per_tok": 8, "num_experts": 64},
+    "flex_olmo": {"rope_theta": 5e5, "num_experts_per_tok": 5, "num_experts": 7},
+    "phimoe": {
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-5,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 16,
+        "router_jitter_noise": 0.01,
+        "lm_head_bias": False,
+    },
+    "deepseek": {"moe_intermediate_size": 1407},
+    "deepseek_v2": {
+        **_LATENT,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 1407,
+        "topk_method": "greedy",
+        # Here without groups of experts.
+        "n_group": None,
+        "topk_group": None,
+    },
+    "deepseek_v3": {
+        **_LATENT,
+        "moe_intermediate_size": 2048,
+        "n_shared_experts": 1,
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    },
+    "glm4_moe": {
+        "rms_norm_eps": 1e-5,
+        "moe_intermediate_size": 1408,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "n_routed_experts": 128,
+        "norm_topk_prob": True,
+        "use_qk_norm": False,
+    },
+    "dots1": {"moe_intermediate_size": 1408, "sliding_window": 4096, "max_window_layers": 62},
+    "minimax_m2": {"rope_theta": 5e6, "head_dim": 128, "num_experts_per_tok": 8, "num_local_experts": 256},
+    "gpt_oss": {
+        "rope_theta": 150000.0,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "truncate": False,
+        },
+        "rms_norm_eps": 1e-5,
+        "attention_bias": True,
+        "head_dim": 64,
+        "sliding_window": 128,
+        "num_experts_per_tok": 4,
+        "num_local_experts": 128,
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+    },
+    "ernie4_5_moe": {
+        "rope_theta": 5e5,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "use_bias": False,
+        "moe_intermediate_size": 1536,
+        "moe_k": 6,
+        "moe_num_experts": 64,
+        "moe_num_shared_experts": 2,
+        "moe_norm_min": 1e-12,
+    },
+    "hunyuan_v1_moe": {"rms_norm_eps": 1e-5, "num_experts": 1, "moe_topk": 1},
+    "granitemoe": {
+        "embedding_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "residual_multiplier": 1.0,
+        "attention_multiplier": 1.0,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 0,
+    },
+    "bailing_moe": {
+        "norm_topk_prob": True,
+        "norm_head": False,
+        "use_bias": False,
+        "use_qkv_bias": False,
+        "num_experts": 16,
+        "num_shared_experts": 0,
+        "num_experts_per_tok": 2,
+    },
+    "glm4_moe_lite": {
+        "rms_norm_eps": 1e-5,
+        "kv_lora_rank": 512,
+        "q_lora_rank": 768,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 192,
+        "v_head_dim": 256,
+        "moe_intermediate_size": 1536,
+        "n_shared_experts": 1,
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.8,
+    },
+    "solar_open": {
+        "rope_theta": 1e6,
+        "rms_norm_eps": 1e-5,
+        "head_dim": 128,
+        "moe_intermediate_size": 1280,
+        "num_experts_per_tok": 8,
+        "n_shared_experts": 1,
+        "n_routed_experts": 128,
+        "norm_topk_prob": True,
+    },
+    "exaone_moe": {
+        "rms_norm_eps": 1e-5,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+        "moe_intermediate_size": 1024,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "num_shared_experts": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    },
+    "hy_v3": {
+        "rope_theta": 11158840.0,
+        "rms_norm_eps": 1e-5,
+        "head_dim": 128,
+        "num_experts": 192,
+        "num_experts_per_tok": 8,
+        "num_shared_experts": 1,
+        "moe_intermediate_size": 1536,
+        "router_scaling_factor": 2.826,
+    },
+    "afmoe": {
+        "rms_norm_eps": 1e-5,
+        "head_dim": 128,
+        "moe_intermediate_size": 1408,
+        "num_experts": 64,
+        "num_experts_per_tok": 6,
+        "num_shared_experts": 2,
+        "route_scale": 1.0,
+        "global_attn_every_n_layers": 4,
+        "sliding_window": 1024,
+        "mup_enabled": False,
+    },
+    "mimo_v2_flash": {
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 5e6, "partial_rotary_factor": 0.334},
+            "sliding_attention": {"rope_theta": 1e4, "partial_rotary_factor": 0.334},
+        },
+        "rms_norm_eps": 1e-5,
+        "head_dim": 192,
+        "v_head_dim": 128,
+        "moe_intermediate_size": 2048,
+        "num_experts_per_tok": 8,
+        "n_routed_experts": 256,
+        "norm_topk_prob": True,
+        "sliding_window": 129,
+        "attention_value_scale": 0.707,
+    },
+    "cohere2_moe": {
+        "layer_norm_eps": 1e-5,
+        # The norm with a mean, unless this is given.
+        "rms_norm_eps": None,
+        "logit_scale": 0.0625,
+        "tie_word_embeddings": True,
+        "head_dim": 128,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+        "prefix_dense_sliding_window_pattern": 1,
+        "num_experts_per_tok": 2,
+        "num_experts": 8,
+        "num_shared_experts": 0,
+        "shared_expert_combination_strategy": "average",
+        "expert_selection_fn": "softmax",
+        "norm_topk_prob": True,
+    },
+}
+
+_ALIKE = {"kimi_k2": "deepseek_v3", "granitemoeshared": "granitemoe"}
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    model_type: {
+        **_USUAL,
+        **{key: size for key, size in zip(_COLUMNS, _SIZES[known], strict=True) if size is not None},
+        **_OTHERS[known],
+    }
+    for model_type, known in {**{name: name for name in _SIZES}, **_ALIKE}.items()
+}
+"""The defaults of each architecture."""
