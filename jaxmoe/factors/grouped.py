@@ -64,6 +64,8 @@ class Grouped(Stored):
         transposed: bool
         order: bool
         mixing: bool
+        # Programs that trace want to know it before the ranks are there; older versions did not write it.
+        widest: Number | None = None
 
     kind: ClassVar[str] = "grouped"
     for_all: ClassVar[bool] = False
@@ -258,6 +260,7 @@ class Grouped(Stored):
             transposed=self.transposed,
             order=self.order is not None,
             mixing=self.mixing is not None,
+            widest=self.widest,
         )
 
     @classmethod
@@ -272,6 +275,7 @@ class Grouped(Stored):
             transposed=spec.transposed,
             ordered=spec.order,
             mixed=spec.mixing,
+            widest=spec.total if spec.widest is None else spec.widest,
         )
 
     def checked(self):
@@ -283,6 +287,8 @@ class Grouped(Stored):
                 f"ranks {shortened(ranks)} of groups of {self.size} experts do not add up to the {total} rows of bases"
                 f" and {rows} of coefficients that are there"
             )
+        if ranks.max() > self.widest:
+            raise JaxmoeError(f"ranks {shortened(ranks)} are not all up to {self.widest}, the largest in the record")
         if self.order is not None:
             check_order(self.order, self.experts)
         return replace(self, widest=int(ranks.max()))

@@ -121,15 +121,23 @@ class Term(nn.Module):
         self.register_parameter(name, nn.Parameter(torch.empty(rows, columns, **options).normal_(std=0.02)))
 
     def _add_whole(self, name, values, options):
-        # These values too are only a start that fits the sizes.
-        self.register_buffer(name, torch.as_tensor(values, dtype=torch.int32, device=options["device"]).view(1, -1))
+        # These values too are only a start that fits the sizes: nothing may be derived from them here. Programs that
+        # start parameters on the meta device may fill those alone: then buffers lie where others are made.
+        device = None if torch.device(options["device"]).type == "meta" else options["device"]
+        self.register_buffer(name, torch.as_tensor(values, dtype=torch.int32, device=device).view(1, -1))
 
     def prepare(self):
-        """Read what has to be known of the whole numbers before anything is traced; called when they are loaded."""
+        """Check whole numbers and read what has to be known of them before anything is traced, when they are loaded."""
 
     def _load_from_state_dict(self, *args, **kwargs):
         super()._load_from_state_dict(*args, **kwargs)
         self.prepare()
+
+
+def _state(tensors):
+    """Return what differs when tensors have been replaced or written to."""
+    # An inference tensor has no version; it cannot be written to outside inference mode either.
+    return [(x.data_ptr(), x.dtype, x.device, 0 if x.is_inference() else x._version) for x in tensors]
 
 
 class DenseTerm(Term):
@@ -214,10 +222,7 @@ class BlendedTerm(Term):
         return self.features(self.mixing[experts])
 
     def _cached(self):
-        # An inference tensor has no version; it cannot be written to outside inference mode either.
-        state = [
-            (p.data_ptr(), p.dtype, p.device, 0 if p.is_inference() else p._version) for p in (self.mixing, self.bases)
-        ]
+        state = _state((self.mixing, self.bases))
         if self._kept is None or self._kept[0] != state:
             self._kept = state, self.features(self.mixing)
         return self._kept[1]
@@ -293,7 +298,9 @@ class GroupedTerm(BlendedTerm):
             self._add_whole("order", list(range(self.experts)), options)
         else:
             self.register_buffer("order", None)
-        self.widest, self._layout = 0, {}
+        # Older versions did not write the largest rank: there it is known when the ranks are loaded.
+        self.widest = spec.get("widest")
+        self._known: Any = None
 
     def _some_ranks(self):
         """Return ranks that fit the sizes."""
@@ -305,8 +312,18 @@ class GroupedTerm(BlendedTerm):
         return [share // rest + (group < share % rest) for group in range(rest)] + last
 
     def prepare(self):
-        if self.ranks.is_meta:
-            return
+        if not self.ranks.is_meta:
+            self._places()
+
+    def _places(self):
+        """Return for each expert its rows of coefficients and of bases, from the ranks as they are now."""
+        whole = [x for x in (self.ranks, self.order) if x is not None]
+        state = _state(whole)
+        if self._known is None or self._known[0] != state:
+            self._known = state, self._read()
+        return self._known[1]
+
+    def _read(self):
         ranks = self.ranks.flatten().tolist()
         order = range(self.experts) if self.order is None else self.order.flatten().tolist()
         groups = [position // self.size for position in range(self.experts)]
@@ -315,19 +332,31 @@ class GroupedTerm(BlendedTerm):
                 f"ranks {ranks} of groups of {self.size} experts do not add up to {self.total} rows of bases and "
                 f"{self.all_ranks} of coefficients. The checkpoint is damaged: fetch or write it again"
             )
-        layout, first = {}, 0
+        if sorted(order) != list(range(self.experts)):
+            raise ValueError(
+                f"the order {list(order)} does not name each of {self.experts} experts once. The checkpoint is "
+                "damaged: fetch or write it again"
+            )
+        if self.widest is None:
+            self.widest = max(ranks)
+        if max(ranks) > self.widest:
+            raise ValueError(
+                f"the largest rank is {max(ranks)}, and config.json says {self.widest}. The checkpoint is damaged: "
+                "fetch or write it again"
+            )
+        places, first = {}, 0
         for group, expert in zip(groups, order):
             start = sum(ranks[:group])
-            layout[expert] = (slice(first, first + ranks[group]), slice(start, start + ranks[group]))
+            places[expert] = (slice(first, first + ranks[group]), slice(start, start + ranks[group]))
             first += ranks[group]
-        self.widest, self._layout = max(ranks), layout
+        return places
 
     def features(self, mixing):
         return self._blend(mixing, self._gather(self.bases, *self._starts()))
 
     def forward(self, rows, routing):
-        if not self._layout:
-            self.prepare()
+        if self.widest is None:
+            self._places()
         together = routing.together(rows)
         parts = []
         for experts, own, inner in _visits(rows, routing, self.widest * (self.columns + self.rows * together)):
@@ -335,17 +364,17 @@ class GroupedTerm(BlendedTerm):
             if together:
                 parts.append(self._together(own, inner, experts, features))
             else:
-                numbers = experts.tolist()
+                numbers, places = experts.tolist(), self._places()
                 for place, start, stop in inner.spans:
-                    parts.append(self._alone(own[start:stop], numbers[place], features, place))
+                    blend = None if features is None else features[place]
+                    stored, base = places[numbers[place]]
+                    parts.append(self._alone(own[start:stop], stored, base, blend))
         return torch.cat(parts) if parts else rows.new_zeros(0, self.columns if self.transposed else self.rows)
 
-    def _alone(self, rows, expert, features, place):
-        """Multiply the rows of one expert by what is stored of it."""
-        own, base = self._layout[expert]
-        rank = own.stop - own.start
-        coefficients = self.coefficients[own]
-        basis = self._active(self.bases[base]) if features is None else features[place, :rank]
+    def _alone(self, rows, stored, base, blend):
+        """Multiply the rows of one expert by what is stored of it; `blend` is its padded one, None without mixing."""
+        coefficients = self.coefficients[stored]
+        basis = self._active(self.bases[base]) if blend is None else blend[: stored.stop - stored.start]
         if self.transposed:
             return F.linear(F.linear(rows, coefficients), basis.T)
         return F.linear(F.linear(rows, basis), coefficients.T)
@@ -526,7 +555,7 @@ class SparseTerm(MatrixTerm):
         super().__init__()
         self.shape, self.numbers, entries = shape, shape[1] * shape[2], spec["entries"]
         self._add("values", 1, entries, options)
-        self._add_whole("indices", torch.arange(entries, device=options["device"]) % self.numbers, options)
+        self._add_whole("indices", torch.arange(entries) % self.numbers, options)
         share, more = divmod(entries, shape[0])
         self._add_whole("counts", [share + (expert < more) for expert in range(shape[0])], options)
 
