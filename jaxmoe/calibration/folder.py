@@ -125,13 +125,26 @@ class Statistics:
             name: one of `FIELDS`.
             domains: whose tokens, all if None.
             experts: which rows of the array.
+
+        Raises:
+            JaxmoeError: it was not kept, or holds what no sum can be: NaN, infinity, or less than nothing.
         """
         chosen = self._chosen([index], domains)
         if name not in layer_arrays(self.record, index):
             known = ", ".join(layer_arrays(self.record, index))
             raise JaxmoeError(f"{self.folder} did not keep {name} of layer {index}: calibrate again, it has {known}")
-        parts = (self._entries(domain, index)[name].view()[experts] for domain in chosen)
-        return reduce(lambda a, b: merge_arrays(name, a, b), (part.astype(FIELDS[name].dtype) for part in parts))
+        parts = (self._part(domain, index, name, experts) for domain in chosen)
+        return reduce(lambda a, b: merge_arrays(name, a, b), parts)
+
+    def _part(self, domain: str, index: int, name: str, experts: slice) -> np.ndarray:
+        part = self._entries(domain, index)[name].view()[experts].astype(FIELDS[name].dtype)
+        # Row by row: the large ones are as large as memory allows.
+        if not all(FIELDS[name].possible(row) for row in part):
+            raise JaxmoeError(
+                f"{self.folder / layer_path(domain, index)}: {name} holds what no sum over tokens can be (NaN, infinity"
+                " or a negative number): the file was damaged or edited, calibrate again"
+            )
+        return part
 
     def check(
         self,

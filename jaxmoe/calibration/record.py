@@ -8,16 +8,19 @@
 The record is known before the first token runs, so it also tells whether an unfinished folder belongs to the same run.
 """
 
-import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal
+
+import msgspec
 
 import jaxmoe
 from jaxmoe.calibration.statistics import MOMENTS
+from jaxmoe.checkpoint.records import read_record
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors import LayerShape
+from jaxmoe.factors import LayerShape, ShapeRecord
 
 SCHEMA = 1
 """The layout of statistics folders that this version writes, and the newest that it reads."""
@@ -28,8 +31,12 @@ TIES = "lowest index first"
 GRADIENTS = (None, "sequence", "token")
 """Of what the Fisher information sums squared gradients: not kept, of a sequence's mean loss, of a token's loss."""
 
+Amount = Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+"""Of tokens or of what holds them."""
 
-class Source(NamedTuple):
+
+@dataclass(frozen=True)
+class Source:
     """A text as it was used.
 
     Args:
@@ -40,9 +47,34 @@ class Source(NamedTuple):
     """
 
     fingerprint: str
-    sequences: int
-    length: int
-    tokens: int
+    sequences: Amount
+    length: Amount
+    tokens: Amount
+
+
+_NAME = re.compile(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]*")
+_NAME_BYTES = 200
+
+
+class _Version(msgspec.Struct):
+    """What every schema has."""
+
+    schema: Annotated[int, msgspec.Meta(ge=1)]
+    jaxmoe: str = "unknown"
+
+
+class _Content(msgspec.Struct, forbid_unknown_fields=True):
+    """What a `statistics.json` of this schema holds."""
+
+    schema: int
+    jaxmoe: str
+    model: str
+    tokenizer: str | None
+    ties: Literal["lowest index first"]
+    moments: str
+    gradients: str | None
+    domains: dict[str, Annotated[list[Source], msgspec.Meta(min_length=1)]]
+    layers: dict[Annotated[int, msgspec.Meta(ge=0, lt=10**5)], ShapeRecord]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +105,7 @@ class Record:
         if not self.domains or not self.layers:
             raise JaxmoeError(f"{len(self.domains)} domains and {len(self.layers)} layers: statistics need one of each")
         # They become names of folders.
-        if wrong := [name for name in self.domains if not name or name.startswith(".") or {"/", "\\"} & {*name}]:
+        if wrong := [name for name in self.domains if not _can_be_name(name)]:
             raise JaxmoeError(f"{', '.join(map(repr, wrong))} cannot be the name of a domain: rename the text")
 
     def tokens(self, domain: str) -> int:
@@ -102,7 +134,7 @@ class Record:
             "ties": TIES,
             "moments": self.moments,
             "gradients": self.gradients,
-            "domains": {name: [source._asdict() for source in sources] for name, sources in self.domains.items()},
+            "domains": {name: [asdict(source) for source in sources] for name, sources in self.domains.items()},
             "layers": {str(index): shape._asdict() for index, shape in sorted(self.layers.items())},
         }
 
@@ -113,24 +145,35 @@ class Record:
         Raises:
             JaxmoeError: it is damaged, or of a newer schema.
         """
-        try:
-            content = json.loads(path.read_bytes())
-            if content["schema"] > SCHEMA:
-                raise JaxmoeError(
-                    f"{path} has schema {content['schema']}, and jaxmoe {jaxmoe.__version__} reads up to {SCHEMA}:"
-                    f" upgrade jaxmoe, or calibrate again (it was written by jaxmoe {content.get('jaxmoe')})"
-                )
-            return cls(
-                model=content["model"],
-                tokenizer=content["tokenizer"],
-                domains={name: tuple(Source(**s) for s in sources) for name, sources in content["domains"].items()},
-                layers={int(index): LayerShape(**shape) for index, shape in content["layers"].items()},
-                moments=content["moments"],
-                gradients=content["gradients"],
+        mend = "calibrate again"
+        version = read_record(path, _Version, mend)
+        if version.schema > SCHEMA:
+            raise JaxmoeError(
+                f"{path} has schema {version.schema}, and jaxmoe {jaxmoe.__version__} reads up to {SCHEMA}:"
+                f" upgrade jaxmoe, or calibrate again (it was written by jaxmoe {version.jaxmoe})"
             )
-        except JaxmoeError:
-            raise
-        except OSError as error:
-            raise JaxmoeError(f"{path} cannot be read: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise JaxmoeError(f"{path} is damaged ({error!r}): calibrate again") from error
+        content = read_record(path, _Content, mend)
+        try:
+            return cls(
+                model=content.model,
+                tokenizer=content.tokenizer,
+                domains={name: tuple(sources) for name, sources in content.domains.items()},
+                layers={index: entry.shape for index, entry in content.layers.items()},
+                moments=content.moments,
+                gradients=content.gradients,
+            )
+        except JaxmoeError as error:
+            raise JaxmoeError(f"{path}: {error}; {mend}") from None
+
+
+def _can_be_name(domain: str) -> bool:
+    """Tell whether a folder can have the name of a domain, and files names that begin with it.
+
+    Example:
+        >>> _can_be_name("code"), _can_be_name("../code")
+        (True, False)
+    """
+    # A name that is not UTF-8 on disk holds surrogates, which JSON cannot.
+    size = len(domain.encode(errors="surrogatepass"))
+    surrogates = any("\ud800" <= letter <= "\udfff" for letter in domain)
+    return _NAME.fullmatch(domain) is not None and size <= _NAME_BYTES and not surrogates

@@ -33,12 +33,23 @@ class Field(NamedTuple):
         dtype: in memory.
         stored: in files.
         group: "always", or what has to be asked for: "pooled", "expert" and "weighted" moments, "fisher".
+        signed: whether the numbers can be negative.
     """
 
     axes: tuple[str, ...]
     dtype: str = "float64"
     stored: str = "float64"
     group: str = "always"
+    signed: bool = False
+
+    def possible(self, row: np.ndarray) -> bool:
+        """Tell whether numbers that were read can be such sums.
+
+        Example:
+            >>> FIELDS["counts"].possible(np.array([3, -1])), FIELDS["input_sums"].possible(np.array([3.0, -1.0]))
+            (False, True)
+        """
+        return bool(np.isfinite(row).all() and (self.signed or np.min(row, initial=0) >= 0))
 
     def shape(self, sizes: LayerShape) -> tuple[int, ...]:
         return tuple(getattr(sizes, axis) for axis in self.axes)
@@ -48,19 +59,19 @@ _E, _D, _F = "experts", "hidden", "intermediate"
 
 FIELDS: dict[str, Field] = {
     "counts": Field((_E,), "int64", "int64"),
-    "weight_sums": Field((_E,)),
+    "weight_sums": Field((_E,), signed=True),
     "coactivation": Field((_E, _E), "int64", "int64"),
-    "input_sums": Field((_E, _D)),
-    "output_sums": Field((_E, _D)),
+    "input_sums": Field((_E, _D), signed=True),
+    "output_sums": Field((_E, _D), signed=True),
     "output_norms": Field((_E,)),
-    "weighted_output_norms": Field((_E,)),
+    "weighted_output_norms": Field((_E,), signed=True),
     "channel_energies": Field((_E, _F)),
     "channel_peaks": Field((_E, _F)),
-    "input_moment": Field((_D, _D), stored="float32", group="pooled"),
-    "input_moments": Field((_E, _D, _D), stored="float32", group="expert"),
-    "intermediate_moments": Field((_E, _F, _F), stored="float32", group="expert"),
-    "weighted_input_moments": Field((_E, _D, _D), stored="float32", group="weighted"),
-    "weighted_intermediate_moments": Field((_E, _F, _F), stored="float32", group="weighted"),
+    "input_moment": Field((_D, _D), stored="float32", group="pooled", signed=True),
+    "input_moments": Field((_E, _D, _D), stored="float32", group="expert", signed=True),
+    "intermediate_moments": Field((_E, _F, _F), stored="float32", group="expert", signed=True),
+    "weighted_input_moments": Field((_E, _D, _D), stored="float32", group="weighted", signed=True),
+    "weighted_intermediate_moments": Field((_E, _F, _F), stored="float32", group="weighted", signed=True),
     "fisher_gate": Field((_E, _F, _D), stored="float32", group="fisher"),
     "fisher_up": Field((_E, _F, _D), stored="float32", group="fisher"),
     "fisher_down": Field((_E, _D, _F), stored="float32", group="fisher"),

@@ -11,7 +11,7 @@ from random_statistics import RECORD, records
 from jaxmoe.calibration.folder import Statistics, layer_path
 from jaxmoe.calibration.statistics import FIELDS
 from jaxmoe.calibration.writer import StatisticsWriter, save
-from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.checkpoint import Checkpoint, Planned, read_header, write_tensors
 from jaxmoe.data import demo_checkpoint
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.texts import tokenizer_fingerprint
@@ -171,13 +171,74 @@ def test_newer_schema_and_damaged_json(folder):
     path.write_text(json.dumps({**content, "schema": 2, "jaxmoe": "9.0"}))
     with pytest.raises(JaxmoeError, match=r"schema 2, .*reads up to 1: upgrade jaxmoe.*9\.0"):
         Statistics.open(folder)
-    for damaged in ("{", "[]", json.dumps({**content, "layers": {"1": {"experts": 2}}})):
-        path.write_text(damaged)
-        with pytest.raises(JaxmoeError, match="is damaged"):
+    for damaged in (b"{", b"\xff", b"", b"[" * 100_000):
+        path.write_bytes(damaged)
+        with pytest.raises(JaxmoeError, match=r"statistics\.json (is not JSON|does not hold) .*: calibrate again"):
             Statistics.open(folder)
-    path.write_text(json.dumps({**content, "domains": {"../code": content["domains"]["code"]}}))
-    with pytest.raises(JaxmoeError, match=r"'\.\./code' cannot be the name of a domain"):
+
+
+def without(key):
+    return lambda content: content.pop(key)
+
+
+def put(*path, value):
+    """Return a change that puts a value at a place of the record."""
+
+    def change(content):
+        *way, last = path
+        for key in way:
+            content = content[key]
+        content[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(without(key) for key in ("schema", "jaxmoe", "model", "tokenizer", "ties", "moments", "gradients")),
+        *(without(key) for key in ("domains", "layers")),
+        put("surprise", value=1),
+        put("ties", value="highest index first"),
+        *(put("schema", value=value) for value in (None, -1, 0, "1", True, 1.5, [])),
+        *(put("model", value=value) for value in (None, 3)),
+        *(put("moments", value=value) for value in (None, "all", 3)),
+        *(put("gradients", value=value) for value in ("all", 3)),
+        *(put("domains", value=value) for value in (None, {}, [], "code", {"code": None}, {"code": []}, {"code": {}})),
+        *(put("domains", name, value=[]) for name in ("", ".", "..", "a\0", "x" * 300, "a\nb")),
+        *(
+            put("domains", "code", 0, key, value=v)
+            for key in ("sequences", "tokens")
+            for v in (None, -1, 2**63, "3", 0.5)
+        ),
+        put("domains", "code", 0, value=None),
+        *(put("layers", value=value) for value in (None, {}, [], {"x": None}, {"-1": {}}, {"1": {"experts": 2}})),
+        *(put("layers", "1", "experts", value=value) for value in (None, 0, -3, 2**31, 2**63, "5", 5.0, [5])),
+    ],
+)
+def test_edited_records(folder, change):
+    path = folder / "statistics.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(JaxmoeError, match=r"statistics\.json.*: ?.*calibrate again"):
         Statistics.open(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("counts", -1), ("input_moments", np.nan), ("output_sums", np.inf), ("fisher_up", -1.0), ("channel_peaks", -1.0)],
+)
+def test_sums_that_cannot_be(folder, name, value):
+    path = folder / layer_path("code", 1)
+    arrays = {key: entry.view() for key, entry in read_header(path).items()}
+    wrong = arrays[name].copy()
+    wrong.flat[0] = value
+    arrays[name] = wrong
+    planned = [Planned(key, array.dtype, array.shape, lambda array=array: array) for key, array in arrays.items()]
+    write_tensors(path, planned)
+    with pytest.raises(JaxmoeError, match=rf"layer00001\.safetensors: {name} holds what no sum"):
+        Statistics.open(folder).layer(1)
 
 
 def test_no_statistics_there(tmp_path):
