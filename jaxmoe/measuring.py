@@ -87,7 +87,6 @@ def _measure(rule, checkpoint, targets, statistics) -> Iterator[tuple[float, np.
             loss = weight * matrices.size if loss is None else loss
             energies = spectrum(matrices, layer, target, sums, loss) if rule == "spectral" else np.zeros(0)
             yield loss, energies, sum(matrices.shape[1:])
-        checkpoint.release()
 
 
 def fisher_loss(weight: np.ndarray, sums: LayerSums | None, target: str) -> float | None:

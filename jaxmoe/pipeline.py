@@ -199,7 +199,6 @@ def _compress_layer(checkpoint, plan, planned, export, seed, statistics, workspa
         # Before the journal says that the layer is done: a run that goes on finds everything behind it.
         statistics.follow(source.index, layer)
     checksum = write_tensors(workspace.folder / layer_file(source.index), tensors)
-    checkpoint.release()
     stored = layer.count()
     record = {
         "layer": source.index,

@@ -1,8 +1,11 @@
 """A target's matrices as a fit reads them: float32, aligned, finite."""
 
+from math import prod
+
 import numpy as np
 
 from jaxmoe.checkpoint import Checkpoint, MoELayer
+from jaxmoe.checkpoint.shard import aligned_bytes
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS
 
@@ -13,7 +16,8 @@ def read_target(checkpoint: Checkpoint, layer: MoELayer, target: str) -> np.ndar
     Raises:
         JaxmoeError: a weight is NaN or infinite; the message names the tensors.
     """
-    weight = _aligned(layer.shape.of(target))
+    shape = layer.shape.of(target)
+    weight = aligned_bytes(4 * prod(shape)).view(np.float32).reshape(shape)
     start = 0
     for projection in TARGETS[target]:
         part = checkpoint.projection(layer, projection)
@@ -24,20 +28,12 @@ def read_target(checkpoint: Checkpoint, layer: MoELayer, target: str) -> np.ndar
     return weight
 
 
-def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Return an uninitialised float32 array on a 64-byte boundary: XLA on CPU copies any other, twice at its peak."""
-    size = int(np.prod(shape)) * 4
-    raw = np.empty(size + 63, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(np.float32).reshape(shape)
-
-
 def _not_finite(checkpoint: Checkpoint, layer: MoELayer, target: str) -> str:
     named = []
     for name in layer.names:
         entry = checkpoint.tensors[name]
-        view = entry.view()
-        if view.dtype.kind not in "iu" and not np.isfinite(view.astype(np.float32)).all():
+        values = entry.read()
+        if values.dtype.kind not in "iu" and not np.isfinite(values.astype(np.float32)).all():
             named.append(f"{name} in {entry.file}")
     where = "; ".join(named[:8]) or f"layer {layer.index}, {target}"
     more = f" and {len(named) - 8} more" if len(named) > 8 else ""

@@ -126,7 +126,7 @@ def give_back() -> None:
 
 def start(model: StoredModel, states: HiddenStates) -> None:
     """Embed the tokens: write the states that enter layer 0."""
-    parameters = on_device({"embedding.weight": model.ends()["embedding.weight"]})
+    parameters = on_device(model.ends("embedding.weight"))
     out = states.create(0)
     for windows in states.batches():
         out[windows] = embedded(states.ids[windows], parameters, spec=model.spec)

@@ -137,7 +137,7 @@ class Statistics:
         return reduce(lambda a, b: merge_arrays(name, a, b), parts)
 
     def _part(self, domain: str, index: int, name: str, experts: slice) -> np.ndarray:
-        part = self._entries(domain, index)[name].view()[experts].astype(FIELDS[name].dtype)
+        part = self._entries(domain, index)[name].read(experts).astype(FIELDS[name].dtype)
         # Row by row: the large ones are as large as memory allows.
         if not all(FIELDS[name].possible(row) for row in part):
             raise JaxmoeError(

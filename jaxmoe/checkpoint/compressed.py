@@ -1,10 +1,10 @@
-"""A factored checkpoint that jaxmoe wrote, opened: its compressed layers, mapped from the files, and everything else.
+"""A factored checkpoint that jaxmoe wrote, opened: its compressed layers, read one at a time, and everything else.
 
 The record in its `config.json` says what each layer's terms are and how the dense experts lay on disk before, so that
 they can be written back in just that form.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class CompressedCheckpoint:
             tensors=files.read_tensors(folder),
         )
         for module in opened.modules:
-            opened.layer(module)
+            opened.abstract_layer(module)
             opened.auxiliary(module)
         return opened
 
@@ -120,19 +120,30 @@ class CompressedCheckpoint:
                 raise JaxmoeError(
                     f"{self.folder}: {module}.{name} {found}, not F32 {list(shape)}: write the checkpoint again"
                 )
-            vectors[name] = entry.view()
+            vectors[name] = entry.read()
         return vectors
 
     def layer(self, module: str) -> CompressedLayer:
-        """Return one compressed layer, its arrays views of the files.
+        """Read one compressed layer.
 
         Raises:
             JaxmoeError: a tensor is missing or has another size than the config says.
         """
-        views = {name.removeprefix(f"{module}."): self.tensors[name].view() for name in self._names(module)}
+        return self._layer(module, TensorEntry.read)
+
+    def abstract_layer(self, module: str) -> CompressedLayer:
+        """Return one compressed layer for counting and checks: of its numbers only the integers are read.
+
+        Raises:
+            JaxmoeError: a tensor is missing or has another size than the config says.
+        """
+        return self._layer(module, lambda entry: entry.read() if entry.dtype.startswith("I") else entry.abstract())
+
+    def _layer(self, module: str, take: Callable[[TensorEntry], np.ndarray]) -> CompressedLayer:
+        arrays = {name.removeprefix(f"{module}."): take(self.tensors[name]) for name in self._names(module)}
         record = self.records[module]
         try:
-            return CompressedLayer.from_tensors(views, record.terms, record.shape)
+            return CompressedLayer.from_tensors(arrays, record.terms, record.shape)
         except JaxmoeError as error:
             raise JaxmoeError(
                 f"{self.folder}: {module} does not hold what config.json says: {error}; write the checkpoint again"
@@ -156,7 +167,7 @@ class CompressedCheckpoint:
         """Plan every tensor that belongs to no compressed layer, byte for byte."""
         held = {name for module in self.modules for name in self._names(module)}
         return [
-            Planned(name, entry.dtype, entry.shape, entry.view)
+            Planned(name, entry.dtype, entry.shape, entry.read)
             for name, entry in self.tensors.items()
             if name not in held
         ]

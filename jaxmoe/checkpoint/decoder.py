@@ -7,6 +7,7 @@ that the table does not name is an error: all offenders are listed.
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +82,16 @@ class Piece(NamedTuple):
     tensor: str
     rows: slice
     shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """An array that stays on disk: whoever takes a slice of its rows reads just these."""
+
+    matrix: Matrix
+
+    def __getitem__(self, rows: slice) -> np.ndarray:
+        return self.matrix.read(rows)
 
 
 def layer_pieces(spec: LayerSpec, prefix: str, model_type: str, family: Family) -> dict[str, Piece]:
@@ -209,10 +220,10 @@ def _latent(spec: LatentAttention, hidden: int) -> Iterator[tuple[str, tuple[int
 
 
 def read(pieces: Mapping[str, Piece], matrices: Mapping[str, Matrix]) -> dict[str, np.ndarray]:
-    """Return the arrays, views of the files where they are stored plainly."""
+    """Read the arrays."""
     return {
         # A selection bias may be stored as a row.
-        name: matrices[piece.tensor].read()[piece.rows].reshape(piece.shape)
+        name: matrices[piece.tensor].read(... if piece.rows == slice(None) else piece.rows).reshape(piece.shape)
         for name, piece in pieces.items()
     }
 

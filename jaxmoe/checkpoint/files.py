@@ -4,12 +4,17 @@ Names in an index come from whoever made the checkpoint: they must stay inside i
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
-from jaxmoe.checkpoint.tensor_file import TensorEntry, header_bytes, listing, read_header
+import msgspec
+
+from jaxmoe.checkpoint.hub_cache import blob_folders
+from jaxmoe.checkpoint.index import Weights, reconcile
+from jaxmoe.checkpoint.records import read_bytes, read_record
+from jaxmoe.checkpoint.tensor_file import TensorEntry, listing, read_header
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.model.keys import EVERYWHERE, check_kinds
 
@@ -19,13 +24,21 @@ INDEX = "model.safetensors.index.json"
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
+@dataclass(frozen=True)
+class Index:
+    """What is read of an index: the file that holds each tensor."""
+
+    weight_map: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return a checkpoint's `config.json`.
 
     Raises:
         JaxmoeError: if it is missing, no JSON object, names no architecture, or says what no architecture could mean.
     """
-    config = read_json(folder / CONFIG, "a checkpoint's folder has one; give the folder that holds it")
+    mend = "give the folder of a checkpoint, which has one as the model's authors wrote it"
+    config = read_record(folder / CONFIG, dict[str, Any], mend)
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise JaxmoeError(f"{folder / CONFIG} names no model_type: jaxmoe cannot tell the architecture; add the key")
     try:
@@ -36,39 +49,33 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path) -> dict[str, TensorEntry]:
-    """Return all tensors of a checkpoint by name, in the order of the shards and of their bytes.
+    """Return all tensors of a checkpoint by name, as `read_weights` finds them."""
+    return read_weights(folder).tensors
+
+
+def read_weights(folder: Path) -> Weights:
+    """Find all tensors of a checkpoint: those of `model.safetensors`, or else of the files that an index names.
 
     Raises:
-        JaxmoeError: if there are no safetensors files, a file is missing, damaged or outside the folder, or the index
-            and the files disagree; all offenders are listed.
+        JaxmoeError: if there are no safetensors files, or a file is missing, damaged or outside the folder; all
+            offenders are listed.
     """
-    if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
-        return read_header(_inside(folder, SINGLE, []))
-    if not (folder / INDEX).exists():
+    # A file that is none (a folder, a dead link) counts only where there is no index, as in transformers.
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file() or (_there(single) and not index.is_file()):
+        tensors = read_header(_inside(folder, SINGLE, []))
+        ignored = f"{SINGLE} is read, and the {INDEX} beside it is not, as in transformers."
+        return Weights(tensors, notes=(ignored,) if _there(index) else ())
+    if not _there(index):
         raise JaxmoeError(_no_weights(folder))
-    index = read_json(folder / INDEX, "fetch the checkpoint again")
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not {*map(type, weight_map.values())} == {str}:
-        raise JaxmoeError(f"{folder / INDEX} has no weight_map of tensors to files: fetch it again")
+    weight_map = read_record(index, Index, "fetch the index again").weight_map
     problems: list[str] = []
     paths = {file: _inside(folder, file, problems) for file in sorted(set(weight_map.values()))}
     if problems:
-        raise JaxmoeError(f"{folder / INDEX}: fetch the checkpoint again. {listing(problems)}")
-    shards = {file: read_header(path) for file, path in paths.items()}
-    _check_index(weight_map, shards, folder / INDEX)
-    return {name: entry for header in shards.values() for name, entry in header.items()}
-
-
-def _check_index(weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    problems = [f"{name} is not in {file}" for name, file in weight_map.items() if name not in shards[file]]
-    for file, header in shards.items():
-        for name in header:
-            if name not in weight_map:
-                problems.append(f"{name} in {file} is not in the index")
-            elif weight_map[name] != file:
-                problems.append(f"{name} is in {file}, and the index places it in {weight_map[name]}")
-    if problems:
-        raise JaxmoeError(f"{path} and the files do not agree: fetch the checkpoint again. {listing(problems)}")
+        raise JaxmoeError(
+            f"{index} names files that are not there: fetch them, or the index again. {listing(problems)}"
+        )
+    return reconcile(weight_map, {file: read_header(path) for file, path in paths.items()})
 
 
 def fingerprint(folder: Path, tensors: Mapping[str, TensorEntry]) -> str:
@@ -77,55 +84,39 @@ def fingerprint(folder: Path, tensors: Mapping[str, TensorEntry]) -> str:
     Of each shard, its name, size, header and evenly spaced blocks of its content count, so that a checkpoint of a
     terabyte costs a second.
     """
-    digest = hashlib.sha256((folder / CONFIG).read_bytes())
-    for path in sorted({entry.file for entry in tensors.values()}):
-        size = path.stat().st_size
-        header = header_bytes(path)
-        digest.update(f"{path.name} {size} ".encode() + header)
-        with open(path, "rb") as file:
-            span = max(0, size - len(header) - _SAMPLE_BYTES)
-            for step in range(_SAMPLES):
-                file.seek(len(header) + span * step // (_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
+    digest = hashlib.sha256(read_bytes(folder / CONFIG))
+    shards = {entry.shard.path: entry.shard for entry in tensors.values()}
+    for path, shard in sorted(shards.items()):
+        digest.update(f"{path.name} {shard.size} ".encode())
+        digest.update(shard.read(0, shard.data).data)
+        span = max(0, shard.size - shard.data - _SAMPLE_BYTES)
+        for step in range(_SAMPLES):
+            begin = shard.data + span * step // (_SAMPLES - 1)
+            digest.update(shard.read(begin, min(begin + _SAMPLE_BYTES, shard.size)).data)
     return digest.hexdigest()
+
+
+def _there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
 
 
 def _inside(folder: Path, file: str, problems: list[str]) -> Path:
     """Return the path of a named file; a name that leads out of the folder, or nowhere, is a problem."""
     path = folder / file
     pure = PurePosixPath(file.replace("\\", "/"))
-    root = folder.resolve()
-    if root.parent.name == "snapshots":
-        # The hub's cache keeps a snapshot as links to the blobs of the same repository.
-        root = root.parent.parent
-    if not file or pure.is_absolute() or ".." in pure.parts or ":" in file:
+    if not file or pure.is_absolute() or ".." in pure.parts or ":" in file or "\0" in file:
         problems.append(f"{file!r} lies outside the folder")
-    elif not path.resolve().is_relative_to(root):
-        raise JaxmoeError(
-            f"{path} is a link out of the checkpoint's folder, to {path.resolve()}: put the file itself there"
-        )
-    elif not path.is_file():
+        return path
+    try:
+        target, exists = path.resolve(), path.exists()
+    except (OSError, RuntimeError) as error:
+        problems.append(f"{file} cannot be followed ({getattr(error, 'strerror', None) or error})")
+        return path
+    if not any(target.is_relative_to(root) for root in (folder.resolve(), *blob_folders(folder))):
+        raise JaxmoeError(f"{path} is a link out of the checkpoint's folder, to {target}: put the file itself there")
+    if not exists:
         problems.append(f"{file} is missing")
     return path
-
-
-def read_json(path: Path, mend: str) -> dict[str, Any]:
-    """Return a JSON object; `mend` says what to do if there is no such file.
-
-    Raises:
-        JaxmoeError: if the file is missing, unreadable or not a JSON object.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise JaxmoeError(f"{path} does not exist: {mend}") from None
-    except (ValueError, RecursionError) as error:
-        raise JaxmoeError(f"{path} is not JSON ({error}): fetch it again") from error
-    except OSError as error:
-        raise JaxmoeError(f"{path} cannot be read: {error.strerror or error}") from error
-    if not isinstance(content, dict):
-        raise JaxmoeError(f"{path} is not a JSON object: fetch it again")
-    return content
 
 
 def _no_weights(folder: Path) -> str:

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from jaxmoe.checkpoint.quantization import Matrix
-from jaxmoe.checkpoint.tensor_file import Planned
+from jaxmoe.checkpoint.tensor_file import DTYPES, Planned
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS, LayerShape
 
@@ -71,23 +71,28 @@ class Stack:
         return (columns, rows) if self.transposed else (rows, columns)
 
     def read(self, matrices: Mapping[str, Matrix], shape: LayerShape, projection: str, experts: slice) -> np.ndarray:
-        """Return a projection of some experts, `[expert, out, in]`: a view where the file has it so, else a copy."""
+        """Read a projection of some experts, `[expert, out, in]`."""
         chosen = range(shape.experts)[experts]
-        if not self.per_expert and len(matrices[self.name].parts) == 1:
-            values = matrices[self.name].read()
-            if self.flat:
-                values = values.reshape(shape.experts, -1, values.shape[1])
-            return self._extract(values[experts], projection)
-        names = list(self.names(shape))
-        out = None
+        alone = not self.per_expert and len(TARGETS[self.target]) == 1 and chosen.step == 1
+        if alone and len(matrices[self.name].parts) == 1:
+            return self._extract(self._some(matrices, shape, chosen), projection)
+        out = np.empty((len(chosen), *shape.of(projection)[1:]), DTYPES[matrices[next(self.names(shape))].dtype])
+        names = list(self.names(shape)) if self.per_expert else []
         for position, expert in enumerate(chosen):
-            # One expert at a time, so that what is decoded is never held beside the result.
-            values = matrices[names[expert]].read() if self.per_expert else matrices[self.name].read(expert)
-            part = self._extract(values, projection)
-            if out is None:
-                out = np.empty((len(chosen), *part.shape), part.dtype)
-            out[position] = part
-        return np.empty((0, *shape.of(projection)[1:])) if out is None else out
+            # One expert at a time, so that neither what is decoded nor another projection is held beside the result.
+            if self.per_expert:
+                values = matrices[names[expert]].read()
+            else:
+                values = self._some(matrices, shape, range(expert, expert + 1))[0]
+            out[position] = self._extract(values, projection)
+        return out
+
+    def _some(self, matrices: Mapping[str, Matrix], shape: LayerShape, experts: range) -> np.ndarray:
+        """Read what one tensor holds of neighbouring experts, `[expert, ...]`."""
+        matrix = matrices[self.name]
+        rows = matrix.shape[0] // shape.experts if self.flat else 1
+        values = matrix.read(slice(experts.start * rows, experts.stop * rows))
+        return values.reshape(len(experts), rows, matrix.shape[-1]) if self.flat else values
 
     def _extract(self, values: np.ndarray, projection: str) -> np.ndarray:
         """Return the view of one projection, `[..., out, in]`, in what a tensor holds."""

@@ -111,10 +111,10 @@ class Quantized:
     def read(self, index: Any = ...) -> np.ndarray:
         """Return the values in bfloat16, or those at an index of the first axis."""
         if index is ...:
-            return self.decode(*(part.view() for part in self.parts))
+            return self.decode(*(part.read() for part in self.parts))
         if not self.stacked:
             return self.read()[index]
-        return self.decode(*(part.view()[index] for part in self.parts))
+        return self.decode(*(part.read(index) for part in self.parts))
 
 
 def decode_fp8(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int] = (128, 128)) -> np.ndarray:
@@ -299,7 +299,7 @@ def _int4(own, tensors, settings, problems) -> Quantized | None:
     if len(size) == 2 and len(scale.shape) == 2 and shape.numbers == 2:
         columns = 8 * size[1]
         if scale.shape[1] == 0 or columns % scale.shape[1]:
-            columns = int(shape.view()[1])
+            columns = int(shape.read()[1])
         whole = -(-columns // 8) == size[1] and scale.shape[0] == size[0] and columns % max(1, scale.shape[1]) == 0
         if whole:
             return Quantized(own, (size[0], columns), (packed, scale, shape), decode_int4)

@@ -1,7 +1,7 @@
 """A checkpoint on disk, opened: its MoE layers, their matrices when asked for, and everything else to be copied.
 
-Opening reads headers only; matrices are views of mapped files where the layout allows it, and are decoded one expert
-at a time where it does not. Nothing is written to the source.
+Opening reads headers only; matrices are read when they are asked for, and decoded one expert at a time where they are
+quantised. Nothing is written to the source.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,10 +13,11 @@ import numpy as np
 
 from jaxmoe.checkpoint import files, hub
 from jaxmoe.checkpoint.experts import MoELayer, find_experts
-from jaxmoe.checkpoint.families import Family, find_family
+from jaxmoe.checkpoint.families import Family, decoder_config, find_family
 from jaxmoe.checkpoint.layout import plan_dense
+from jaxmoe.checkpoint.moe_layers import num_layers
 from jaxmoe.checkpoint.quantization import Matrix, assemble, without_quantization
-from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry
+from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry, listing
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS
 
@@ -71,10 +72,16 @@ class Checkpoint:
                 " checkpoint with `jaxmoe convert --to dense` first"
             )
         try:
-            tensors = files.read_tensors(folder)
+            weights = files.read_weights(folder)
+            tensors = weights.tensors
             family = find_family(config)
             matrices = assemble(tensors, config)
             found = find_experts(matrices, config, family)
+            if missing := weights.missing(num_layers(decoder_config(config))):
+                raise JaxmoeError(
+                    f"{files.INDEX} names tensors that no file holds: fetch the checkpoint again, or the index if it is"
+                    f" of another version. {listing(missing)}"
+                )
         except JaxmoeError as error:
             raise JaxmoeError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from error
         mtp = tuple(part.name for name in found.mtp for part in matrices[name].parts)
@@ -87,7 +94,7 @@ class Checkpoint:
             matrices=matrices,
             layers=found.layers,
             mtp=mtp,
-            notes=tuple(_notes(config, family, found.layers, tensors, matrices, mtp)),
+            notes=(*weights.notes, *_notes(config, family, found.layers, tensors, matrices, mtp)),
         )
 
     @property
@@ -106,9 +113,7 @@ class Checkpoint:
         return sum(entry.bytes for entry in self.tensors.values())
 
     def projection(self, layer: MoELayer, name: str, experts: slice = slice(None)) -> np.ndarray:
-        """Return the matrices of one projection, `[expert, out, in]`, in the layer's dtype.
-
-        The result is a read-only view of the file where the layout allows it, else the only copy.
+        """Read the matrices of one projection, `[expert, out, in]`, in the layer's dtype.
 
         Args:
             layer: one of `layers`.
@@ -139,11 +144,6 @@ class Checkpoint:
             for name, matrix in self.matrices.items()
             if matrix.parts[0].name not in replaced
         ]
-
-    def release(self) -> None:
-        """Let go of the pages of the source that were read, so that they do not count as this process's memory."""
-        for mapping in {entry.mapping for entry in self.tensors.values()}:
-            mapping.release()
 
     def dense_config(self) -> dict[str, Any]:
         """Return the config of what `dense_tensors` and `copied` write: the source's, without its quantisation."""

@@ -15,7 +15,16 @@ import numpy as np
 
 from jaxmoe.checkpoint import files, hub
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
-from jaxmoe.checkpoint.decoder import Piece, check_all_known, check_fit, end_pieces, expert_biases, layer_pieces, read
+from jaxmoe.checkpoint.decoder import (
+    Piece,
+    Rows,
+    check_all_known,
+    check_fit,
+    end_pieces,
+    expert_biases,
+    layer_pieces,
+    read,
+)
 from jaxmoe.checkpoint.families import Family, decoder_config, find_family
 from jaxmoe.checkpoint.names import layer_number
 from jaxmoe.checkpoint.quantization import Matrix
@@ -93,9 +102,19 @@ class StoredModel:
         """Return a SHA-256 of the files, see `files.fingerprint`."""
         return self.checkpoint.fingerprint()
 
-    def ends(self) -> dict[str, np.ndarray]:
-        """Return embedding, last normalisation and head."""
-        return read(end_pieces(self.spec, self.model_type), self.matrices)
+    def ends(self, *names: str) -> dict[str, np.ndarray]:
+        """Read embedding, last normalisation and head, or those of their arrays that are named."""
+        pieces = end_pieces(self.spec, self.model_type)
+        return read({name: pieces[name] for name in names or pieces}, self.matrices)
+
+    def head(self) -> dict[str, np.ndarray | Rows]:
+        """Return what the head computes with; what is stored plainly stays on disk, read by the rows asked for."""
+        pieces = end_pieces(self.spec, self.model_type)
+        if not self.spec.tied:
+            del pieces["embedding.weight"]
+        matrices = {name: self.matrices[piece.tensor] for name, piece in pieces.items()}
+        rows = {n: Rows(x) for n, x in matrices.items() if not n.startswith("norm.") and len(x.parts) == 1}
+        return {**self.ends(*(pieces.keys() - rows.keys())), **rows}
 
     def layer(self, index: int) -> dict[str, Any]:
         """Return a layer's arrays by the names of `jaxmoe.model`, the routed experts as a `CompressedLayer`."""
@@ -133,7 +152,7 @@ class StoredModel:
     def abstract_experts(self, index: int) -> CompressedLayer:
         """Return the routed experts of a layer for counting: dense ones without values, which need not be read."""
         if isinstance(self.checkpoint, CompressedCheckpoint):
-            return self.experts(index)
+            return self.checkpoint.abstract_layer(self.modules[index])
         own = next(layer for layer in self.checkpoint.layers if layer.index == index)
         terms: dict[str, tuple[Term, ...]] = {
             name: (Dense.abstract(own.shape.of(name), own.dtype),) for name in own.shape.projections

@@ -1,13 +1,13 @@
 """Read and write safetensors files: an 8-byte length, a JSON header, the tensors' bytes.
 
-Reading maps the file into memory and gives views, in every dtype of the format that numpy and ml_dtypes know; four-bit
+Reading takes one tensor, or some of its rows, in every dtype of the format that numpy and ml_dtypes know; four-bit
 values stay packed, two to a byte. Writing streams: the header follows from shapes that are known beforehand, then the
 tensors are produced one at a time. Neither ever holds a file in memory, and no other code of jaxmoe opens such files.
 """
 
 import hashlib
 import json
-import mmap
+import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,8 @@ import ml_dtypes
 import numpy as np
 
 from jaxmoe.checkpoint.atomic import atomic_file
+from jaxmoe.checkpoint.records import open_regular, unreadable
+from jaxmoe.checkpoint.shard import Shard
 from jaxmoe.errors import JaxmoeError
 
 DTYPES: dict[str, np.dtype] = {
@@ -57,51 +59,30 @@ _HEADER_LIMIT = 100_000_000
 _CHUNK = 1 << 23
 
 
-class Mapping:
-    """A file's bytes, mapped on first use and shared by all its tensors."""
-
-    __slots__ = ("_map", "_view", "path")
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._map: mmap.mmap | None = None
-        self._view: np.ndarray | None = None
-
-    def __call__(self) -> np.ndarray:
-        """Return the whole file as bytes."""
-        if self._view is None:
-            with open(self.path, "rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._view = np.frombuffer(self._map, np.uint8)
-        return self._view
-
-    def release(self) -> None:
-        """Let go of the pages read so far, which the system counts as ours; views stay valid and are read again."""
-        if self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class TensorEntry:
     """A tensor in a file.
 
     Args:
         name: as the header has it.
-        file: where it lies.
+        shard: the file where it lies.
         dtype: the format's code.
         shape: in elements.
         begin: offset of its first byte from the start of the file.
         end: offset behind its last byte.
-        mapping: the file's bytes.
     """
 
     name: str
-    file: Path
+    shard: Shard
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
-    mapping: Mapping
+
+    @property
+    def file(self) -> Path:
+        """Where it lies."""
+        return self.shard.path
 
     @property
     def numbers(self) -> int:
@@ -124,17 +105,30 @@ class TensorEntry:
         return (self,)
 
     def read(self, index: Any = ...) -> np.ndarray:
-        """Return the values at an index of the first axis, all by default, as a view of the mapped file."""
-        return self.view() if index is ... else self.view()[index]
+        """Return the values, or those at a number or a slice of the first axis, of which no others are read.
 
-    def view(self) -> np.ndarray:
-        """Return the tensor as a read-only view of the mapped file; packed dtypes as a flat array of bytes."""
-        if self.begin == self.end:
-            return np.empty(self.shape, DTYPES.get(self.dtype, np.uint8))
-        raw = self.mapping()[self.begin : self.end]
+        The array is read-only, and starts at a boundary from which XLA takes it without a copy. Of packed dtypes all
+        bytes are returned, flat.
+
+        Raises:
+            JaxmoeError: the file was changed since it was opened, or cannot be read.
+        """
         if self.dtype in PACKED_BITS:
-            return raw
-        return raw.view(DTYPES[self.dtype]).reshape(self.shape)
+            return self.shard.read(self.begin, self.end)[index]
+        if index is ...:
+            return self.shard.read(self.begin, self.end).view(DTYPES[self.dtype]).reshape(self.shape)
+        chosen = range(self.shape[0])[index]
+        if isinstance(chosen, int):
+            return self.read(slice(chosen, chosen + 1))[0]
+        if chosen.step != 1:
+            return self.read()[index]
+        row = self.bytes // max(1, self.shape[0])
+        span = self.shard.read(self.begin + chosen.start * row, self.begin + (chosen.start + len(chosen)) * row)
+        return span.view(DTYPES[self.dtype]).reshape(len(chosen), *self.shape[1:])
+
+    def abstract(self) -> np.ndarray:
+        """Return something of the tensor's shape and dtype that takes no memory and was not read."""
+        return np.broadcast_to(np.zeros((), DTYPES.get(self.dtype, np.uint8)), self.shape)
 
 
 def byte_size(code: str, shape: Sequence[int]) -> int:
@@ -154,10 +148,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     Raises:
         JaxmoeError: if the file is missing, truncated or not what the format asks for; all wrong tensors are listed.
     """
-    path = Path(path)
-    header, start, size = _parse(path)
+    header, shard = _parse(Path(path))
+    start, size = shard.data, shard.size
     problems: list[str] = []
-    mapping = Mapping(path)
     entries: list[TensorEntry] = []
     for name, record in header.items():
         if name == "__metadata__":
@@ -167,9 +160,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             problems.append(f"{name}: {problem}")
             continue
         begin, end = record["data_offsets"]
-        entries.append(
-            TensorEntry(name, path, record["dtype"], tuple(record["shape"]), start + begin, start + end, mapping)
-        )
+        entries.append(TensorEntry(name, shard, record["dtype"], tuple(record["shape"]), start + begin, start + end))
     if not problems:
         entries.sort(key=lambda entry: (entry.begin, entry.end))
         position = start
@@ -185,16 +176,9 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     return {entry.name: entry for entry in entries}
 
 
-def header_bytes(path: Path) -> bytes:
-    """Return a file's length field and header as they stand, for fingerprints."""
-    with open(path, "rb") as file:
-        prefix = file.read(8)
-        return prefix + file.read(struct.unpack("<Q", prefix)[0])
-
-
-def file_metadata(path: Path) -> dict[str, str]:
+def file_metadata(shard: Shard) -> dict[str, str]:
     """Return a file's `__metadata__`, empty if it has none."""
-    return json.loads(header_bytes(path)[8:]).get("__metadata__") or {}
+    return json.loads(bytes(shard.read(8, shard.data))).get("__metadata__") or {}
 
 
 def listing(items: Sequence[str], limit: int = 20) -> str:
@@ -208,12 +192,12 @@ def listing(items: Sequence[str], limit: int = 20) -> str:
     return "; ".join([*items[:limit], *more])
 
 
-def _parse(path: Path) -> tuple[dict[str, Any], int, int]:
-    """Return the header, the offset of the first data byte and the size of the file."""
-    try:
-        with open(path, "rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
+def _parse(path: Path) -> tuple[dict[str, Any], Shard]:
+    """Return the header of a file, and the file as it is."""
+    with open_regular(path) as file:
+        try:
+            status = os.fstat(file.fileno())
+            size = status.st_size
             prefix = file.read(8)
             if prefix == b"version ":
                 raise JaxmoeError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull` in its folder")
@@ -226,8 +210,8 @@ def _parse(path: Path) -> tuple[dict[str, Any], int, int]:
                     f" {size - 8} behind the length field; fetch it again"
                 )
             text = file.read(length)
-    except OSError as error:
-        raise JaxmoeError(f"{path} cannot be read: {error.strerror or error}") from error
+        except OSError as error:
+            raise unreadable(path, error) from None
     try:
         header = json.loads(text)
         if not isinstance(header, dict):
@@ -237,7 +221,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], int, int]:
             json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise JaxmoeError(f"{path} is corrupt: its header is no JSON object ({error}); fetch it again") from error
-    return header, 8 + length, size
+    return header, Shard(path, size, status.st_mtime_ns, 8 + length)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -335,7 +319,7 @@ def write_tensors(path: Path, tensors: Sequence[Planned], metadata: dict[str, st
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "model.safetensors"
         >>> digest = write_tensors(path, [Planned("a", "float32", (2, 3), lambda: np.ones((2, 3), "float32"))])
-        >>> read_header(path)["a"].view().sum()
+        >>> read_header(path)["a"].read().sum()
         np.float32(6.0)
     """
     names = [tensor.name for tensor in tensors]

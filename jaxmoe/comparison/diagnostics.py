@@ -69,5 +69,4 @@ def spectra(checkpoint: Checkpoint) -> list[dict[str, Any]]:
                     "effective_ranks": ranks.astype(float).tolist(),
                 }
             )
-        checkpoint.release()
     return found

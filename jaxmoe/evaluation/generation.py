@@ -45,7 +45,7 @@ def continuations(
     ids = np.zeros((len(prompts), width or int(lengths.max()) + new), np.int32)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
-    table = on_device({"embedding.weight": model.ends()["embedding.weight"]})
+    table = on_device(model.ends("embedding.weight"))
     layers = _layers(model)
     unknown = jnp.zeros(len(ids), jnp.int32)
     for _ in range(new):

@@ -11,12 +11,13 @@ blocks is one of the host, so that the head may stay in its file; a caller jits 
 """
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.checkpoint.decoder import Rows
 from jaxmoe.model.decoder import head
 from jaxmoe.model.spec import DecoderSpec
 
@@ -40,13 +41,13 @@ class Comparison(NamedTuple):
 
 
 class Side(NamedTuple):
-    """One model's end: the hidden states that leave its last layer, its arrays, perhaps in a file, and its spec."""
+    """One model's end: the hidden states that leave its last layer, its arrays, perhaps on disk, and its spec."""
 
     x: Float[Array, "token hidden"]
-    parameters: Mapping[str, Array | np.ndarray]
+    parameters: Mapping[str, Array | np.ndarray | Rows]
     spec: DecoderSpec
 
-    def blocks(self, size: int) -> Iterator[tuple[int, dict[str, Array | np.ndarray]]]:
+    def blocks(self, size: int) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield where each block of the vocabulary begins, and the head's arrays for it."""
         for first in range(0, self.spec.vocabulary, size):
             yield (

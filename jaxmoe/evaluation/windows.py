@@ -120,22 +120,17 @@ def check_finite(model: StoredModel, nats: ArrayLike) -> None:
 
 def score_rows(model: StoredModel, targets: Array, x: Array) -> Scores:
     """Score some tokens, `[token]`, by the hidden states that left the last layer before each, `[token, hidden]`."""
-    return score(_side(model, x), targets, step=_one_by_one(_score))
+    return score(Side(x, model.head(), model.spec), targets, step=_one_by_one(_score))
 
 
 def _compare_rows(model: StoredModel, original: StoredModel, targets: Array, x: Array, other: Array) -> Comparison:
-    return compare(_side(model, x), _side(original, other), targets, step=_one_by_one(_compare))
+    sides = Side(x, model.head(), model.spec), Side(other, original.head(), original.spec)
+    return compare(*sides, targets, step=_one_by_one(_compare))
 
 
 def _one_by_one(step: Callable[..., Any]) -> Callable[..., Any]:
     """Return a step that waits for its result: blocks of the head would pile up in memory before it."""
     return lambda *args, **kwargs: jax.block_until_ready(step(*args, **kwargs))
-
-
-def _side(model: StoredModel, x: Array) -> Side:
-    # The head stays where it is stored; a block of it at a time goes to the device.
-    unused = None if model.spec.tied else "embedding.weight"
-    return Side(x, {name: array for name, array in model.ends().items() if name != unused}, model.spec)
 
 
 def _in_chunks(run: Callable[..., Any], ids: np.ndarray, *states: np.ndarray) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxmoe.checkpoint.atomic import atomic_file, write_bytes
+from jaxmoe.checkpoint.records import open_regular
 from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry, read_header, write_tensors
 
 T = TypeVar("T", Planned, TensorEntry)
@@ -25,6 +26,12 @@ def side_files(source: Path) -> list[Path]:
     """Return the files of a checkpoint that travel as they are: tokenizer, generation config, licence, its own code."""
     files = (path for path in sorted(source.iterdir()) if path.is_file() and not path.name.startswith("."))
     return [path for path in files if not path.name.endswith(WEIGHTS) and path.name not in REWRITTEN]
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a regular file, which appears whole or not at all."""
+    with open_regular(source) as content, atomic_file(target) as copy:
+        shutil.copyfileobj(content, copy)
 
 
 def dump(record: Mapping[str, Any]) -> bytes:
@@ -83,8 +90,7 @@ def complete_folder(
         write_bytes(folder / name, text.encode())
     for path in beside:
         if path.name not in code:
-            with path.open("rb") as source, atomic_file(folder / path.name) as target:
-                shutil.copyfileobj(source, target)
+            copy_file(path, folder / path.name)
     write_bytes(folder / "config.json", dump(config))
 
     entries = {path.name: read_header(path) for path in files}

@@ -13,7 +13,6 @@ empty arrays, and packed four-bit values are bytes to it.
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +23,8 @@ import numpy as np
 
 import jaxmoe
 from jaxmoe.checkpoint import files, hub
-from jaxmoe.checkpoint.atomic import atomic_file, write_bytes
+from jaxmoe.checkpoint.atomic import write_bytes
+from jaxmoe.checkpoint.records import read_record
 from jaxmoe.checkpoint.tensor_file import (
     DTYPES,
     Planned,
@@ -36,7 +36,7 @@ from jaxmoe.checkpoint.tensor_file import (
 )
 from jaxmoe.checkpoint.workspace import Workspace
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.folder import INDEX, WEIGHTS, dump, parts
+from jaxmoe.export.folder import INDEX, WEIGHTS, copy_file, dump, parts
 
 RECORD, FOLDER = "orbax.json", "weights"
 FORMAT_VERSION = 1
@@ -69,12 +69,10 @@ def to_orbax(source: str | Path, output: str | Path) -> dict[str, Any]:
         # A killed run leaves parts behind.
         shutil.rmtree(place / FOLDER, ignore_errors=True)
         for number, part in enumerate(parts((entry for entry in _in_order(tensors) if entry.bytes), PART_BYTES)):
-            arrays = {entry.name: entry.view() for entry in part}
+            arrays = {entry.name: entry.read() for entry in part}
             stored |= {name: {"part": number, "sha256": checksum(array)} for name, array in arrays.items()}
             with context:
                 ocp.save(str(_part(place, number)), arrays)
-            for mapping in {entry.mapping for entry in part}:
-                mapping.release()
         _copy_beside(folder, place)
         record = _record(folder, tensors, stored)
         write_bytes(place / RECORD, dump(record))
@@ -128,8 +126,7 @@ def _copy_beside(source: Path, target: Path) -> None:
     """Copy everything that is neither weights nor a record of them, config and tokenizer included."""
     for path in sorted(source.iterdir()):
         if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHTS) and path.name != RECORD:
-            with path.open("rb") as content, atomic_file(target / path.name) as copy:
-                shutil.copyfileobj(content, copy)
+            copy_file(path, target / path.name)
 
 
 def _in_order(tensors: Mapping[str, TensorEntry]) -> list[TensorEntry]:
@@ -149,13 +146,14 @@ def _record(folder: Path, tensors: Mapping[str, TensorEntry], stored: Mapping[st
     held: dict[str, Any] = {}
     for entry in tensors.values():
         file = entry.file.relative_to(folder).as_posix()
-        own = held.setdefault(file, {"metadata": file_metadata(entry.file), "tensors": {}})
+        own = held.setdefault(file, {"metadata": file_metadata(entry.shard), "tensors": {}})
         sizes = {"dtype": entry.dtype, "shape": list(entry.shape)}
         own["tensors"][entry.name] = {**sizes, **stored.get(entry.name, {})}
     index = folder / INDEX
     rest = None
     if next(iter(held)) != files.SINGLE and index.exists():
-        rest = {key: value for key, value in json.loads(index.read_bytes()).items() if key != "weight_map"}
+        read = read_record(index, dict[str, Any], "fetch the index again")
+        rest = {key: value for key, value in read.items() if key != "weight_map"}
     return {"format_version": FORMAT_VERSION, "version": jaxmoe.__version__, "index": rest, "files": held}
 
 
@@ -168,7 +166,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
             f"{folder} is no Orbax checkpoint that jaxmoe wrote: it lacks {RECORD} or {FOLDER}/; give the folder that"
             " `jaxmoe convert --to orbax` wrote"
         )
-    record = files.read_json(path, "convert the checkpoint again")
+    record = read_record(path, dict[str, Any], "convert the checkpoint again")
     version = record.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise JaxmoeError(

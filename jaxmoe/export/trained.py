@@ -38,7 +38,7 @@ def write_trained(
     planned = source.copied()
     if isinstance(source, CompressedCheckpoint):
         config = source.config
-        planned = [Planned(name, x.dtype, x.shape, x.view) for name, x in source.tensors.items()]
+        planned = [Planned(name, x.dtype, x.shape, x.read) for name, x in source.tensors.items()]
     else:
         config = source.dense_config()
         for layer in source.layers:

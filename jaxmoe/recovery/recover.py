@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 import jaxmoe
-from jaxmoe.checkpoint import files
 from jaxmoe.checkpoint.atomic import write_bytes
+from jaxmoe.checkpoint.records import read_record
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished
 from jaxmoe.errors import JaxmoeError
@@ -238,7 +238,7 @@ def _report(model: StoredModel, original, output, sets, training, rows: Rows, le
         },
         "losses": losses,
         "stored": stored,
-        "compression": files.read_json(compression, "fetch it again") if compression.is_file() else None,
+        "compression": read_record(compression, dict[str, Any], "remove it") if compression.is_file() else None,
     }
 
 

@@ -144,7 +144,6 @@ def _layer(checkpoint, plan: SlimPlan, layer: MoELayer, copied, sums: LayerSums 
         )
         record |= measured_errors(checkpoint, layer, padded, name, sums)
     checksum = write_tensors(workspace.folder / layer_file(layer.index), tensors)
-    checkpoint.release()
     outcomes = [*_never_routed(sums), *found.outcomes]
     record = {
         "layer": layer.index,

@@ -1,8 +1,6 @@
 """Damaged and unsuitable checkpoints: one message each, with the offender, the reason and the mend."""
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import plain_checkpoint
@@ -103,7 +101,7 @@ def drop(*names):
 CASES = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
     "config no JSON": (content("config.json", "{"), "config.json is not JSON"),
-    "config a list": (content("config.json", "[]"), "config.json is not a JSON object"),
+    "config a list": (content("config.json", "[]"), "config.json does not hold what it should"),
     "config not text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json is not JSON"),
     "no model_type": (config(model_type=None), "names no model_type"),
     "model_type a number": (config(model_type=7), "names no model_type"),
@@ -119,10 +117,13 @@ CASES = {
     ),
     "link out of the folder": (linked_outside, "is a link out of the checkpoint's folder"),
     "index no JSON": (lambda f: (renamed("a.safetensors")(f), content(INDEX, "nope")(f)), f"{INDEX} is not JSON"),
-    "index without map": (lambda f: (renamed("a.safetensors")(f), content(INDEX, "{}")(f)), "has no weight_map"),
+    "index without map": (
+        lambda f: (renamed("a.safetensors")(f), content(INDEX, "{}")(f)),
+        "required field `weight_map`",
+    ),
     "index of numbers": (
         lambda f: (renamed("a.safetensors")(f), content(INDEX, '{"weight_map": {"a": 1}}')(f)),
-        "has no weight_map",
+        "`$.weight_map[...]`",
     ),
     "index names a missing file": (
         sharded(lambda r, f: r["weight_map"].update({EXPERT: "part7.safetensors"})),
@@ -146,23 +147,7 @@ CASES = {
     ),
     "index names a folder": (
         sharded(lambda r, f: ((f / "sub").mkdir(), r["weight_map"].update({EXPERT: "sub"}))),
-        "sub is missing",
-    ),
-    "index names a tensor too many": (
-        sharded(lambda r, f: r["weight_map"].update({"model.extra": "part0.safetensors"})),
-        "model.extra is not in part0.safetensors",
-    ),
-    "index names a tensor too few": (
-        sharded(lambda r, f: r["weight_map"].pop(EXPERT)),
-        f"{EXPERT} in part",
-    ),
-    "index places a tensor wrongly": (
-        sharded(
-            lambda r, f: r["weight_map"].update(
-                {EXPERT: {"part0.safetensors": "part1.safetensors"}.get(r["weight_map"][EXPERT], "part0.safetensors")}
-            )
-        ),
-        f"{EXPERT} is not in part",
+        "sub is not a regular file but a folder",
     ),
     "a truncated shard": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-10]),
@@ -298,25 +283,6 @@ def test_sharded_checkpoints_are_read(tmp_path):
             np.testing.assert_array_equal(parts.projection(ours, name), whole.projection(theirs, name))
 
 
-def test_links_inside_the_hub_cache_are_followed(tmp_path):
-    repository = tmp_path / "models--some--model"
-    snapshot = plain_checkpoint.write(repository / "snapshots" / "abc")
-    (repository / "blobs").mkdir()
-    for path in list(snapshot.iterdir()):
-        blob = repository / "blobs" / path.name[::-1]
-        path.rename(blob)
-        path.symlink_to(Path(os.path.relpath(blob, snapshot)))
-    assert len(Checkpoint.open(snapshot).layers) == 2
-    # Another repository of the same cache is outside.
-    other = tmp_path / "models--other--model"
-    other.mkdir()
-    (snapshot / "model.safetensors").resolve().rename(other / "blob")
-    (snapshot / "model.safetensors").unlink()
-    (snapshot / "model.safetensors").symlink_to(other / "blob")
-    with pytest.raises(JaxmoeError, match="is a link out of"):
-        Checkpoint.open(snapshot)
-
-
 def test_projection_that_is_not_there(tmp_path):
     checkpoint = Checkpoint.open(plain_checkpoint.write(tmp_path / "checkpoint"))
     with pytest.raises(JaxmoeError, match="layer 0 has no side: its projections are gate, up, down"):
@@ -328,7 +294,7 @@ def test_reading_changes_nothing_and_views_are_read_only(tmp_path):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     checkpoint = Checkpoint.open(folder)
     with pytest.raises(ValueError, match="read-only"):
-        checkpoint.tensors[EXPERT].view()[0] = 1
+        checkpoint.tensors[EXPERT].read()[0] = 1
     checkpoint.projection(checkpoint.layers[1], "up")[:] = 0
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 

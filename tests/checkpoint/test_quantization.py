@@ -99,7 +99,7 @@ def fp8_checkpoint(source, folder, block=(16, 32)):
     """Quantise every matrix of a tiny model but its embeddings and routers; return the folder and the exact values."""
     arrays, exact = {}, {}
     for name, entry in source.tensors.items():
-        values = entry.view()
+        values = entry.read()
         if not name.endswith("_proj.weight"):
             arrays[name] = exact[name] = values
             continue
@@ -144,7 +144,7 @@ def test_fp8_checkpoint(tiny, tmp_path):
 def test_mxfp4_checkpoint(tiny, tmp_path):
     source = Checkpoint.open(tiny("gpt_oss", "bfloat16"))
     wide = 32  # MXFP4 has groups of 32 inputs
-    arrays = {name: e.view() for name, e in source.tensors.items() if not name.endswith(("up_proj", "down_proj"))}
+    arrays = {name: e.read() for name, e in source.tensors.items() if not name.endswith(("up_proj", "down_proj"))}
     exact = {}
     for layer in source.layers:
         for name, out, in_ in (("gate_up_proj", 2 * wide, HIDDEN), ("down_proj", HIDDEN, wide)):
@@ -175,7 +175,7 @@ def int4_checkpoint(source, folder, **settings):
     arrays, exact = {}, {}
     for name, entry in source.tensors.items():
         if ".experts." not in name:
-            arrays[name] = entry.view()
+            arrays[name] = entry.read()
             continue
         out, in_ = entry.shape
         values = RNG.integers(-8, 8, (out, in_))
@@ -242,7 +242,7 @@ def test_int4_with_zero_points_is_refused(tiny, tmp_path):
 
 def broken(source, folder, change):
     folder, _ = fp8_checkpoint(source, folder)
-    opened = {name: entry.view() for name, entry in Checkpoint.open(folder).tensors.items()}
+    opened = {name: entry.read() for name, entry in Checkpoint.open(folder).tensors.items()}
     change(opened)
     return write(folder, opened, json.loads((folder / "config.json").read_text()))
 

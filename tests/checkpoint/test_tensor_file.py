@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxmoe.checkpoint.tensor_file import CODES, DTYPES, Planned, header_bytes, read_header, write_tensors
+from jaxmoe.checkpoint.tensor_file import CODES, DTYPES, Planned, read_header, write_tensors
 from jaxmoe.errors import JaxmoeError
 
 
@@ -55,8 +55,8 @@ def test_reads_what_the_library_writes(tmp_path):
         entry = entries[name]
         assert entry.dtype == CODES[values.dtype]
         assert (entry.shape, entry.numbers, entry.bytes) == (values.shape, values.size, values.nbytes)
-        np.testing.assert_array_equal(entry.view(), values)
-        assert not entry.view().flags.writeable or not values.size
+        np.testing.assert_array_equal(entry.read(), values)
+        assert not entry.read().flags.writeable or not values.size
 
 
 @pytest.mark.parametrize("code", [code for code in DTYPES if code.startswith("F8")])
@@ -65,7 +65,7 @@ def test_float8_round_trip(code, tmp_path):
     write_tensors(tmp_path / "t.safetensors", planned({"a": values}))
     entry = read_header(tmp_path / "t.safetensors")["a"]
     assert entry.dtype == code
-    np.testing.assert_array_equal(entry.view().view(np.uint8), values.view(np.uint8))
+    np.testing.assert_array_equal(entry.read().view(np.uint8), values.view(np.uint8))
 
 
 def test_packed_elements_stay_bytes(tmp_path):
@@ -73,7 +73,7 @@ def test_packed_elements_stay_bytes(tmp_path):
     write_tensors(tmp_path / "t.safetensors", [Planned("a", "F4", (3, 4), lambda: packed)])
     entry = read_header(tmp_path / "t.safetensors")["a"]
     assert (entry.shape, entry.numbers, entry.bytes) == ((3, 4), 12, 6)
-    np.testing.assert_array_equal(entry.view(), packed)
+    np.testing.assert_array_equal(entry.read(), packed)
 
 
 @settings(max_examples=25, deadline=None)
@@ -96,7 +96,7 @@ def test_any_tensors_round_trip(shapes, random):
         loaded, entries = load_file(path), read_header(path)
         for name, values in arrays.items():
             np.testing.assert_array_equal(loaded[name], values)
-            np.testing.assert_array_equal(entries[name].view(), values)
+            np.testing.assert_array_equal(entries[name].read(), values)
 
 
 def test_arrays_in_any_memory_order_are_written_right(tmp_path):
@@ -121,7 +121,7 @@ def test_header_is_padded_and_tensors_aligned(tmp_path):
     content = (tmp_path / "t.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     assert length % 8 == 0
-    assert header_bytes(tmp_path / "t.safetensors") == content[: 8 + length]
+    assert {entry.shard.data for entry in read_header(tmp_path / "t.safetensors").values()} == {8 + length}
     assert json.loads(content[8 : 8 + length])["__metadata__"] == {"format": "pt"}
     for entry in read_header(tmp_path / "t.safetensors").values():
         assert entry.begin % DTYPES[entry.dtype].itemsize == 0
@@ -244,7 +244,7 @@ def test_malformed_files_name_file_and_reason(content, message, tmp_path):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(JaxmoeError, match=r"gone\.safetensors cannot be read: No such file"):
+    with pytest.raises(JaxmoeError, match=r"gone\.safetensors does not exist"):
         read_header(tmp_path / "gone.safetensors")
 
 

@@ -42,7 +42,7 @@ def recovered(compressed, text):
 
 
 def tensors(folder):
-    return {name: np.array(entry.view()) for name, entry in files.read_tensors(folder).items()}
+    return {name: np.array(entry.read()) for name, entry in files.read_tensors(folder).items()}
 
 
 def test_what_is_trained_changes_and_nothing_else(compressed, recovered):
