@@ -137,7 +137,7 @@ class CompressedCheckpoint:
         Raises:
             JaxmoeError: a tensor is missing or has another size than the config says.
         """
-        return self._layer(module, lambda entry: entry.read() if entry.dtype.startswith("I") else entry.abstract())
+        return self._layer(module, lambda entry: entry.read() if entry.dtype[0] in "IU" else entry.abstract())
 
     def _layer(self, module: str, take: Callable[[TensorEntry], np.ndarray]) -> CompressedLayer:
         arrays = {name.removeprefix(f"{module}."): take(self.tensors[name]) for name in self._names(module)}
