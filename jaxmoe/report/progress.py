@@ -1,4 +1,7 @@
-"""Progress of a run: a bar with the time left on a terminal, plain lines elsewhere, JSON lines for programs."""
+"""Progress of a run: a bar with the time left on a terminal, plain lines elsewhere, JSON lines for programs.
+
+Where nothing is heard of for ten minutes, a watchdog says so, and whether the program still computes.
+"""
 
 import json
 import sys
@@ -10,11 +13,23 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from jaxmoe.report.tables import span
+from jaxmoe.report.watchdog import Watchdog
 
 
 @contextmanager
 def progress(total: int, *, as_json: bool, doing: str = "compressing", unit: str = "layers") -> Iterator:
     """Yield the function that a pipeline calls with its events; everything goes to standard error."""
+    with Watchdog() as watchdog, _shown(total, as_json=as_json, doing=doing, unit=unit) as show:
+
+        def on_event(event: dict[str, Any]) -> None:
+            watchdog.heard(describe(event))
+            show(event)
+
+        yield on_event
+
+
+@contextmanager
+def _shown(total: int, *, as_json: bool, doing: str, unit: str) -> Iterator:
     if as_json:
         yield lambda event: print(json.dumps(event), file=sys.stderr, flush=True)
         return

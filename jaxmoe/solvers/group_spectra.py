@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmoe.solvers.decompositions import eigh, eigvalsh
 from jaxmoe.solvers.mixture import HIGHEST, whiten_rows
 
 
@@ -52,7 +53,7 @@ def group_energies(
         [[8.0, 0.0], [4.0, 0.0]]
     """
     stacked, _ = _stacked(weight, moment, row_moment, size)
-    return jnp.maximum(jnp.linalg.eigvalsh(_gram(stacked), symmetrize_input=False)[:, ::-1], 0.0)
+    return jnp.maximum(eigvalsh(_gram(stacked), symmetrize_input=False)[:, ::-1], 0.0)
 
 
 @partial(jax.jit, static_argnames=("size", "rank"))
@@ -109,14 +110,14 @@ def group_spectra(
 def _decomposed(stacked, inverse, rank: int) -> GroupSpectra:
     _, rows, columns = stacked.shape
     if rows < columns and rank <= rows:
-        values, left = jnp.linalg.eigh(_gram(stacked), symmetrize_input=False)
+        values, left = eigh(_gram(stacked), symmetrize_input=False)
         values, left = values[:, ::-1], left[:, :, ::-1][:, :, :rank]
         # Directions without energy have no right vector; zero serves as well.
         scale = jnp.where(values > 1e-12 * values[:, :1], 1 / jnp.sqrt(jnp.where(values > 0, values, 1.0)), 0.0)
         right = jnp.matmul(jnp.swapaxes(left, 1, 2), stacked, precision=HIGHEST) * scale[:, :rank, None]
     else:
         gram = jnp.matmul(jnp.swapaxes(stacked, 1, 2), stacked, precision=HIGHEST)
-        values, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
+        values, vectors = eigh(gram, symmetrize_input=False)
         values, right = values[:, ::-1], jnp.swapaxes(vectors[:, :, ::-1][:, :, :rank], 1, 2)
     right = right if inverse is None else jnp.matmul(right, inverse, precision=HIGHEST)
     return GroupSpectra(jnp.maximum(values, 0.0), right)
@@ -143,7 +144,7 @@ def _stacked(weight, moment, row_moment, size):
         members = jnp.pad(jnp.ones(experts), (0, whole)).reshape(groups, size).sum(1)
         moment = jnp.pad(moment, ((0, whole), (0, 0), (0, 0))).reshape(groups, size, columns, columns).sum(1)
         moment = moment / members[:, None, None]
-    values, vectors = jnp.linalg.eigh(moment, symmetrize_input=False)
+    values, vectors = eigh(moment, symmetrize_input=False)
     values = jnp.maximum(values, FLOOR * values[:, -1:])
     root = vectors * jnp.sqrt(values)[:, None, :]
     inverse = jnp.swapaxes(vectors, 1, 2) / jnp.sqrt(values)[:, :, None]

@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Num
 
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.solvers.decompositions import solve
 from jaxmoe.solvers.second_moment import check_moment
 
 MergeMethod = Literal["fisher", "fisher_freq", "freq", "mean"]
@@ -118,7 +119,7 @@ def regmean(
     # Solved for what is to be added to the mean, to which the ridge then draws; its deviations sum to zero, so that the
     # ridge is on the left side only, and rounding is relative to the deviations.
     moved = jnp.einsum("eoi,eij->oj", weight - mean, moments, precision=lax.Precision.HIGHEST)
-    return mean + jnp.linalg.solve(moments.sum(0) + experts * added, moved.T).T
+    return mean + solve(moments.sum(0) + experts * added, moved.T).T
 
 
 def ties(weight: Float[Array, "expert out in"], *, density: float = 0.2, scale: float = 1.0) -> Float[Array, "out in"]:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.shared_basis import ACTIVATIONS
+from jaxmoe.solvers.decompositions import cholesky, eigh, solve_lower
 
 HIGHEST = lax.Precision.HIGHEST
 
@@ -143,7 +144,7 @@ def whiten_rows(weight: Float[Array, "expert row column"], row_moment: Array | N
     """Return L^T W with L L^T the moment along the rows; its plain error is the error of W under that moment."""
     if row_moment is None:
         return weight
-    values, vectors = jnp.linalg.eigh(row_moment)
+    values, vectors = eigh(row_moment)
     root = vectors * jnp.sqrt(jnp.maximum(values, 0.0))[..., None, :]
     return jnp.matmul(jnp.swapaxes(root, -1, -2), weight, precision=HIGHEST)
 
@@ -159,7 +160,7 @@ def block_svd(
     spread = jax.nn.one_hot(owner, bases, dtype=weight.dtype)
     grams = jnp.einsum("epq,epk->eqk", weight, weight, precision=HIGHEST)
     grams = jnp.einsum("eb,eqk->bqk", spread, grams, precision=HIGHEST)
-    vectors = jnp.linalg.eigh(grams)[1][..., ::-1][..., :rank]
+    vectors = eigh(grams)[1][..., ::-1][..., :rank]
     # Eigenvectors have no sign of their own, but f(-V) is not -f(V): let the largest entry be positive.
     peak = jnp.take_along_axis(vectors, jnp.argmax(jnp.abs(vectors), axis=-2, keepdims=True), axis=-2)
     vectors = vectors * jnp.where(peak < 0, -1.0, 1.0)
@@ -225,7 +226,7 @@ def cholesky_with_floor(gram: Float[Array, "expert rank rank"], ridge: float):
     floor = ridge * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / rank
     # An expert whose features all vanish still needs a factor; its coefficients are then exactly zero.
     floor = jnp.where(floor > 0, floor, 1.0)
-    return lax.linalg.cholesky(gram + floor * jnp.eye(rank, dtype=gram.dtype), symmetrize_input=False)
+    return cholesky(gram + floor * jnp.eye(rank, dtype=gram.dtype), symmetrize_input=False)
 
 
 def lower_inverse(factor: Float[Array, "expert rank rank"]) -> Float[Array, "expert rank rank"]:
@@ -245,7 +246,7 @@ def _lower_inverse(factor, largest: int):
     rank = factor.shape[-1]
     if rank <= largest:
         identity = jnp.broadcast_to(jnp.eye(rank, dtype=factor.dtype), factor.shape)
-        return lax.linalg.triangular_solve(factor, identity, left_side=True, lower=True)
+        return solve_lower(factor, identity)
     half = rank // 2
     first, last = (_lower_inverse(factor[:, part, part], largest) for part in (slice(half), slice(half, None)))
     product = jnp.matmul(factor[:, half:, :half], first, precision=HIGHEST)
@@ -255,8 +256,8 @@ def _lower_inverse(factor, largest: int):
 
 def right_solve(right: Float[Array, "expert row rank"], factor: Float[Array, "expert rank rank"]):
     """Return X S^-1 for S = L L^T, given L."""
-    half = lax.linalg.triangular_solve(factor, right, left_side=False, lower=True, transpose_a=True)
-    return lax.linalg.triangular_solve(factor, half, left_side=False, lower=True)
+    half = solve_lower(factor, right, left_side=False, transpose=True)
+    return solve_lower(factor, half, left_side=False)
 
 
 def squared_norms(matrix: Float[Array, "expert row column"], moment: Array | None = None) -> Float[Array, " expert"]:

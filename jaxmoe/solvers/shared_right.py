@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmoe.solvers.decompositions import eigh
 from jaxmoe.solvers.group_spectra import FLOOR, group_bases
 from jaxmoe.solvers.mixture import HIGHEST, solve_coefficients, squared_norms
 
@@ -59,7 +60,7 @@ def shared_right(
 
 def _floored(moment):
     """Return the moments with the eigenvalues that `group_bases` gives them."""
-    values, vectors = jnp.linalg.eigh(moment, symmetrize_input=False)
+    values, vectors = eigh(moment, symmetrize_input=False)
     values = jnp.maximum(values, FLOOR * values[:, -1:])
     return jnp.matmul(vectors * values[:, None, :], jnp.swapaxes(vectors, 1, 2), precision=HIGHEST)
 

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.solvers.decompositions import cholesky, solve_lower
 
 
 def keep_best(score: Num[np.ndarray, "*unit candidate"], keep: int, groups: int = 1) -> Int[np.ndarray, "*unit keep"]:
@@ -154,4 +155,5 @@ def _greedy(down, moment, *, keep):
 
 
 def _solve(matrix, target):
-    return jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(matrix), True), target)
+    factor = cholesky(matrix)
+    return solve_lower(factor, solve_lower(factor, target), transpose=True)

@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.solvers.decompositions import eigh, eigvalsh, orthonormal
 from jaxmoe.solvers.second_moment import check_moment
 
 FLOOR = 1e-9
@@ -43,8 +44,8 @@ def _product(equation, *operands):
 
 def _leading(gram, rank):
     """Return the leading eigenvectors `[expert, side, rank]` and all eigenvalues, descending, of Gram matrices."""
-    # symmetrize_input would halve and add the transpose: a product with its own transpose is symmetric already.
-    values, vectors = jnp.linalg.eigh(gram, symmetrize_input=False)
+    # A product with its own transpose is symmetric already.
+    values, vectors = eigh(gram, symmetrize_input=False)
     return vectors[..., ::-1][..., :rank], jnp.maximum(values[..., ::-1], 0)
 
 
@@ -59,7 +60,7 @@ def _root(moment):
     """Return the symmetric square root of a moment."""
     if moment.ndim == 2:
         return jnp.sqrt(moment)
-    values, vectors = jnp.linalg.eigh(moment)
+    values, vectors = eigh(moment)
     return _product("eij,ej,ekj->eik", vectors, jnp.sqrt(jnp.maximum(values, 0)), vectors)
 
 
@@ -75,7 +76,7 @@ def _column_weighted(weight, moment, rank) -> SVDFit:
             return SVDFit(_product("eoi,eir->eor", weight, vectors), jnp.swapaxes(vectors, 1, 2), energies)
         # The images of the leading right vectors span the left ones; QR makes them orthonormal without dividing by
         # singular values that may vanish.
-        left = jnp.linalg.qr(_product("eoi,eir->eor", root, vectors))[0]
+        left = orthonormal(_product("eoi,eir->eor", root, vectors))
     return SVDFit(left, _product("eor,eoi->eri", left, weight), energies)
 
 
@@ -130,7 +131,7 @@ def weighted_svd(
         root = jnp.sqrt(jnp.maximum(row_moment, FLOOR * jnp.max(row_moment, axis=-1, keepdims=True)))[..., None]
         fit = _column_weighted(root * weight, column_moment, rank)
         return fit._replace(left=fit.left / root)
-    values, vectors = jnp.linalg.eigh(row_moment)
+    values, vectors = eigh(row_moment)
     root = jnp.sqrt(jnp.maximum(values, FLOOR * values[..., -1:]))[..., None]
     vectors, root = (jnp.broadcast_to(x, (experts, *x.shape[1:])) for x in (vectors, root))
     fit = _column_weighted(root * _product("eop,eoi->epi", vectors, weight), column_moment, rank)
@@ -161,4 +162,4 @@ def weighted_energies(
     else:
         root = weight if column_moment is None else _times(weight, _root(column_moment))
         gram = _product("eoi,eoj->eij", root, root)
-    return jnp.maximum(jnp.linalg.eigvalsh(gram, symmetrize_input=False)[..., ::-1], 0)
+    return jnp.maximum(eigvalsh(gram, symmetrize_input=False)[..., ::-1], 0)

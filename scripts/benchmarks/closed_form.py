@@ -28,6 +28,7 @@ import numpy as np  # noqa: E402
 from jaxmoe import methods  # noqa: E402
 from jaxmoe.factors import LayerShape  # noqa: E402
 from jaxmoe.methods import Evidence  # noqa: E402
+from jaxmoe.solvers.decompositions import eigh  # noqa: E402
 
 HIDDEN, INTERMEDIATE, GROUP, KEPT = 2048, 768, 4, 0.6
 CASES = {
@@ -77,7 +78,7 @@ def rivals(name: str, weight, counts, moments):
         given = (exact - np.average(exact, axis=0, weights=counts).astype(np.float32), moments)
         form = lambda delta, moment: delta @ moment @ jnp.swapaxes(delta, 1, 2)  # noqa: E731
         side, kind = INTERMEDIATE, np.float64
-    formed, decompose = jax.jit(form), jax.jit(partial(jnp.linalg.eigh, symmetrize_input=False))
+    formed, decompose = jax.jit(form), jax.jit(partial(eigh, symmetrize_input=False))
     given = tuple(part.astype(kind) for part in given)
     with jax.enable_x64(kind == np.float64):
         grams = np.asarray(formed(*given))
