@@ -197,7 +197,7 @@ def compress_chain(
     output = Path(output).absolute()
     begun = time.perf_counter()
     budget = _Budget(checkpoint, chain, ratio, of)
-    check_form(chain.steps[-1], export=export)
+    check_form(checkpoint, chain.steps[-1], export=export)
     if needs_gradients(chain.requires(settings)):
         gradients = gradients or "sequence"
     run = {

@@ -17,6 +17,7 @@ Event = Callable[[dict[str, Any]], None]
 
 
 def check_form(
+    checkpoint: Checkpoint,
     method: AnyMethod,
     *,
     export: str | None = None,
@@ -26,6 +27,7 @@ def check_form(
     """Raise unless a method can be carried out like that, so that nothing is calibrated in vain.
 
     Args:
+        checkpoint: the source.
         method: any.
         export: form of the result, "slim" or one of `pipeline.EXPORTS`; None for the method's own.
         layers: some layers alone.
@@ -37,8 +39,10 @@ def check_form(
                 f"{method.name} goes through all layers at once and writes a checkpoint of the original architecture:"
                 " leave out --layers, --sequential and --export"
             )
-    elif export == "slim":
+        return
+    if export == "slim":
         raise JaxmoeError(f"--export slim: {method.name} removes no experts and no channels; these do: {slimming()}")
+    pipeline.check_export(checkpoint, export or "factored")
 
 
 def plan_compression(
@@ -105,7 +109,7 @@ def carry_out(
     Raises:
         JaxmoeError: the method does not take an argument, or the run fails.
     """
-    check_form(plan.method, export=export, layers=layers)
+    check_form(checkpoint, plan.method, export=export, layers=layers)
     shared = {"resume": resume, "command": command, "statistics": statistics, "amend": amend, "on_event": on_event}
     if isinstance(plan, SlimPlan):
         return slim(checkpoint, output, plan, **shared)

@@ -26,6 +26,7 @@ from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, layer_file
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.architectures import architecture
 from jaxmoe.export.card import model_card
 from jaxmoe.export.factored import factored_config, remote_code
 from jaxmoe.export.folder import complete_folder, dump, side_files
@@ -86,8 +87,7 @@ def compress(
     Raises:
         JaxmoeError: the output exists, the folder belongs to another run, a weight is not finite, or the disk is full.
     """
-    if export not in EXPORTS:
-        raise JaxmoeError(f"export {export!r}: give {' or '.join(EXPORTS)}")
+    check_export(checkpoint, export)
     output = Path(output).absolute()
     begun = time.perf_counter()
     check_statistics(plan, statistics)
@@ -128,6 +128,14 @@ def compress(
         with workspace.exclusive("publish"):
             specs = {index: entry["spec"] for index, entry in entries.items() if entry is not None}
             return _publish(checkpoint, plan, export, workspace, specs, amend({**report, "run": run}), on_event)
+
+
+def check_export(checkpoint: Checkpoint, export: str) -> None:
+    """Raise if a checkpoint cannot be written in a form, so that nothing is fitted in vain."""
+    if export not in EXPORTS:
+        raise JaxmoeError(f"export {export!r}: give {' or '.join(EXPORTS)}")
+    if export == "factored":
+        architecture(checkpoint.model_type)
 
 
 def check_statistics(plan: Any, statistics: Sums | None) -> None:

@@ -8,8 +8,7 @@ from jaxmoe.checkpoint import files, hub
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.families import decoder_config, lookup
 from jaxmoe.checkpoint.reader import Checkpoint
-from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.architectures import architecture
+from jaxmoe.export.architectures import exports
 from jaxmoe.export.factored import is_factored, layer_index
 
 
@@ -49,7 +48,7 @@ def _original(checkpoint: Checkpoint) -> dict[str, Any]:
             {"layer": layer.index, "module": layer.module, "dtype": str(layer.dtype), **layer.shape._asdict()}
             for layer in checkpoint.layers
         ],
-        "exports": ["dense", *_factored(checkpoint.model_type)],
+        "exports": exports(checkpoint.model_type),
         "notes": list(checkpoint.notes),
     }
 
@@ -74,11 +73,3 @@ def _compressed(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
         "exports": [] if checkpoint.main else ["dense"],
         "notes": [f"compressed by jaxmoe {checkpoint.config['jaxmoe'].get('version')}"],
     }
-
-
-def _factored(model_type: str) -> list[str]:
-    try:
-        architecture(model_type)
-    except JaxmoeError:
-        return []
-    return ["factored"]

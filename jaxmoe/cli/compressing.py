@@ -70,7 +70,8 @@ def plan(
         chosen = chain_settings(recipe, setting, set_)
         _refuse(recipe.name, {"--allocation": allocation, "--statistics": statistics}, "plan it by its sizes alone")
         summary = plan_chain(opened, recipe, chosen, ratio=ratio, of=of.value, weighted=weighted)
-        emit(summary, as_json, *plan_tables(summary), steps_table(summary))
+        forms, told = _forms(opened, recipe.steps[-1])
+        emit({**summary, "exports": forms}, as_json, *plan_tables(summary), steps_table(summary), *told)
         return
     chosen = method_settings(recipe, setting, set_)
     sums = None if statistics is None else _opened_statistics(statistics, opened)
@@ -78,7 +79,8 @@ def plan(
     planned = plan_compression(opened, recipe, chosen, ratio=ratio, of=of.value, **options)
     summary = planned.summary()
     peak = f"predicted peak memory beyond the idle program: {size(summary['peak_bytes'], 'B')}"
-    emit(summary, as_json, *plan_tables(summary), peak)
+    forms, told = _forms(opened, recipe)
+    emit({**summary, "exports": forms}, as_json, *plan_tables(summary), peak, *told)
 
 
 @command
@@ -142,12 +144,14 @@ def compress(
     ratio = _ratio(ratio, main_experts)
     recipe = find(method)
     span = layer_span(layers)
+    form = None if export is None else export.value
     opened = _open(checkpoint, revision)
     if isinstance(recipe, Chain):
         other = {"--statistics": statistics, "--sequential": sequential, "--layers": span}
         _refuse(recipe.name, other, "it calibrates every step on what that finds: give --text")
         if not text:
             raise JaxmoeError(f"{recipe.name}: every step is calibrated on what it finds; give --text")
+        check_form(opened, recipe.steps[-1], export=form)
         report = _chain(
             opened,
             output,
@@ -156,14 +160,13 @@ def compress(
             {"ratio": ratio, "of": of.value, "allocation": allocation, "seed": seed, "resume": resume},
             (text, sequences, length),
             gradients,
-            export,
+            form,
             as_json,
         )
         emit(report, as_json, steps_table(report), error_table(report["layers"]), *size_tables(report))
         return
     chosen = method_settings(recipe, setting, set_)
-    form = None if export is None else export.value
-    check_form(recipe, export=form, layers=span, sequential=sequential)
+    check_form(opened, recipe, export=form, layers=span, sequential=sequential)
     if text:
         # An impossible size is refused before hours of calibration, not after.
         plan_compression(opened, recipe, chosen, ratio=ratio, of=of.value, weighted=True, allocation="uniform")
@@ -185,6 +188,18 @@ def compress(
             on_event=on_event,
         )
     emit(report, as_json, error_table(report["layers"]), *size_tables(report))
+
+
+def _forms(checkpoint, method) -> tuple[list[str], list[str]]:
+    """Return the forms in which a result can be written, and what a user must be told of them."""
+    from jaxmoe.export.architectures import exports
+    from jaxmoe.methods import SlimMethod
+
+    forms = ["slim"] if isinstance(method, SlimMethod) else exports(checkpoint.model_type)
+    if forms != ["dense"]:
+        return forms, []
+    kind = checkpoint.model_type
+    return forms, [f"model_type {kind!r} has no factored form: only dense can be written, with --export dense"]
 
 
 def _refuse(name: str, given: dict[str, Any], instead: str) -> None:
@@ -213,7 +228,7 @@ def _chain(opened, output, chain, settings, options, texts, gradients, export, a
             texts=cut,
             tokenizer=tokenizer.fingerprint,
             gradients=None if gradients is None else gradients.value,
-            export=None if export is None else export.value,
+            export=export,
             command=shlex.join(["jaxmoe", *sys.argv[1:]]),
             on_event=on_event,
             **options,

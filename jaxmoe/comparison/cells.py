@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.chain import Chain
+from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.compressed_experts import MainMethod
+from jaxmoe.compression import check_form
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.architectures import architecture
 from jaxmoe.methods import AnyMethod
 from jaxmoe.methods.frequency import FREQUENCY
 from jaxmoe.methods.method import needs_gradients
@@ -148,17 +151,26 @@ class Cell:
         return shlex.join(words + (["--revision", revision] if revision else []))
 
 
-def with_baselines(contenders: Sequence[Contender], *, calibrated: bool) -> list[Contender]:
+def check_written(checkpoint: Checkpoint, contenders: Sequence[Contender]) -> None:
+    """Raise if the checkpoints of a contender could not be written, so that nothing is calibrated in vain."""
+    for contender in contenders:
+        if isinstance(contender.method, MainMethod):
+            architecture(checkpoint.model_type)
+        else:
+            check_form(checkpoint, contender.parts[-1])
+
+
+def with_baselines(contenders: Sequence[Contender], *, calibrated: bool, factored: bool = True) -> list[Contender]:
     """Return the contenders, and before them the cheap methods that every comparison has, unless they are there.
 
-    These are truncated SVD of every expert in the contenders' settings and, where there are statistics, pruning of
-    experts by frequency and by REAP.
+    These are truncated SVD of every expert in the contenders' settings, where factors can be written, and, where there
+    are statistics, pruning of experts by frequency and by REAP.
     """
     missing = dict.fromkeys(contender.setting for contender in contenders)
     for contender in contenders:
         if contender.method is SVD:
             missing.pop(contender.setting, None)
-    baselines = [Contender(method=SVD, settings=SVD.settings(setting=s)) for s in missing]
+    baselines = [Contender(method=SVD, settings=SVD.settings(setting=s)) for s in missing if factored]
     there = {contender.method.name for contender in contenders}
     if calibrated and contenders:
         pruning = (method for method in (FREQUENCY, REAP) if method.name not in there)

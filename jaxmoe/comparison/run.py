@@ -23,7 +23,7 @@ from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.atomic import write_bytes
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import fingerprint
-from jaxmoe.comparison.cells import Cell, Contender, cells, with_baselines
+from jaxmoe.comparison.cells import Cell, Contender, cells, check_written, with_baselines
 from jaxmoe.comparison.costs import forget_peak, token_costs
 from jaxmoe.comparison.diagnostics import routing, spectra
 from jaxmoe.comparison.folder import ComparisonFolder
@@ -33,6 +33,7 @@ from jaxmoe.compressed_experts.plan import blocks
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.evaluation.evaluate import evaluate
 from jaxmoe.evaluation.windows import Walked, walk
+from jaxmoe.export.architectures import exports
 from jaxmoe.pipeline import where
 from jaxmoe.report.comparison import comparison_csv, comparison_markdown
 from jaxmoe.report.page import page
@@ -85,8 +86,10 @@ def compare(
     Raises:
         JaxmoeError: what was asked for cannot be: a text, a ratio, the checkpoint or the folder.
     """
-    everyone = with_baselines(contenders, calibrated=calibration_texts is not None)
     opened = Checkpoint.open(str(source), revision=revision)
+    check_written(opened, contenders)
+    factored = "factored" in exports(opened.model_type)
+    everyone = with_baselines(contenders, calibrated=calibration_texts is not None, factored=factored)
     model, tokenizer = StoredModel(opened.folder), Tokenizer.open(opened.folder)
     if main_experts is None:
         main_experts = [max(1, max(block.router.top_k for _, block in blocks(model.spec)) // 2)]

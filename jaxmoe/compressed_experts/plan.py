@@ -77,7 +77,7 @@ def make_main_plan(model: StoredModel, main: MainExperts) -> MainPlan:
             f"{model.folder}: vectors stand in for experts already, and only {next(iter(source.main.values())).count}"
             " run: give the checkpoint that this one was made of"
         )
-    architecture(model.model_type)
+    architecture(source.dense_config()["model_type"])
     spec = main_experts(model.spec, dict.fromkeys(model.modules, main))
     other = source.parameters - stored(model).numbers
     layers = {index: model.abstract_experts(index) for index in model.modules}

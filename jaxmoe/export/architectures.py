@@ -109,6 +109,16 @@ def architecture(model_type: str) -> Architecture:
         return ARCHITECTURES[model_type]
     reason = _REASONS.get(model_type, "jaxmoe knows no transformers classes for it")
     raise JaxmoeError(
-        f"model_type {model_type!r} cannot be exported with factored experts ({reason}): export it dense. "
-        f"Those that can: {', '.join(sorted(ARCHITECTURES))}"
+        f"model_type {model_type!r} cannot be exported with factored experts ({reason}): export it dense, with"
+        f" --export dense. Those that can: {', '.join(sorted(ARCHITECTURES))}"
     )
+
+
+def exports(model_type: str) -> list[str]:
+    """Return the forms in which a checkpoint of an architecture can be written where factors replace its experts.
+
+    Example:
+        >>> exports("mixtral"), exports("dbrx")
+        (['dense', 'factored'], ['dense'])
+    """
+    return ["dense", *(["factored"] if model_type in ARCHITECTURES else [])]
