@@ -33,7 +33,7 @@ def recover(
         typer.Option(
             "--instructions",
             metavar="PATH",
-            help="JSON lines of dialogues with `messages`: learn their answers",
+            help="JSON lines of dialogues with `messages`, and `tools` where they have some: learn their answers",
         ),
     ] = None,
     prompts: Annotated[bool, typer.Option("--prompts", help="learn the prompts of instructions too")] = False,

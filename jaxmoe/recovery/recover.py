@@ -33,13 +33,11 @@ from jaxmoe.texts import (
     Document,
     Rows,
     Tokenizer,
-    chat_template,
     check_same,
+    instruction_documents,
     pack,
-    paragraphs,
-    read_dialogues,
     read_texts,
-    tokenize_dialogue,
+    speller,
     window_length,
 )
 
@@ -168,13 +166,10 @@ def documents(
             if tokenizer.end is not None:
                 ids = np.append(ids, np.int32(tokenizer.end))
             found.append(Document(ids, np.ones(len(ids), bool)))
-    spell = chat_template(folder) or paragraphs
-    for path in instructions:
-        for place, dialogue in enumerate(read_dialogues(path), start=1):
-            try:
-                found.append(tokenize_dialogue(dialogue, tokenizer, spell, prompts=prompts))
-            except JaxmoeError as error:
-                raise JaxmoeError(f"{path}, dialogue {place}: {error}") from None
+    if instructions:
+        with speller(folder) as spelled:
+            for path in instructions:
+                found += instruction_documents(path, tokenizer, spelled, prompts=prompts)
     return found
 
 

@@ -1,27 +1,31 @@
 """Texts: from files to windows of tokens, the same way for calibration and for evaluation."""
 
-from jaxmoe.texts.instructions import chat_template, paragraphs, read_dialogues, tokenize_dialogue
+from jaxmoe.texts.instructions import Dialogue, read_dialogues
 from jaxmoe.texts.packing import Document, Rows, pack
 from jaxmoe.texts.reading import Text, read_texts
-from jaxmoe.texts.tokenizer import Tokenizer, check_same, tokenizer_fingerprint
+from jaxmoe.texts.spelling import Speller, instruction_documents, spell, speller
+from jaxmoe.texts.tokenizer import Tokenizer, check_same
+from jaxmoe.texts.tokenizer_files import tokenizer_fingerprint
 from jaxmoe.texts.windows import Tokens, Windows, text_windows, tokenize, window_length, windows
 
 __all__ = [
+    "Dialogue",
     "Document",
     "Rows",
+    "Speller",
     "Text",
     "Tokenizer",
     "Tokens",
     "Windows",
-    "chat_template",
     "check_same",
+    "instruction_documents",
     "pack",
-    "paragraphs",
     "read_dialogues",
     "read_texts",
+    "spell",
+    "speller",
     "text_windows",
     "tokenize",
-    "tokenize_dialogue",
     "tokenizer_fingerprint",
     "window_length",
     "windows",

@@ -1,163 +1,140 @@
 """Instructions: dialogues in JSON lines, of which the answers are learned.
 
-A line is an object with `messages`, a list of `{"role": ..., "content": ...}` of system, user and assistant, or with
-`prompt` and `response`. Dialogues are spelled by the checkpoint's own chat template where it has one, else as plain
-paragraphs. What the template writes for an assistant's turn is learned, everything else only read.
+A line is an object with `messages`, a list of `{"role": ..., "content": ...}` as chat templates take them, also with
+`tool_calls`, `reasoning_content` and content in parts, or with `prompt` and `response`. `tools`, `documents` and
+`chat_template_kwargs` beside it go to the template too.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
+import msgspec
 
-from jaxmoe.checkpoint.tensor_file import listing
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.texts.packing import Document
-from jaxmoe.texts.tokenizer import Tokenizer
+from jaxmoe.texts.reading import at_home
+from jaxmoe.texts.text_files import json_lines, read_text
 
-ROLES = ("system", "user", "assistant")
-Message = Mapping[str, str]
-Spell = Callable[[Sequence[Message], bool], str]
-"""Returns the text of some messages; True: up to where an answer begins."""
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
+"""Who speaks in published dialogues; a template may know others."""
+Message = Mapping[str, Any]
 
 
-def read_dialogues(path: str | Path) -> list[list[Message]]:
+class Dialogue(NamedTuple):
+    """A dialogue.
+
+    Args:
+        messages: each with a `role`; other keys are the template's.
+        tools: JSON schemas of what the model may call.
+        documents: what the model may read.
+        variables: further values that the template can name, such as `enable_thinking`.
+        line: of the file.
+    """
+
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    documents: Sequence[Mapping[str, Any]] | None = None
+    variables: Mapping[str, Any] = {}
+    line: int = 0
+
+    def answers(self) -> list[int]:
+        """Return the places of the answers among the messages."""
+        return [place for place, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    def roles(self) -> set[str]:
+        """Return who speaks."""
+        return {message["role"] for message in self.messages}
+
+
+class _Line(msgspec.Struct):
+    messages: list[dict[str, Any]] | None = None
+    tools: Any = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    # Of any type, since it is another column's name where there are messages.
+    prompt: Any = None
+    response: Any = None
+
+    def __post_init__(self):
+        if self.messages is None and isinstance(self.prompt, str) and isinstance(self.response, str):
+            pair = (("user", self.prompt), ("assistant", self.response))
+            self.messages = [{"role": role, "content": content} for role, content in pair]
+        self.prompt = self.response = None
+        if not self.messages:
+            raise ValueError("neither `messages` nor the texts `prompt` and `response`")
+        for place, message in enumerate(self.messages, start=1):
+            _check_message(place, message)
+        if self.messages[0]["role"] == "assistant":
+            raise ValueError("an answer comes first: give what it answers")
+        if all(message["role"] != "assistant" for message in self.messages):
+            raise ValueError("no answer: nothing could be learned from it")
+        try:
+            # Tables hold one type in a column, so that schemas also come as JSON in JSON.
+            tools = json.loads(self.tools) if isinstance(self.tools, str) else self.tools
+            self.tools = msgspec.convert(tools, list[dict[str, Any]] | None)
+        except ValueError as error:
+            raise ValueError(f"`tools` are no list of objects ({error})") from None
+
+
+def _check_message(place: int, message: Message) -> None:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str):
+        raise ValueError(f"message {place} has no `role`")
+    if isinstance(content, list):
+        if not all(isinstance(part, dict) for part in content):
+            raise ValueError(f"message {place} has parts of content that are no objects")
+    elif content is not None and not isinstance(content, str):
+        raise ValueError(f"message {place} has a `content` that is neither text nor a list of parts")
+    if role == "assistant":
+        said = content.strip() if isinstance(content, str) else content
+        if not said and not any(message.get(key) for key in ("tool_calls", "reasoning_content", "reasoning")):
+            raise ValueError(f"message {place} is an empty answer")
+    elif content is None:
+        raise ValueError(f"message {place} has no `content`")
+
+
+def read_dialogues(path: str | Path) -> list[Dialogue]:
     """Read a file of instructions.
 
     Args:
         path: JSON lines.
 
     Raises:
-        JaxmoeError: lines are no JSON, lack fields, have unknown roles, empty answers or no answer; offenders are
-            listed by line.
+        JaxmoeError: there is no such file, or lines are no JSON, lack fields, or have empty answers or none; offenders
+            are listed by line.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise JaxmoeError(f"{path} does not exist: mend the path of the instructions")
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise JaxmoeError(f"{path} is not UTF-8 at byte {error.start}: convert it") from error
-    dialogues, problems = [], []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            dialogues.append(_dialogue(json.loads(line)))
-        except (ValueError, RecursionError) as error:
-            reason = str(error) if isinstance(error, JaxmoeError) else "is no JSON"
-            problems.append(f"line {number} {reason}")
-    if problems:
-        raise JaxmoeError(f"{path}: {listing(problems, 5)}")
-    if not dialogues:
-        raise JaxmoeError(f"{path} is empty: give a file with instructions")
-    return dialogues
+    path = at_home(path)
+    text, _ = read_text(path)
+    form = "each line is to be an object with `messages`, or with `prompt` and `response`"
+    return [
+        Dialogue(line.messages or (), line.tools, line.documents, line.chat_template_kwargs or {}, number)
+        for number, line in json_lines(path, text, _Line, form)
+    ]
 
 
-def _dialogue(record: Any) -> list[Message]:
-    if isinstance(record, dict) and "messages" not in record and {"prompt", "response"} <= record.keys():
-        pair = zip(("user", "assistant"), (record["prompt"], record["response"]))
-        record = {"messages": [{"role": role, "content": content} for role, content in pair]}
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise JaxmoeError("has neither `messages` nor `prompt` and `response`")
-    for place, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or "role" not in message:
-            raise JaxmoeError(f"has a message {place} without `role` and a text as `content`")
-        if message["role"] not in ROLES:
-            raise JaxmoeError(f"has the role {message['role']!r}: the roles are {', '.join(ROLES)}")
-        if message["role"] == "assistant" and not message["content"].strip():
-            raise JaxmoeError(f"has an empty answer (message {place})")
-    if messages[0]["role"] == "assistant":
-        raise JaxmoeError("begins with an answer: a user's message comes first")
-    if all(message["role"] != "assistant" for message in messages):
-        raise JaxmoeError("has no answer: nothing could be learned from it")
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-def chat_template(folder: Path) -> Spell | None:
-    """Return how a checkpoint spells dialogues, None if it has no chat template.
-
-    Args:
-        folder: of the checkpoint, with `chat_template.jinja` or a `tokenizer_config.json` that holds it.
-
-    Raises:
-        JaxmoeError: jinja2, which runs the template, is not installed.
-    """
-    source = None
-    special: dict[str, Any] = {}
-    if (path := folder / "tokenizer_config.json").is_file():
-        config = json.loads(path.read_bytes())
-        source = config.get("chat_template")
-        if isinstance(source, list):
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-            token = config.get(name)
-            special[name] = token.get("content") if isinstance(token, dict) else token
-    if (path := folder / "chat_template.jinja").is_file():
-        source = path.read_text(encoding="utf-8")
-    if source is None:
-        return None
-    try:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise JaxmoeError(f"{folder} has a chat template, which jinja2 runs: pip install jinja2") from None
-
-    def refuse(message: str) -> None:
-        raise JaxmoeError(f"the chat template of {folder} says: {message}")
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    template = environment.from_string(source)
-    tokens = {name: token for name, token in special.items() if token}
-    return lambda messages, answer: template.render(messages=messages, add_generation_prompt=answer, **tokens)
-
-
-def paragraphs(messages: Sequence[Message], answer: bool) -> str:
+def paragraphs(messages: Sequence[Message]) -> str:
     """Spell a dialogue as its messages' texts, an empty line after each.
 
+    Raises:
+        JaxmoeError: a message is more than a text.
+
     Example:
-        >>> paragraphs([{"role": "user", "content": "One and one?"}], True)
+        >>> paragraphs([{"role": "user", "content": "One and one?"}])
         'One and one?\\n\\n'
     """
-    return "".join(f"{message['content']}\n\n" for message in messages)
+    return "".join(f"{_plain(message)}\n\n" for message in messages)
 
 
-def tokenize_dialogue(messages: Sequence[Message], tokenizer: Tokenizer, spell: Spell, *, prompts: bool) -> Document:
-    """Tokenise a dialogue.
-
-    Args:
-        messages: of the dialogue, ending with an answer; later ones are ignored.
-        tokenizer: of the checkpoint.
-        spell: how it is written.
-        prompts: whether all tokens are learned instead of those of the answers alone.
-
-    Raises:
-        JaxmoeError: the template writes earlier messages differently once later ones follow, so that it cannot be said
-            which tokens are the answer's.
-    """
-    last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
-    parts: list[np.ndarray] = []
-    learned: list[np.ndarray] = []
-    before = ""
-    for place, message in enumerate(messages[: last + 1]):
-        if message["role"] != "assistant":
-            continue
-        start, end = spell(messages[:place], True), spell(messages[: place + 1], False)
-        if not (end.startswith(start) and start.startswith(before)):
-            raise JaxmoeError(
-                "the chat template writes a message differently when others follow: an answer cannot be told from its"
-                " prompt; learn the prompts too"
-            )
-        for text, answer in ((start[len(before) :], False), (end[len(start) :], True)):
-            ids = tokenizer.encode(text)
-            parts.append(ids)
-            learned.append(np.full(len(ids), answer or prompts))
-        before = end
-    if tokenizer.end is not None and spell is paragraphs:
-        parts.append(np.array([tokenizer.end], np.int32))
-        learned.append(np.ones(1, bool))
-    return Document(np.concatenate(parts), np.concatenate(learned))
+def _plain(message: Message) -> str:
+    more = sorted(key for key, value in message.items() if value and key not in ("role", "content", "name"))
+    calls = [key for key in more if key in ("tool_calls", "reasoning_content", "reasoning", "thinking")]
+    parts = message.get("content") or ""
+    parts = [{"type": "text", "text": parts}] if isinstance(parts, str) else parts
+    kinds = sorted({str(part.get("type")) for part in parts} - {"text"})
+    if calls or kinds:
+        raise JaxmoeError(
+            f"a message has {', '.join([*calls, *kinds])}, and the checkpoint has no chat template to spell it: copy"
+            " chat_template.jinja from the model's source"
+        )
+    return "".join(str(part.get("text", "")) for part in parts)

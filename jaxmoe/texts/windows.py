@@ -50,7 +50,10 @@ def tokenize(text: Text, tokenizer: Tokenizer) -> Tokens:
     """Tokenise a text, its documents one by one, and join them by the tokenizer's end token if there is one."""
     parts, starts = [], []
     for document in text.documents:
-        ids = tokenizer.encode(document)
+        try:
+            ids = tokenizer.encode(document)
+        except JaxmoeError as error:
+            raise JaxmoeError(f"{text.path}: {error}") from None
         if not ids.size:
             continue
         if parts and tokenizer.end is not None:

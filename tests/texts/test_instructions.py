@@ -1,100 +1,68 @@
-"""Dialogues: what is learned are the answers as the checkpoint's template writes them, and bad files say which line."""
+"""Dialogues in files: all that templates take is kept, and bad lines are named."""
 
 import json
 
-import numpy as np
 import pytest
 
-from jaxmoe.data import demo_checkpoint
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.texts import Tokenizer, chat_template, paragraphs, read_dialogues, tokenize_dialogue
+from jaxmoe.texts import read_dialogues
 
-TEMPLATE = (
-    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-TALK = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "One and one?"},
-    {"role": "assistant", "content": "Two."},
-    {"role": "user", "content": "And two?"},
-    {"role": "assistant", "content": "Four, of course."},
-]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.open(demo_checkpoint())
-
-
-def folder_with(path, template):
-    (path / "tokenizer_config.json").write_text(
-        json.dumps({"chat_template": template, "eos_token": {"content": "|"}}), encoding="utf-8"
-    )
-    return path
-
-
-def test_answers_of_a_template_are_learned(tokenizer, tmp_path):
-    spell = chat_template(folder_with(tmp_path, TEMPLATE))
-    document = tokenize_dialogue(TALK, tokenizer, spell, prompts=False)
-    assert tokenizer.decode(document.ids) == spell(TALK, False)
-    learned = [tokenizer.decode(part) for part in np.split(document.ids, _changes(document.learned))]
-    assert learned[1::2] == ["Two.|", "Four, of course.|"]
-    assert learned[0] == "<system>Be brief.|<user>One and one?|<assistant>"
-    assert tokenize_dialogue(TALK, tokenizer, spell, prompts=True).learned.all()
-
-
-def _changes(learned):
-    return np.flatnonzero(np.diff(learned)) + 1
-
-
-def test_a_template_file_goes_before_the_one_in_the_config(tokenizer, tmp_path):
-    (folder_with(tmp_path, "old") / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    assert chat_template(tmp_path)(TALK[:2], True).endswith("<assistant>")
-
-
-def test_without_a_template_messages_are_paragraphs(tokenizer, tmp_path):
-    assert chat_template(tmp_path) is None
-    document = tokenize_dialogue(TALK, tokenizer, paragraphs, prompts=False)
-    learned = [tokenizer.decode(part) for part in np.split(document.ids, _changes(document.learned))]
-    assert learned[1] == "Two.\n\n"
-
-
-def test_a_template_that_looks_ahead_is_refused(tokenizer, tmp_path):
-    spell = chat_template(folder_with(tmp_path, "{{ messages | length }}" + TEMPLATE))
-    with pytest.raises(JaxmoeError, match="writes a message differently"):
-        tokenize_dialogue(TALK, tokenizer, spell, prompts=False)
-
-
-def test_a_template_runs_in_a_sandbox(tmp_path):
-    from jinja2.exceptions import SecurityError
-
-    spell = chat_template(folder_with(tmp_path, "{{ ''.__class__.__mro__ }}"))
-    with pytest.raises(SecurityError):
-        spell(TALK, False)
+TALK = [{"role": "user", "content": "One and one?"}, {"role": "assistant", "content": "Two."}]
 
 
 def test_both_forms_of_a_line_are_read(tmp_path):
     path = tmp_path / "talk.jsonl"
-    path.write_text(json.dumps({"messages": TALK}) + "\n\n" + json.dumps({"prompt": "a", "response": "b"}) + "\n")
+    path.write_text(json.dumps({"messages": TALK}) + "\n\n" + json.dumps({"prompt": "a", "response": "b"}) + "\r\n")
     first, second = read_dialogues(path)
-    assert first == TALK
-    assert second == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert (first.messages, first.line) == (TALK, 1)
+    assert second.messages == [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert (second.tools, second.documents, second.variables, second.line) == (None, None, {}, 3)
+
+
+def test_all_that_a_template_takes_is_kept(tmp_path):
+    path = tmp_path / "talk.jsonl"
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": {"a": 2**70}}}],
+    }
+    talk = [TALK[0], call, {"role": "tool", "tool_call_id": "x", "content": [{"type": "text", "text": "2"}]}, TALK[1]]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    more = {"documents": [{"title": "a"}], "chat_template_kwargs": {"enable_thinking": False}, "score": float("nan")}
+    lines = [{"messages": talk, "tools": tools, **more}, {"messages": talk, "tools": json.dumps(tools), "prompt": 3}]
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(map(json.dumps, lines)).encode())
+    first, second = read_dialogues(path)
+    assert first.messages == second.messages == talk
+    assert first.tools == second.tools == tools
+    assert (first.documents, first.variables) == ([{"title": "a"}], {"enable_thinking": False})
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 2 is no JSON"),
-        ('["a"]', "line 2 has neither"),
-        ('{"prompt": "a"}', "line 2 has neither"),
-        ('{"messages": []}', "line 2 has neither"),
-        ('{"messages": [{"role": "user"}]}', "message 1 without"),
-        ('{"messages": [{"role": "bot", "content": "a"}]}', "role 'bot': the roles are system, user, assistant"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "has no answer"),
-        ('{"messages": [{"role": "assistant", "content": "a"}]}', "begins with an answer"),
-        ('{"prompt": "a", "response": " "}', "empty answer"),
-        ('{"prompt": "a", "response": 3}', "message 2 without"),
+        ("{", "line 2: no JSON"),
+        ('["a"]', "line 2: Expected `object`, got `array`"),
+        ("[" * 100_000, "line 2: nested too deep"),
+        ('{"messages": ' + "[" * 900 + "]" * 900 + "}", r"line 2: Expected `object`, got `array`"),
+        ('{"messages": {}}', "line 2: Expected `array"),
+        ('{"prompt": "a"}', "line 2: neither `messages` nor"),
+        ('{"prompt": ["a"], "response": "b"}', "line 2: neither `messages` nor"),
+        ('{"messages": []}', "line 2: neither `messages` nor"),
+        ('{"messages": [{"content": "a"}]}', "message 1 has no `role`"),
+        ('{"messages": [{"role": 3, "content": "a"}]}', "message 1 has no `role`"),
+        ('{"messages": [{"role": "user"}]}', "message 1 has no `content`"),
+        ('{"messages": [{"role": "user", "content": 3}]}', "message 1 has a `content` that is neither"),
+        ('{"messages": [{"role": "user", "content": ["a"]}]}', "message 1 has parts of content that are no objects"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no answer"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "an answer comes first"),
+        ('{"prompt": "a", "response": " "}', "message 2 is an empty answer"),
+        ('{"prompt": "a", "response": 3}', "neither"),
+        ('{"prompt": "a\\ud800", "response": "b"}', r"line 2: half a surrogate pair"),
+        ('{"prompt": "a", "response": "b", "tools": "["}', "`tools` are no list of objects"),
+        ('{"prompt": "a", "response": "b", "tools": ["a"]}', "`tools` are no list of objects"),
+        ('{"prompt": "a", "response": "b", "documents": "a"}', r"Expected `array \| null`, got `str`"),
+        ('{"prompt": "a", "response": "b", "chat_template_kwargs": [1]}', r"Expected `object \| null`"),
+        ('{"prompt": "a", "response": "b", "tools": [{"a": "\\udfff"}]}', r"half a surrogate pair"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):

@@ -1,7 +1,9 @@
 """Reading texts: files, folders and JSON lines, and what bad ones are told."""
 
+import gzip
 import hashlib
 import json
+import os
 
 import pytest
 
@@ -40,10 +42,23 @@ def test_files_folders_and_json_lines(tmp_path):
         ("empty.txt", "", "is empty"),
         ("blank.txt", " \n\t\n", "is empty"),
         ("nul.txt", b"some\0thing", "binary"),
-        ("latin.txt", "abc\u00e9".encode("latin-1"), "not UTF-8 at byte 3"),
-        ("no_json.jsonl", '{"text": "a"}\nplain\n', "line 2 is no JSON"),
-        ("no_text.jsonl", '{"text": "a"}\n\n{"body": "b"}\n{"text": 3}', "line 3 has no string `text`; line 4"),
-        ("no_object.jsonl", '["text"]\n', "line 1 has no string `text`"),
+        ("late_nul.txt", b"a" * 100_000 + b"\0", "binary"),
+        ("latin.txt", "abc\n\u00e9".encode("latin-1"), "not UTF-8 at byte 4 (line 2)"),
+        ("surrogate.txt", b"abc \xed\xa0\x80", "not UTF-8 at byte 4 (line 1)"),
+        ("windows.txt", "plain text".encode("utf-16"), "is UTF-16: give text in UTF-8"),
+        ("zipped.txt", gzip.compress(b"plain text"), "is compressed by gzip"),
+        ("table.jsonl", b"PAR1\x15\x04\xff", "is a Parquet table"),
+        ("no_json.jsonl", '{"text": "a"}\nplain\n', "line 2: no JSON"),
+        (
+            "no_text.jsonl",
+            '{"text": "a"}\n\n{"body": "b"}\n{"text": 3}',
+            "required field `text`; line 4: Expected `str`",
+        ),
+        ("no_object.jsonl", '["text"]\n', "line 1: Expected `object`, got `array`"),
+        ("null.jsonl", "null\n", "line 1: Expected `object`, got `null`"),
+        ("half.jsonl", '{"text": "a"}\r\n{"text": "\\ud800b"}\r\n', "line 2: half a surrogate pair"),
+        ("deep.jsonl", '{"text": ' + "[" * 100_000, "line 1: nested too deep"),
+        ("huge.jsonl", '{"text": ' + "1" * 5000 + "}", "line 1: no JSON"),
         ("all_empty.jsonl", '{"text": ""}\n', "is empty"),
         (".hidden", "text", "begins with a dot"),
     ],
@@ -62,6 +77,27 @@ def test_all_offenders_are_listed(tmp_path):
     with pytest.raises(JaxmoeError, match=r"bare has no \*\.txt.*|missing\.txt does not exist") as raised:
         read_texts(paths)
     assert all(str(path) in str(raised.value) for path in paths)
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "folder.txt").mkdir(parents=True)
+    os.mkfifo(folder / "pipe.txt")
+    (folder / "link.txt").symlink_to("nowhere")
+    (folder / "loop.txt").symlink_to("loop.txt")
+    paths = [folder, "/dev/null", tmp_path / ("x" * 300), "nul\0", tmp_path / "half\ud800", "~nobody/text.txt"]
+    with pytest.raises(JaxmoeError) as raised:
+        read_texts(paths)
+    for said in ("pipe.txt is not a regular file but a pipe", "folder.txt is not a regular file but a folder"):
+        assert said in str(raised.value)
+    for place in (
+        "link.txt does not exist",
+        "loop.txt cannot be read",
+        "/dev/null is not",
+        "xxx cannot be read",
+        "nul",
+    ):
+        assert place in str(raised.value)
 
 
 def test_two_domains_of_one_name(tmp_path):

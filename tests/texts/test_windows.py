@@ -8,6 +8,7 @@ import pytest
 from jaxmoe.data import demo_checkpoint
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.texts import Tokenizer, Tokens, text_windows, windows
+from jaxmoe.texts.tokenizer_files import read_backend
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_without_an_end_token_documents_touch(tmp_path, tokenizer):
     path = tmp_path / "web.jsonl"
     path.write_text('{"text": "one"}\n{"text": "two"}')
     parts = [tokenizer.encode(document).tolist() for document in ("one", "two")]
-    endless = Tokenizer(tokenizer.path, vocabulary=tokenizer.vocabulary)
+    endless = Tokenizer(read_backend(demo_checkpoint(), "qwen3_moe"), vocabulary=tokenizer.vocabulary)
     (cut,) = text_windows([path], endless, length=2)
     assert cut.ids.ravel().tolist() == (parts[0] + parts[1])[: cut.ids.size]
 
