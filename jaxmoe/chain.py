@@ -227,7 +227,7 @@ def compress_chain(
         step = folder / f"{number}-{method.name}-{mark}"
         report = carry_out(found, step, plan, statistics=known, on_event=_quiet(on_event))
         reports.append({name: report[name] for name in _OF_A_STEP if name in report})
-        found, known = Checkpoint.open(step), None
+        found, known = Checkpoint.open(step, ignore_config_keys=checkpoint.ignored), None
     known = _calibrated(found, texts, folder / f"{len(chain.steps)}-statistics-{mark}", tokenizer, gradients, on_event)
     rest = budget.rest(found)
     plan = plan_compression(
@@ -320,7 +320,7 @@ def _experts(checkpoint: Checkpoint) -> int:
 
 
 def _calibrated(found: Checkpoint, texts, folder: Path, tokenizer: str | None, gradients: str | None, on_event) -> Sums:
-    model = StoredModel(found.folder)
+    model = StoredModel(found.folder, ignore_config_keys=found.ignored)
     return calibrate(model, texts, folder, tokenizer=tokenizer, gradients=gradients, on_event=on_event).check(found)
 
 

@@ -1,6 +1,6 @@
 """Calibrate a checkpoint on text files: what `jaxmoe calibrate` does."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def calibrate_checkpoint(
     sequences: int | None = SEQUENCES,
     length: int | None = None,
     revision: str | None = None,
+    ignore_config_keys: Collection[str] = (),
     **options: Any,
 ) -> Statistics:
     """Gather a checkpoint's statistics on text files.
@@ -34,12 +35,13 @@ def calibrate_checkpoint(
         sequences: so many windows of each text, evenly spread over it; all if None.
         length: tokens in a window; None for what `texts.window_length` says.
         revision: branch, tag or commit of a hub id.
+        ignore_config_keys: keys of its config to leave out of account, where jaxmoe does not know what they mean.
         options: further ones of `calibrate`.
 
     Raises:
         JaxmoeError: the checkpoint or a text cannot be used, or the folder holds something else.
     """
-    model = StoredModel(source, revision)
+    model = StoredModel(source, revision, ignore_config_keys=ignore_config_keys)
     tokenizer = Tokenizer.open(model.folder)
     cut = text_windows(texts, tokenizer, length=window_length(model.longest, length), count=sequences)
     return calibrate(model, cut, folder, tokenizer=tokenizer.fingerprint, **options)
@@ -52,9 +54,10 @@ def sequential_statistics(
     *,
     sequences: int | None = SEQUENCES,
     length: int | None = None,
+    ignore_config_keys: Collection[str] = (),
 ) -> Sequential:
     """Return statistics that follow the compression of a checkpoint into a folder; the arguments are as above."""
-    model = StoredModel(source)
+    model = StoredModel(source, ignore_config_keys=ignore_config_keys)
     tokenizer = Tokenizer.open(model.folder)
     cut = text_windows(texts, tokenizer, length=window_length(model.longest, length), count=sequences)
     # In the journal of the unfinished output, which goes when that is published.

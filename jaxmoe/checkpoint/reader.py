@@ -4,7 +4,7 @@ Opening reads headers only; matrices are read when they are asked for, and decod
 quantised. Nothing is written to the source.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Checkpoint:
         layers: the MoE layers of the decoder in ascending order, without those of multi-token prediction.
         mtp: names on disk of the tensors of multi-token prediction, which are copied.
         notes: what a user should know about how the checkpoint was read, one sentence each.
+        ignored: keys of the config that a user says change nothing, where jaxmoe does not know them.
 
     Example:
         >>> checkpoint = Checkpoint.open("jaxmoe/demo/checkpoint")  # doctest: +SKIP
@@ -52,14 +53,19 @@ class Checkpoint:
     layers: tuple[MoELayer, ...] = field(repr=False)
     mtp: tuple[str, ...] = field(repr=False)
     notes: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, source: str | Path, revision: str | None = None) -> "Checkpoint":
+    def open(
+        cls, source: str | Path, revision: str | None = None, *, ignore_config_keys: Collection[str] = ()
+    ) -> "Checkpoint":
         """Open a checkpoint and check everything that can be checked without reading its numbers.
 
         Args:
             source: a folder or a hub id.
             revision: branch, tag or commit on the hub.
+            ignore_config_keys: keys of its config to leave out of account when the model is run, where jaxmoe does not
+                know what they mean; those that it has are noted.
 
         Raises:
             JaxmoeError: if it cannot be found or read, is damaged, has no routed experts, or was compressed already.
@@ -85,6 +91,7 @@ class Checkpoint:
         except JaxmoeError as error:
             raise JaxmoeError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from error
         mtp = tuple(part.name for name in found.mtp for part in matrices[name].parts)
+        ignored = tuple(sorted({*ignore_config_keys} & decoder_config(config).keys()))
         return cls(
             folder=folder,
             config=config,
@@ -94,7 +101,8 @@ class Checkpoint:
             matrices=matrices,
             layers=found.layers,
             mtp=mtp,
-            notes=(*weights.notes, *_notes(config, family, found.layers, tensors, matrices, mtp)),
+            notes=(*weights.notes, *_notes(config, family, found.layers, tensors, matrices, mtp, ignored)),
+            ignored=ignored,
         )
 
     @property
@@ -177,8 +185,11 @@ def _notes(
     tensors: Mapping[str, TensorEntry],
     matrices: Mapping[str, Matrix],
     mtp: tuple[str, ...],
+    ignored: tuple[str, ...],
 ) -> list[str]:
     notes = []
+    if ignored:
+        notes.append(f"Left out of account in config.json, as was asked for: {', '.join(ignored)}.")
     if family is None:
         first = layers[0]
         names = ", ".join(stack.name for stack in first.layout)

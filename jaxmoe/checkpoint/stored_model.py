@@ -4,7 +4,7 @@ Originals and factored checkpoints are the same here: the routed experts are alw
 or of those that the checkpoint stores. Opening reads headers only and finds everything that is wrong with them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,7 @@ class StoredModel:
     Args:
         source: a folder or a hub id.
         revision: branch, tag or commit on the hub.
+        ignore_config_keys: keys of its config to leave out of account, where jaxmoe does not know what they mean.
 
     Raises:
         JaxmoeError: it cannot be read, or jaxmoe does not know exactly what its decoder computes.
@@ -57,7 +58,7 @@ class StoredModel:
         (4, (128, 128))
     """
 
-    def __init__(self, source: str | Path, revision: str | None = None):
+    def __init__(self, source: str | Path, revision: str | None = None, *, ignore_config_keys: Collection[str] = ()):
         self.folder = hub.resolve(source, revision)
         config = files.read_config(self.folder)
         self.checkpoint: Checkpoint | CompressedCheckpoint
@@ -67,7 +68,7 @@ class StoredModel:
             self.matrices: Mapping[str, Matrix] = self.checkpoint.tensors
             shapes = {layer_index(module): shape for module, shape in self.checkpoint.shapes.items()}
         else:
-            self.checkpoint = Checkpoint.open(self.folder)
+            self.checkpoint = Checkpoint.open(self.folder, ignore_config_keys=ignore_config_keys)
             original = self.checkpoint.config
             self.matrices = self.checkpoint.matrices
             shapes = {layer.index: layer.shape for layer in self.checkpoint.layers}
@@ -76,9 +77,11 @@ class StoredModel:
             raise JaxmoeError(f"{self.folder}: model_type {original.get('model_type')!r} is unknown to jaxmoe")
         self.config = decoder_config(original)
         self.family: Family = family
+        self.ignored = tuple(sorted({*ignore_config_keys} & self.config.keys()))
         self.shapes: Mapping[int, LayerShape] = shapes
         try:
-            self.spec: DecoderSpec = main_experts(decoder_spec(self.config, shapes), self._main_experts())
+            spec = decoder_spec(self.config, shapes, self.ignored)
+            self.spec: DecoderSpec = main_experts(spec, self._main_experts())
             self._check()
         except JaxmoeError as error:
             raise JaxmoeError(str(error) if str(self.folder) in str(error) else f"{self.folder}: {error}") from error

@@ -123,7 +123,25 @@ GradientsOption = Annotated[
     typer.Option("--gradients", help="keep the Fisher information too, of each sequence's or each token's loss"),
 ]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit of a hub id")]
+IgnoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ignore-config-keys",
+        metavar="KEY,...",
+        help="keys of config.json that jaxmoe does not know and that change nothing in the model",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+
+
+def names(text: str | None) -> tuple[str, ...]:
+    """Return the names of a list with commas; none for None.
+
+    Example:
+        >>> names("a, b"), names(None)
+        (('a', 'b'), ())
+    """
+    return tuple(part for part in (name.strip() for name in (text or "").split(",")) if part)
 
 
 def method_settings(method, setting: Setting, given: list[str] | None):

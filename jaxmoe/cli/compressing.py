@@ -16,6 +16,7 @@ from jaxmoe.cli.arguments import (
     ExportOption,
     Gradients,
     GradientsOption,
+    IgnoreOption,
     JsonOption,
     LengthOption,
     MainExpertsOption,
@@ -32,6 +33,7 @@ from jaxmoe.cli.arguments import (
     chain_settings,
     layer_span,
     method_settings,
+    names,
 )
 from jaxmoe.errors import JaxmoeError
 
@@ -49,6 +51,7 @@ def plan(
     statistics: StatisticsOption = None,
     weighted: Annotated[bool, typer.Option("--weighted", help="as with --statistics or --text")] = False,
     revision: RevisionOption = None,
+    ignore_config_keys: IgnoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print sizes, ranks and memory of a compression before anything runs."""
@@ -56,7 +59,7 @@ def plan(
         from jaxmoe.cli import main_experts as fewer
 
         other = {"--ratio": ratio, "--allocation": allocation, "--statistics": statistics, "--weighted": weighted}
-        record, tables = fewer.plan(checkpoint, main_experts, setting, set_, revision, other)
+        record, tables = fewer.plan(checkpoint, main_experts, setting, set_, revision, names(ignore_config_keys), other)
         emit(record, as_json, *tables)
         return
     from jaxmoe.chain import Chain, find, plan_chain
@@ -65,7 +68,7 @@ def plan(
 
     ratio = _ratio(ratio, main_experts)
     recipe = find(method)
-    opened = _open(checkpoint, revision)
+    opened = _open(checkpoint, revision, ignore_config_keys)
     if isinstance(recipe, Chain):
         chosen = chain_settings(recipe, setting, set_)
         _refuse(recipe.name, {"--allocation": allocation, "--statistics": statistics}, "plan it by its sizes alone")
@@ -110,6 +113,7 @@ def compress(
     layers: Annotated[str | None, typer.Option("--layers", metavar="A:B", help="work on layers A to B-1 only")] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="go on with an unfinished run")] = True,
     revision: RevisionOption = None,
+    ignore_config_keys: IgnoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a smaller checkpoint that PyTorch loads."""
@@ -124,7 +128,7 @@ def compress(
         }
         other["--of"] = of is not Scope.experts
         record, tables = fewer.compress(
-            *(checkpoint, main_experts, setting, set_, revision, other),
+            *(checkpoint, main_experts, setting, set_, revision, names(ignore_config_keys), other),
             output=output,
             text=text,
             sequences=sequences,
@@ -145,7 +149,7 @@ def compress(
     recipe = find(method)
     span = layer_span(layers)
     form = None if export is None else export.value
-    opened = _open(checkpoint, revision)
+    opened = _open(checkpoint, revision, ignore_config_keys)
     if isinstance(recipe, Chain):
         other = {"--statistics": statistics, "--sequential": sequential, "--layers": span}
         _refuse(recipe.name, other, "it calibrates every step on what that finds: give --text")
@@ -217,7 +221,7 @@ def _chain(opened, output, chain, settings, options, texts, gradients, export, a
 
     paths, sequences, length = texts
     tokenizer = Tokenizer.open(opened.folder)
-    length = window_length(StoredModel(opened.folder).longest, length)
+    length = window_length(StoredModel(opened.folder, ignore_config_keys=opened.ignored).longest, length)
     cut = text_windows(paths, tokenizer, length=length, count=sequences)
     with progress(len(opened.layers), as_json=as_json) as on_event:
         return compress_chain(
@@ -265,7 +269,8 @@ def _statistics(opened, output, statistics, text, sequences, length, gradients, 
     from jaxmoe.calibration.checkpoint import calibrate_checkpoint, sequential_statistics
 
     if sequential:
-        return sequential_statistics(opened.folder, text, output, sequences=sequences, length=length)
+        options = {"sequences": sequences, "length": length, "ignore_config_keys": opened.ignored}
+        return sequential_statistics(opened.folder, text, output, **options)
     folder = output.with_name(f"{output.name}.statistics")
     return calibrate_checkpoint(
         opened.folder,
@@ -274,11 +279,12 @@ def _statistics(opened, output, statistics, text, sequences, length, gradients, 
         sequences=sequences,
         length=length,
         gradients=None if gradients is None else gradients.value,
+        ignore_config_keys=opened.ignored,
         on_event=on_event,
     ).check(opened)
 
 
-def _open(source: str, revision: str | None = None):
+def _open(source: str, revision: str | None, ignored: str | None):
     from jaxmoe.checkpoint import Checkpoint
 
-    return Checkpoint.open(source, revision=revision)
+    return Checkpoint.open(source, revision=revision, ignore_config_keys=names(ignored))

@@ -20,6 +20,7 @@ def planned(
     setting: Setting,
     set_: list[str] | None,
     revision: str | None,
+    ignored: Sequence[str],
     other: Mapping[str, Any],
 ):
     """Return the plan and the settings that the options ask for.
@@ -30,6 +31,7 @@ def planned(
         setting: as for all methods.
         set_: as for all methods.
         revision: of a hub id.
+        ignored: keys of the config to leave out of account.
         other: options that this method does not take, with what was given; None or False is nothing.
     """
     from jaxmoe import methods
@@ -44,7 +46,7 @@ def planned(
         raise JaxmoeError(f"{', '.join(given)}: {METHOD.name} does not take that; it takes --main-experts and --text")
     settings = method_settings(METHOD, setting, set_)
     assert isinstance(settings, Settings)
-    model = StoredModel(checkpoint, revision)
+    model = StoredModel(checkpoint, revision, ignore_config_keys=ignored)
     if main_experts is None:
         choices = max(layer.feed_forward.router.top_k for layer in _with_experts(model))
         raise JaxmoeError(f"{METHOD.name}: give --main-experts, 1 to {choices - 1} of the {choices} of a token")

@@ -10,6 +10,7 @@ from jaxmoe.cli.arguments import (
     CalibrationOption,
     CheckpointArgument,
     GradientsOption,
+    IgnoreOption,
     JsonOption,
     LengthOption,
     Moments,
@@ -21,6 +22,7 @@ from jaxmoe.cli.arguments import (
     fractions,
     layer_span,
     named_contenders,
+    names,
     numbers,
 )
 
@@ -37,6 +39,7 @@ def calibrate(
     layers: Annotated[str | None, typer.Option("--layers", metavar="A:B", help="keep layers A to B-1 only")] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="go on with an unfinished run")] = True,
     revision: RevisionOption = None,
+    ignore_config_keys: IgnoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Gather from texts what every expert sees and does, for methods that use it."""
@@ -57,9 +60,11 @@ def calibrate(
             layers=layer_span(layers),
             resume=resume,
             revision=revision,
+            ignore_config_keys=names(ignore_config_keys),
             on_event=on_event,
         )
-    record = summary(found)
+    ignored = names(ignore_config_keys)
+    record = {**summary(found), **({"ignored_config_keys": list(ignored)} if ignored else {})}
     emit(record, as_json, calibration_table(record), f"written: {statistics}")
 
 
@@ -82,6 +87,7 @@ def evaluate(
         Path | None, typer.Option("--work", metavar="FOLDER", help="where hidden states lie, for want of space in /tmp")
     ] = None,
     revision: RevisionOption = None,
+    ignore_config_keys: IgnoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity on texts, distance from the original, and speed."""
@@ -99,6 +105,7 @@ def evaluate(
             generate=generate,
             work=work,
             revision=revision,
+            ignore_config_keys=names(ignore_config_keys),
             on_event=on_event,
         )
     emit(result.as_json(), as_json, *evaluation_tables(result.as_json()))
@@ -135,6 +142,7 @@ def compare(
     length: LengthOption = None,
     keep: Annotated[bool, typer.Option("--keep", help="keep the compressed checkpoints in REPORT/checkpoints")] = False,
     revision: RevisionOption = None,
+    ignore_config_keys: IgnoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure methods at several sizes on one checkpoint: tables, and a report to read in a browser.
@@ -162,6 +170,7 @@ def compare(
             seeds=seeds,
             keep=keep,
             revision=revision,
+            ignore_config_keys=names(ignore_config_keys),
             on_event=on_event,
         )
     where = f"written: {report}/index.html, table.md, table.csv, comparison.json"

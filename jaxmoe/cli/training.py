@@ -11,12 +11,14 @@ from jaxmoe.cli.app import command, emit
 from jaxmoe.cli.arguments import (
     CheckpointArgument,
     Compute,
+    IgnoreOption,
     JsonOption,
     LengthOption,
     OutputArgument,
     Schedule,
     loss_weights,
     mesh_sizes,
+    names,
 )
 
 
@@ -73,6 +75,7 @@ def recover(
         typer.Option("--mesh", metavar="DATAxEXPERT", help="devices over rows and experts, such as 4x2"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="go on with an unfinished run")] = True,
+    ignore_config_keys: IgnoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a compressed checkpoint on text, towards its original or on the text alone."""
@@ -111,6 +114,7 @@ def recover(
             keep=keep,
             mesh=None if mesh is None else mesh_sizes(mesh),
             resume=resume,
+            ignore_config_keys=names(ignore_config_keys),
             command=shlex.join(["jaxmoe", *sys.argv[1:]]),
             on_event=on_event,
         )

@@ -133,13 +133,13 @@ class Cell:
         words = (self.contender.method.name, self.contender.setting, *self.size.values())
         return "-".join(map(str, words)) + f"-seed{self.seed}"
 
-    def command(self, source: str, output: Path, calibration: Sequence[str], revision: str | None = None) -> str:
+    def command(self, source: str, output: Path, options: Sequence[str], revision: str | None = None) -> str:
         """Return the command line that makes the cell.
 
         Args:
             source: the checkpoint as it was given.
             output: the folder to create.
-            calibration: the options that give the method its statistics or texts, none without.
+            options: further ones, such as those that give the method its statistics or texts.
             revision: branch, tag or commit of a hub id.
         """
         outside = dict.fromkeys(filter(None, map(_outside, self.contender.parts)))
@@ -147,7 +147,7 @@ class Cell:
         words += self.contender.options()
         for name, value in self.size.items():
             words += [f"--{name.replace('_', '-')}", str(value)]
-        words += [*calibration, *(["--seed", str(self.seed)] if self.seed else [])]
+        words += [*options, *(["--seed", str(self.seed)] if self.seed else [])]
         return shlex.join(words + (["--revision", revision] if revision else []))
 
 

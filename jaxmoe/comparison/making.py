@@ -65,7 +65,11 @@ class Making:
     on_event: Event
 
     def options(self, cell: Cell) -> list[str]:
-        """Return the options by which the command line gives a cell its calibration."""
+        """Return the options by which the command line gives a cell its calibration and what all cells share."""
+        ignored = self.checkpoint.ignored
+        return [*self._calibration(cell), *(["--ignore-config-keys", ",".join(ignored)] if ignored else [])]
+
+    def _calibration(self, cell: Cell) -> list[str]:
         if self.statistics is None or self.texts is None:
             return []
         if isinstance(cell.contender.method, MainMethod):

@@ -8,7 +8,7 @@ Everything that a cell depends on stands in its key, see `folder`.
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ def compare(
     seeds: int = 1,
     keep: bool = False,
     revision: str | None = None,
+    ignore_config_keys: Collection[str] = (),
     on_event: Event = lambda event: None,
 ) -> dict[str, Any]:
     """Measure every contender at every ratio, and return everything that the folder knows of such cells.
@@ -77,6 +78,7 @@ def compare(
         seeds: cells of each contender and ratio, with the seeds 0, 1, ...
         keep: whether compressed checkpoints stay, in `REPORT/checkpoints`.
         revision: branch, tag or commit of a hub id.
+        ignore_config_keys: keys of its config to leave out of account, where jaxmoe does not know what they mean.
         on_event: called with a small record after every step.
 
     Returns:
@@ -86,11 +88,12 @@ def compare(
     Raises:
         JaxmoeError: what was asked for cannot be: a text, a ratio, the checkpoint or the folder.
     """
-    opened = Checkpoint.open(str(source), revision=revision)
+    opened = Checkpoint.open(str(source), revision=revision, ignore_config_keys=ignore_config_keys)
     check_written(opened, contenders)
     factored = "factored" in exports(opened.model_type)
     everyone = with_baselines(contenders, calibrated=calibration_texts is not None, factored=factored)
-    model, tokenizer = StoredModel(opened.folder), Tokenizer.open(opened.folder)
+    model = StoredModel(opened.folder, ignore_config_keys=opened.ignored)
+    tokenizer = Tokenizer.open(opened.folder)
     if main_experts is None:
         main_experts = [max(1, max(block.router.top_k for _, block in blocks(model.spec)) // 2)]
     asked = cells(everyone, ratios, of=of, main_experts=main_experts, seeds=seeds)
@@ -215,7 +218,7 @@ class _Run:
             begin = time.perf_counter()
             report = making.make(cell, output, command)
             seconds = time.perf_counter() - begin
-            small = StoredModel(output)
+            small = StoredModel(output, ignore_config_keys=self.checkpoint.ignored)
             measured = evaluate(small, self.texts, against=self._original(), on_event=self.on_event)
             costs = token_costs(small)
         except JaxmoeError as error:
@@ -276,6 +279,7 @@ class _Run:
             "cells": found,
             "routing": None if statistics is None else routing(statistics),
             "spectra": self.spectra(),
+            **({"ignored_config_keys": list(self.model.ignored)} if self.model.ignored else {}),
         }
 
 

@@ -1,6 +1,6 @@
 """Evaluate a checkpoint on text files: what `jaxmoe evaluate` does."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ def evaluate_checkpoint(
     generate: int | None = None,
     work: Path | None = None,
     revision: str | None = None,
+    ignore_config_keys: Collection[str] = (),
     on_event: Event = lambda event: None,
 ) -> Evaluation:
     """Evaluate a checkpoint, original or compressed, on text files.
@@ -39,13 +40,15 @@ def evaluate_checkpoint(
         generate: tokens by which to continue each text; None for 32 where the checkpoint is at most 2 GB, else 0.
         work: folder on whose disk the hidden states lie; that for temporary files if None.
         revision: branch, tag or commit of a hub id.
+        ignore_config_keys: keys of both configs to leave out of account, where jaxmoe does not know what they mean.
         on_event: called with a small record after every layer.
 
     Raises:
         JaxmoeError: a checkpoint or a text cannot be used, the tokenizers differ, or the model is broken.
     """
-    model, tokenizer = StoredModel(source, revision), Tokenizer.open(source, revision)
-    original = None if against is None else StoredModel(against)
+    model = StoredModel(source, revision, ignore_config_keys=ignore_config_keys)
+    tokenizer = Tokenizer.open(source, revision)
+    original = None if against is None else StoredModel(against, ignore_config_keys=ignore_config_keys)
     if original is not None:
         check_same(tokenizer, Tokenizer.open(original.folder))
     length = window_length(model.longest, length)

@@ -5,6 +5,7 @@ float64.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -61,13 +62,13 @@ def evaluate(
     if against is None:
         with clock.running():
             scores = score_windows(walked, ids)
-        return _evaluation(texts, scores.nats, clock.seconds)
+        return replace(_evaluation(texts, scores.nats, clock.seconds), ignored=model.ignored)
     other, both = Clock(), Clock()
     with other.running():
         original = against if isinstance(against, Walked) else walk(against, ids, work=work, on_event=on_event)
     with both.running():
         scores, of_original, divergence = compare_windows(walked, original, ids)
-    return _evaluation(
+    result = _evaluation(
         texts,
         scores.nats,
         clock.seconds + both.seconds / 2,
@@ -76,6 +77,7 @@ def evaluate(
         top1_agreement=_means(texts, scores.top == of_original.top),
         against=_evaluation(texts, of_original.nats, other.seconds + both.seconds / 2),
     )
+    return replace(result, ignored=model.ignored)
 
 
 def _evaluation(

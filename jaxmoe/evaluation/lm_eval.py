@@ -12,7 +12,7 @@ Needs `pip install 'jaxmoe[eval]'`; the rest of jaxmoe does not.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ class JaxmoeLM(TemplateLM):
         length: most tokens that the model is given at once; None for the context in its config, else 2048.
         revision: branch, tag or commit of a hub id.
         work: folder on whose disk hidden states lie; that for temporary files if None.
+        ignore_config_keys: as for `StoredModel`; in lm-eval's `model_args` with `+` between them.
     """
 
     def __init__(
@@ -57,10 +58,12 @@ class JaxmoeLM(TemplateLM):
         length: int | None = None,
         revision: str | None = None,
         work: str | Path | None = None,
+        ignore_config_keys: str | Collection[str] = (),
         **_: Any,
     ):
         super().__init__()
-        self.model = StoredModel(checkpoint, revision)
+        ignored = ignore_config_keys.split("+") if isinstance(ignore_config_keys, str) else ignore_config_keys
+        self.model = StoredModel(checkpoint, revision, ignore_config_keys=ignored)
         self.tokens = Tokenizer.open(checkpoint, revision)
         self.length = length or self.model.longest or 2048
         self.work = None if work is None else Path(work)

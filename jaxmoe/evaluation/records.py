@@ -79,12 +79,14 @@ class Evaluation:
         length: tokens in a window.
         tokens_per_second: processed tokens over the seconds spent in the model.
         against: the evaluation of the original, None without one.
+        ignored: keys of the model's config that were left out of account.
     """
 
     texts: tuple[TextEvaluation, ...]
     length: int
     tokens_per_second: float
     against: "Evaluation | None" = None
+    ignored: tuple[str, ...] = ()
 
     @property
     def geometric_mean_perplexity(self) -> float:
@@ -112,6 +114,7 @@ class Evaluation:
             "geometric_mean_perplexity": self.geometric_mean_perplexity,
             "worst": {"name": self.worst.name, "perplexity": self.worst.perplexity},
             "tokens_per_second": self.tokens_per_second,
+            **({"ignored_config_keys": list(self.ignored)} if self.ignored else {}),
         }
         if self.against is None:
             return record

@@ -7,7 +7,7 @@ at any moment; the same command goes on, and ends with the same bytes.
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -61,6 +61,7 @@ def recover(
     mesh: tuple[int, int] | None = None,
     resume: bool = True,
     command: str = "",
+    ignore_config_keys: Collection[str] = (),
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> dict[str, Any]:
     """Train a checkpoint and write the result.
@@ -81,6 +82,7 @@ def recover(
         mesh: devices over rows and over experts; None for one device.
         resume: whether to go on with an unfinished run; False starts over.
         command: the command line, for the report.
+        ignore_config_keys: keys of both configs to leave out of account, where jaxmoe does not know what they mean.
         on_event: called with a small record after every step.
 
     Returns:
@@ -92,8 +94,9 @@ def recover(
     """
     training = training or Training()
     output, begun = Path(output).absolute(), time.perf_counter()
-    model, tokenizer = StoredModel(source), Tokenizer.open(source)
-    original = _teacher(model, tokenizer, teacher, training)
+    model = StoredModel(source, ignore_config_keys=ignore_config_keys)
+    tokenizer = Tokenizer.open(source)
+    original = _teacher(model, tokenizer, teacher, training, ignore_config_keys)
     length = window_length(model.longest, length)
     rows = pack(documents(model.folder, tokenizer, texts, instructions, prompts=prompts), length)
     run = {
@@ -133,6 +136,7 @@ def recover(
         shutil.copyfile(folder / METRICS, workspace.folder / METRICS)
         report = _report(model, original, output, sets, training, rows, length, result, stored)
         report |= {"seed": seed, "command": command, "seconds": time.perf_counter() - begun, "run": run}
+        report |= {"ignored_config_keys": list(model.ignored)} if model.ignored else {}
         write_bytes(workspace.folder / REPORT, dump(report))
         write_bytes(workspace.folder / CARD, _card(model.folder, report).encode())
         workspace.publish()
@@ -173,7 +177,9 @@ def documents(
     return found
 
 
-def _teacher(model: StoredModel, tokenizer: Tokenizer, teacher, training: Training) -> StoredModel | None:
+def _teacher(
+    model: StoredModel, tokenizer: Tokenizer, teacher, training: Training, ignored: Collection[str]
+) -> StoredModel | None:
     """Open the teacher, if a loss needs one, and check that it speaks of the same things."""
     needed = [name for name in training.weights if name in TAUGHT]
     if not needed:
@@ -182,7 +188,7 @@ def _teacher(model: StoredModel, tokenizer: Tokenizer, teacher, training: Traini
         return None
     if teacher is None:
         raise JaxmoeError(f"the loss {needed[0]} needs a teacher: give the original checkpoint")
-    original = StoredModel(teacher)
+    original = StoredModel(teacher, ignore_config_keys=ignored)
     if original.spec.vocabulary != model.spec.vocabulary:
         raise JaxmoeError(
             f"the teacher {original.folder} has {original.spec.vocabulary} tokens, {model.folder} has"

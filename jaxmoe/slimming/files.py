@@ -225,7 +225,10 @@ def check_stock(
             f"model_type {checkpoint.model_type!r}: jaxmoe does not know what else has its size from the number of"
             " channels of the experts, so that it removes none; remove experts instead (reap, frequency)"
         )
-    spec = decoder_spec(decoder, shapes)
+    try:
+        spec = decoder_spec(decoder, shapes, checkpoint.ignored)
+    except JaxmoeError as error:
+        raise JaxmoeError(f"{checkpoint.folder}: {error}") from None
     pieces = [*end_pieces(spec, model_type).values()]
     for index, layer in enumerate(spec.layers):
         pieces += layer_pieces(layer, f"model.layers.{index}.", model_type, family).values()
