@@ -40,8 +40,10 @@ class MoELayer:
         shape: sizes.
         dtype: in which the matrices are stored and factors will be: bfloat16 where the source is quantised.
         names: all tensors on disk that hold the matrices, scales included; a method replaces them.
-        biases: the experts' biases on disk, which stay as they are.
+        biases: tensors of the experts' biases, which stay as they are.
         layout: how the matrices lie in the files.
+        written: how they are written again: as they lay, or, where an architecture with biases was taken apart into
+            single experts, in the stacks that transformers loads.
     """
 
     index: int
@@ -51,6 +53,7 @@ class MoELayer:
     names: tuple[str, ...]
     biases: tuple[str, ...]
     layout: tuple[Stack, ...]
+    written: tuple[Stack, ...]
 
 
 class Found(NamedTuple):
@@ -187,14 +190,16 @@ def _layer(
     names = tuple(part.name for stack in layout for name in stack.names(shape) for part in by_name[name].parts)
     block = found[0].parsed.block
     assumed = f"{prefix}{block}.experts" if block else f"{prefix}experts"
+    apart = family is not None and family.expert_biases and layout[0].per_expert
     return MoELayer(
         index=found[0].parsed.layer,
         module=family.memory(prefix) if family else assumed,
         shape=shape,
         dtype=DTYPES[usual],
         names=names,
-        biases=tuple(part.name for m in found if m.parsed.bias for part in m.matrix.parts),
+        biases=tuple(m.name for m in found if m.parsed.bias),
         layout=layout,
+        written=_stacks(assumed, family or UNKNOWN) if apart else layout,
     )
 
 
@@ -260,6 +265,13 @@ def _fit(
     # Both ways round fit only without a gate: `[expert, F, D]` beside `[expert, D, F]`.
     hidden = lookup(decoder, family.hidden or "hidden_size")
     return next((fit for fit in fitting if fit[1].hidden == hidden), fitting[0])
+
+
+def _stacks(path: str, family: Family) -> tuple[Stack, ...]:
+    """Return how transformers keeps all experts of a layer together."""
+    transposed = bool(family.transposed)
+    both = Stack(name=f"{path}.gate_up_proj", target="gate_up", transposed=transposed, interleaved=family.interleaved)
+    return both, Stack(name=f"{path}.down_proj", target="down", transposed=transposed)
 
 
 def _stack(member: _Member, transposed: bool, family: Family) -> Stack:

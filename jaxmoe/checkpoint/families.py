@@ -29,6 +29,7 @@ class Family:
         transposed: whether fused tensors are `[expert, in, out]`; None: the shape decides.
         interleaved: whether rows of gate and up alternate in fused tensors.
         gated: whether there is a gate projection.
+        expert_biases: whether the experts have biases, which transformers keeps in one tensor for all of them.
         moe_layers: the rules, in `moe_layers.RULES`, that tell which layers have routed experts; the first one counts
             whose keys the config has. Without any, the tensors alone decide.
         known: further names with "expert" in them that are no routed experts, as a regular expression.
@@ -48,6 +49,7 @@ class Family:
     transposed: bool | None = False
     interleaved: bool = False
     gated: bool = True
+    expert_biases: bool = False
     moe_layers: tuple[str, ...] = ("all",)
     known: str = ""
 
@@ -236,6 +238,7 @@ _RECORDS = (
         routing="topk_softmax",
         transposed=True,
         interleaved=True,
+        expert_biases=True,
     ),
     Family(
         model_types=("llama4_text", "llama4"),

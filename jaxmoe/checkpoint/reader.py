@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.checkpoint import files, hub
+from jaxmoe.checkpoint.expert_biases import join_biases
 from jaxmoe.checkpoint.experts import MoELayer, find_experts
 from jaxmoe.checkpoint.families import Family, decoder_config, find_family
 from jaxmoe.checkpoint.layout import plan_dense
@@ -82,6 +83,8 @@ class Checkpoint:
             tensors = weights.tensors
             family = find_family(config)
             matrices = assemble(tensors, config)
+            if family is not None and family.expert_biases:
+                matrices = join_biases(matrices, interleaved=family.interleaved)
             found = find_experts(matrices, config, family)
             if missing := weights.missing(num_layers(decoder_config(config))):
                 raise JaxmoeError(
@@ -108,7 +111,7 @@ class Checkpoint:
     @property
     def quantized(self) -> bool:
         """Whether some tensors stand for others, so that everything is written in bfloat16."""
-        return self.matrices.keys() != self.tensors.keys()
+        return bool(_encodings(self.matrices))
 
     @property
     def parameters(self) -> int:
@@ -142,7 +145,7 @@ class Checkpoint:
             layer: one of `layers`.
             produce: returns a projection's matrices, `[expert, out, in]`, in any float dtype.
         """
-        return plan_dense(layer.layout, layer.shape, layer.dtype, produce)
+        return plan_dense(layer.written, layer.shape, layer.dtype, produce)
 
     def copied(self) -> list[Planned]:
         """Plan every tensor that no method replaces: byte for byte, or without quantisation where the source has it."""
@@ -169,7 +172,7 @@ class Checkpoint:
         `plan_dense` writes the dense tensors again from that alone: `Stack(**stack)` for each of the stacks.
         """
         return {
-            layer.module: {"dtype": layer.dtype.name, "stacks": [asdict(stack) for stack in layer.layout]}
+            layer.module: {"dtype": layer.dtype.name, "stacks": [asdict(stack) for stack in layer.written]}
             for layer in self.layers
         }
 
@@ -205,12 +208,19 @@ def _notes(
         notes.append(
             f"{len(mtp)} tensors of multi-token prediction ({numbers:,} parameters) are copied, not compressed."
         )
-    if matrices.keys() != tensors.keys():
-        kinds = sorted(
-            {part.dtype for matrix in matrices.values() if len(matrix.parts) > 1 for part in matrix.parts[:1]}
+    if any(layer.written != layer.layout for layer in layers):
+        notes.append(
+            "The experts lie one by one, with biases, as transformers does not load them for this architecture: biases"
+            " and dense experts are written together, as it does."
         )
+    if kinds := _encodings(matrices):
         notes.append(
             f"The source is quantised ({', '.join(kinds)} with scales); it is read exactly, and everything written is"
             " bfloat16 without quantisation."
         )
     return notes
+
+
+def _encodings(matrices: Mapping[str, Matrix]) -> list[str]:
+    """Return the dtypes in which quantised tensors are stored."""
+    return sorted({matrix.parts[0].dtype for matrix in matrices.values() if matrix.parts[0].dtype != matrix.dtype})

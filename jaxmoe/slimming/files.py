@@ -161,7 +161,7 @@ def _taken(read: Callable[[], np.ndarray], kept: Kept, axis: int) -> np.ndarray:
 def _biases(checkpoint: Checkpoint, layer: MoELayer, unit: str, keep: int, kept: Kept) -> dict[str, list[Planned]]:
     """Plan the biases of the experts that stay."""
     found: dict[str, list[Planned]] = {}
-    interleaved = any(stack.interleaved for stack in layer.layout)
+    interleaved = any(stack.interleaved for stack in layer.written)
     for name in layer.biases:
         matrix, parsed = checkpoint.matrices[name], classify(name, len(checkpoint.matrices[name].shape))
         assert parsed is not None

@@ -203,8 +203,9 @@ def unwritten(checkpoint: Checkpoint, plan: SlimPlan) -> Checkpoint:
     layers = []
     for layer in checkpoint.layers:
         shape = plan.shapes[layer.index]
-        own = plan_dense(layer.layout, shape, layer.dtype, lambda projection: _nothing())
-        layers.append(replace(layer, shape=shape, names=tuple(tensor.name for tensor in own)))
+        own = plan_dense(layer.written, shape, layer.dtype, lambda projection: _nothing())
+        names = tuple(tensor.name for tensor in own)
+        layers.append(replace(layer, shape=shape, names=names, layout=layer.written))
         tensors += own
     planned: dict[str, Any] = {tensor.name: Unwritten(tensor) for tensor in tensors}
     config = slim_config(checkpoint, unit, plan.keep)

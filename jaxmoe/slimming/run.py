@@ -133,7 +133,7 @@ def _layer(checkpoint, plan: SlimPlan, layer: MoELayer, copied, sums: LayerSums 
     _check(found, plan, layer)
     edited = slim_edited(checkpoint, layer, copied, unit, plan.keep, lambda: found.kept)
     rest = partial(_remaining, read, found, unit)
-    tensors = plan_dense(layer.layout, plan.shapes[layer.index], layer.dtype, rest)
+    tensors = plan_dense(layer.written, plan.shapes[layer.index], layer.dtype, rest)
     tensors += [tensor for new in edited.values() for tensor in new]
     projections = plan.projections(layer.index)
     for name, record in projections.items():
