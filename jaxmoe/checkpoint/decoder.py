@@ -243,7 +243,10 @@ def check_fit(pieces: Iterable[Piece], shapes: Mapping[str, tuple[int, ...]]) ->
         if [size for size in found if size != 1] != [size for size in whole if size != 1]:
             problems.append(f"{tensor}: shape {list(found)}, config.json says {list(whole)}")
     if problems:
-        raise JaxmoeError(f"the decoder's tensors do not fit its config: {listing(sorted(problems))}")
+        raise JaxmoeError(
+            f"the decoder's tensors do not fit its config: {listing(sorted(problems))}. Mend config.json if its sizes"
+            " are wrong, else fetch the checkpoint again; methods that need the weights alone work as it is"
+        )
 
 
 def check_all_known(names: set[str], used: set[str]) -> None:

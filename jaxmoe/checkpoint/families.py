@@ -81,6 +81,7 @@ class Family:
 
 _SPARSE = ("mlp_layer_types", "first_k_dense_replace")
 _DEEPSEEK_BIAS = "mlp.gate.e_score_correction_bias"
+_LING_2 = "bailing_moe_v2"
 _W = "block_sparse_moe.gate.weight"
 
 _RECORDS = (
@@ -157,6 +158,19 @@ _RECORDS = (
         moe_layers=_SPARSE,
     ),
     Family(model_types=("bailing_moe",), shared="mlp.shared_experts", moe_layers=_SPARSE),
+    Family(
+        model_types=(_LING_2,),
+        routing="deepseek_v3",
+        bias="mlp.gate.expert_bias",
+        shared="mlp.shared_experts",
+        moe_layers=_SPARSE,
+    ),
+    Family(
+        model_types=("deepseek",),
+        experts="n_routed_experts",
+        shared="mlp.shared_experts",
+        moe_layers=("first_k_dense_replace",),
+    ),
     Family(
         model_types=("bailing_hybrid",),
         top_k="num_experts_per_token|num_experts_per_tok",
@@ -344,6 +358,9 @@ def decoder_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def find_family(config: Mapping[str, Any]) -> Family | None:
     """Return the record of a checkpoint's architecture, or None if there is none."""
     decoder = decoder_config(config)
+    if decoder.get("model_type") == "bailing_moe" and decoder.get("score_function") == "sigmoid":
+        # Ling 2 is published under the name of Ling 1.
+        return FAMILIES[_LING_2]
     return FAMILIES.get(str(config.get("model_type"))) or FAMILIES.get(str(decoder.get("model_type")))
 
 

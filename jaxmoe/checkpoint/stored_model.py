@@ -34,6 +34,7 @@ from jaxmoe.export.factored import is_factored, layer_index
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, Term
 from jaxmoe.model.auxiliary import MainExperts, main_experts
 from jaxmoe.model.configuration import decoder_spec
+from jaxmoe.model.keys import brief
 from jaxmoe.model.spec import DecoderSpec, ExpertBlock
 
 if TYPE_CHECKING:
@@ -74,7 +75,11 @@ class StoredModel:
             shapes = {layer.index: layer.shape for layer in self.checkpoint.layers}
         family = find_family(original)
         if family is None:
-            raise JaxmoeError(f"{self.folder}: model_type {original.get('model_type')!r} is unknown to jaxmoe")
+            raise JaxmoeError(
+                f"{self.folder}: model_type {brief(original.get('model_type'))} is unknown to jaxmoe, so that it cannot"
+                " run it: methods that need the weights alone work, such as svd with --export dense; statistics can be"
+                " gathered through PyTorch (`jaxmoe.torch.statistics`)"
+            )
         self.config = decoder_config(original)
         self.family: Family = family
         self.ignored = tuple(sorted({*ignore_config_keys} & self.config.keys()))

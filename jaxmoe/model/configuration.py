@@ -226,7 +226,20 @@ def _granitemoe(s: Settings, shapes: Shapes) -> DecoderSpec:
     )
 
 
+def _deepseek(s: Settings, shapes: Shapes) -> DecoderSpec:
+    s.expect("scoring_func", "softmax")
+    router = softmax(normalize="norm_topk_prob", epsilon=1e-20)
+    return build(s, shapes, router=router, attention=grouped(), shared=shared_experts("n_shared_experts"))
+
+
 def _bailing_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
+    if s.take("score_function", None) == "sigmoid":
+        raise JaxmoeError(
+            "config.json: this is Ling 2 (BailingMoeV2), which chooses experts by sigmoids with a bias, in groups:"
+            " jaxmoe runs Ling 1 under this model_type; methods that need the weights alone work, and statistics can be"
+            " gathered through PyTorch (`jaxmoe.torch.statistics`)"
+        )
+    s.expect("score_function", "softmax")
     s.expect("router_dtype", "fp32")
     own = "moe_shared_expert_intermediate_size" if s.take("moe_shared_expert_intermediate_size", None) else ""
     return build(
@@ -364,6 +377,7 @@ BUILDERS: dict[str, Builder] = {
     "granitemoe": _granitemoe,
     "granitemoeshared": _granitemoe,
     "bailing_moe": _bailing_moe,
+    "deepseek": _deepseek,
     "glm4_moe_lite": _deepseek_v3,
     "solar_open": _solar_open,
     "exaone_moe": _exaone_moe,

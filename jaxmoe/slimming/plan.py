@@ -105,6 +105,12 @@ def make_slim_plan(
         raise JaxmoeError(f"of {of!r}: give {', '.join(SCOPES)}")
     if not 0 < ratio < 1:
         raise JaxmoeError(f"ratio {ratio} is not a removed fraction: give a number between 0 and 1, such as 0.4")
+    if checkpoint.family is None:
+        raise JaxmoeError(
+            f"{checkpoint.folder}: model_type {checkpoint.model_type!r} is unknown to jaxmoe: it cannot tell how tokens"
+            f" choose experts and what else has their sizes, so that {method.name} removes none; use a method that"
+            " keeps them all, such as svd or mobe"
+        )
     unit = method.unit
     sizes = {layer.shape.experts if unit == "experts" else layer.shape.intermediate for layer in checkpoint.layers}
     if len(sizes) > 1:

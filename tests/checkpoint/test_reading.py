@@ -10,7 +10,9 @@ from tiny_models import EXPERTS, FAMILIES, HIDDEN, INTERMEDIATE, build, load_tin
 
 from jaxmoe.checkpoint import Checkpoint, Planned, read_header, write_tensors
 from jaxmoe.checkpoint.families import FAMILIES as RECORDS
-from jaxmoe.checkpoint.families import decoder_config, lookup
+from jaxmoe.checkpoint.families import decoder_config, find_family, lookup
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.model import decoder_spec
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -154,6 +156,20 @@ def test_shape_decides_orientation_where_the_family_does_not(model_type, transpo
         for name in theirs.shape.projections:
             np.testing.assert_array_equal(fused.projection(ours, name), usual.projection(theirs, name))
     assert bool(fused.notes) == (model_type == "some_new_moe")
+
+
+def test_ling_2_is_told_from_ling_1():
+    """Both are published as `bailing_moe`; the second chooses experts by sigmoids with a bias, in groups."""
+    first, second = (
+        find_family({"model_type": "bailing_moe"}),
+        find_family({"model_type": "bailing_moe", "score_function": "sigmoid"}),
+    )
+    assert first is not None
+    assert second is not None
+    assert (first.routing, first.bias) == ("softmax", "")
+    assert (second.routing, second.bias) == ("deepseek_v3", "mlp.gate.expert_bias")
+    with pytest.raises(JaxmoeError, match="this is Ling 2"):
+        decoder_spec({"model_type": "bailing_moe", "score_function": "sigmoid"}, {})
 
 
 def test_unknown_architecture_is_read_and_says_so(tiny, tmp_path):

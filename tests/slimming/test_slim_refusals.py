@@ -36,11 +36,15 @@ def fewer_in_one_layer(made):
         del made[f"model.layers.1.mlp.experts.3.{projection}_proj.weight"]
 
 
+# As InternVL has it: nothing of the decoder stands at the top.
+ELSEWHERE = {**dict.fromkeys(plain_checkpoint.CONFIG), "llm_config": plain_checkpoint.CONFIG}
 BAD = {
     "a count under no known name": ({"num_experts": None, "expert_total": 4}, None, "reap", "config.json does not say"),
     "no router": ({}, without_router, "reap", r"there is no model\.layers\.1\.mlp\.gate\.weight"),
     "an unknown architecture": ({"model_type": "novelty"}, None, "reap", "'novelty' is unknown"),
-    "channels of one": ({"model_type": "novelty"}, None, "camera", "does not say under a known name"),
+    "channels of one": ({"model_type": "novelty"}, None, "camera", "'novelty' is unknown"),
+    "one whose decoder is elsewhere": ({**ELSEWHERE, "model_type": "novelty"}, None, "reap", "'novelty' is unknown"),
+    "channels under no known name": ({"moe_intermediate_size": None}, None, "camera", "not say under a known name"),
     "layers that differ": ({"num_experts": [4, 3]}, fewer_in_one_layer, "frequency", "layers have 3, 4 experts"),
     "no experts per token": ({"num_experts_per_tok": None}, None, "reap", "how many experts a token needs"),
     "groups that do not divide": ({"n_group": 3}, None, "reap", "3 groups of 4 experts"),
@@ -55,6 +59,13 @@ def test_refused_by_the_plan(tmp_path, what):
     recipe = methods.get(name)
     with pytest.raises(JaxmoeError, match=message):
         make_slim_plan(checkpoint, recipe, recipe.settings(multiple=1), ratio=0.2)
+
+
+def test_groups_of_mamba_are_not_those_of_experts(tmp_path):
+    """Nemotron 3 says `n_groups` of its states, and nothing of groups of experts where there is one."""
+    checkpoint = write(tmp_path / "source", {"n_groups": 3})
+    recipe = methods.get("reap")
+    assert make_slim_plan(checkpoint, recipe, recipe.settings(multiple=1), ratio=0.2).groups == 1
 
 
 def test_every_name_for_the_count_is_edited(tmp_path):
