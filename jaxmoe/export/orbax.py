@@ -3,7 +3,7 @@
     OUTPUT/
       weights/00000  the first part: an Orbax checkpoint of one flat dictionary from names on disk to arrays
       weights/...    the others, in the order of the files
-      orbax.json     what Orbax does not keep: the safetensors files, the format's dtypes, a checksum of every tensor
+      orbax.json     what Orbax does not keep: the files, the format's dtypes, checksums of tensors and parts
       ...            config.json, tokenizer and all other files as they were
 
 `orbax.checkpoint.v1.load(part)` gives the arrays without jaxmoe. A part has at most 64 MiB (or one tensor), and Orbax
@@ -13,25 +13,36 @@ empty arrays, and packed four-bit values are bytes to it.
 """
 
 import hashlib
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
 import jaxmoe
 from jaxmoe.checkpoint import files, hub
-from jaxmoe.checkpoint.atomic import write_bytes
+from jaxmoe.checkpoint.array_folder import (
+    DIMENSIONS,
+    check_files,
+    file_checksums,
+    load_arrays,
+    regular_files,
+    save_arrays,
+)
+from jaxmoe.checkpoint.atomic import remove, write_bytes
 from jaxmoe.checkpoint.records import read_record
 from jaxmoe.checkpoint.tensor_file import (
     DTYPES,
+    PACKED_BITS,
     Planned,
     TensorEntry,
     byte_size,
     file_metadata,
     in_order,
+    listing,
     write_tensors,
 )
 from jaxmoe.checkpoint.workspace import Workspace
@@ -41,6 +52,7 @@ from jaxmoe.export.folder import INDEX, WEIGHTS, copy_file, dump, parts
 RECORD, FOLDER = "orbax.json", "weights"
 FORMAT_VERSION = 1
 PART_BYTES = 64 * 1024**2
+_MEND = "convert the checkpoint again"
 
 
 def to_orbax(source: str | Path, output: str | Path) -> dict[str, Any]:
@@ -56,25 +68,22 @@ def to_orbax(source: str | Path, output: str | Path) -> dict[str, Any]:
     Raises:
         JaxmoeError: the source cannot be read, or the output exists.
     """
-    from orbax.checkpoint import v1 as ocp
-
     folder = hub.resolve(source)
     files.read_config(folder)
     tensors = files.read_tensors(folder)
     stored: dict[str, dict[str, Any]] = {}
-    context = ocp.Context()
-    # Weights hardly shrink.
-    context.array.saving.use_compression = False
+    sums: list[dict[str, str]] = []
     with _workspace(folder, output, "orbax") as place:
         # A killed run leaves parts behind.
-        shutil.rmtree(place / FOLDER, ignore_errors=True)
+        remove(place / FOLDER)
         for number, part in enumerate(parts((entry for entry in _in_order(tensors) if entry.bytes), PART_BYTES)):
             arrays = {entry.name: entry.read() for entry in part}
             stored |= {name: {"part": number, "sha256": checksum(array)} for name, array in arrays.items()}
-            with context:
-                ocp.save(str(_part(place, number)), arrays)
+            # Weights hardly shrink.
+            save_arrays(_part(place, number), arrays, compress=False)
+            sums.append(file_checksums(_part(place, number)))
         _copy_beside(folder, place)
-        record = _record(folder, tensors, stored)
+        record = {**_record(folder, tensors, stored), "parts": sums}
         write_bytes(place / RECORD, dump(record))
     return _report(output, tensors.values())
 
@@ -99,11 +108,11 @@ def to_safetensors(source: str | Path, output: str | Path) -> dict[str, Any]:
         for file, planned in written.planned.items():
             path = place / file
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(path, planned, record["files"][file]["metadata"])
+            write_tensors(path, planned, record.files[file].metadata)
         _copy_beside(folder, place)
-        if record["index"] is not None:
+        if record.index is not None:
             weight_map = {tensor.name: file for file, planned in written.planned.items() for tensor in planned}
-            write_bytes(place / INDEX, dump({**record["index"], "weight_map": dict(sorted(weight_map.items()))}))
+            write_bytes(place / INDEX, dump({**record.index, "weight_map": dict(sorted(weight_map.items()))}))
     return _report(output, (tensor for planned in written.planned.values() for tensor in planned))
 
 
@@ -157,7 +166,36 @@ def _record(folder: Path, tensors: Mapping[str, TensorEntry], stored: Mapping[st
     return {"format_version": FORMAT_VERSION, "version": jaxmoe.__version__, "index": rest, "files": held}
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+class _Version(msgspec.Struct):
+    """What every format has."""
+
+    format_version: Annotated[int, msgspec.Meta(ge=1)]
+    version: str = "unknown"
+
+
+class _Tensor(msgspec.Struct, forbid_unknown_fields=True):
+    dtype: Annotated[str, msgspec.Meta(pattern=rf"^({'|'.join([*DTYPES, *PACKED_BITS])})\Z")]
+    shape: Annotated[list[Annotated[int, msgspec.Meta(ge=0, le=2**62)]], msgspec.Meta(max_length=DIMENSIONS)]
+    part: Annotated[int, msgspec.Meta(ge=0, le=10**9)] | None = None
+    sha256: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{64})?\Z")] = ""
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True):
+    metadata: dict[str, str]
+    tensors: dict[str, _Tensor]
+
+
+class _Record(msgspec.Struct, forbid_unknown_fields=True):
+    """What stands in `orbax.json`."""
+
+    format_version: int
+    version: str
+    index: dict[str, Any] | None
+    files: Annotated[dict[str, _File], msgspec.Meta(min_length=1)]
+    parts: list[dict[str, str]] = []
+
+
+def _read_record(folder: Path) -> _Record:
     path = folder / RECORD
     if not folder.is_dir():
         raise JaxmoeError(f"{folder} is no folder: give one that `jaxmoe convert --to orbax` wrote")
@@ -166,35 +204,45 @@ def _read_record(folder: Path) -> dict[str, Any]:
             f"{folder} is no Orbax checkpoint that jaxmoe wrote: it lacks {RECORD} or {FOLDER}/; give the folder that"
             " `jaxmoe convert --to orbax` wrote"
         )
-    record = read_record(path, dict[str, Any], "convert the checkpoint again")
-    version = record.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    version = read_record(path, _Version, _MEND)
+    if version.format_version > FORMAT_VERSION:
         raise JaxmoeError(
-            f"{path} has format {version}, written by jaxmoe {record.get('version')}, and jaxmoe {jaxmoe.__version__}"
-            f" reads up to {FORMAT_VERSION}: pip install --upgrade jaxmoe"
+            f"{path} has format {version.format_version}, written by jaxmoe {version.version}, and jaxmoe"
+            f" {jaxmoe.__version__} reads up to {FORMAT_VERSION}: pip install --upgrade jaxmoe"
         )
+    record = read_record(path, _Record, _MEND)
+    names = [name for own in record.files.values() for name in own.tensors]
+    if len(set(names)) < len(names):
+        twice = sorted(name for name, times in Counter(names).items() if times > 1)
+        raise JaxmoeError(f"{path} names {listing(twice, 8)} in several files: {_MEND}")
+    for own in record.files.values():
+        for name, tensor in own.tensors.items():
+            # Orbax stores no empty arrays.
+            if (tensor.part is None) != (byte_size(tensor.dtype, tensor.shape) == 0) or bool(tensor.sha256) is (
+                tensor.part is None
+            ):
+                raise JaxmoeError(f"{path} does not say where {name} lies and what its checksum is: {_MEND}")
     return record
 
 
 class _Parts:
     """The tensors of an Orbax checkpoint, planned by file, and the one part of them that is in memory."""
 
-    def __init__(self, folder: Path, record: Mapping[str, Any]):
+    def __init__(self, folder: Path, record: _Record):
         self.folder = folder
+        self.sums = record.parts
         self.parts: dict[int, dict[str, Planned]] = {}
         self.held: dict[str, np.ndarray] = {}
-        try:
-            self.planned = {
-                _inside(folder, file): in_order([self._plan(name, **own) for name, own in entry["tensors"].items()])
-                for file, entry in record["files"].items()
-            }
-        except (KeyError, TypeError, AttributeError) as error:
-            raise JaxmoeError(f"{folder / RECORD} is damaged ({error!r}): convert the checkpoint again") from error
+        self.planned = {
+            _inside(folder, file): in_order([self._plan(name, tensor) for name, tensor in own.tensors.items()])
+            for file, own in record.files.items()
+        }
 
-    def _plan(self, name: str, dtype: str, shape: Sequence[int], part: int | None = None, sha256: str = "") -> Planned:
+    def _plan(self, name: str, tensor: _Tensor) -> Planned:
+        dtype, shape, part = tensor.dtype, tuple(tensor.shape), tensor.part
         if part is None:
-            return Planned(name, dtype, tuple(shape), lambda: np.empty(shape, DTYPES.get(dtype, np.uint8)))
-        planned = Planned(name, dtype, tuple(shape), lambda: self._read(name, part, sha256))
+            return Planned(name, dtype, shape, lambda: np.empty(shape, DTYPES.get(dtype, np.uint8)))
+        planned = Planned(name, dtype, shape, lambda: self._read(name, part, tensor.sha256))
         self.parts.setdefault(part, {})[name] = planned
         return planned
 
@@ -204,18 +252,22 @@ class _Parts:
             self.held = self._load(part)
         array = self.held.pop(name)
         if checksum(array) != sha256:
-            raise JaxmoeError(f"{_part(self.folder, part)}: {name} is not what was written: convert again")
+            raise JaxmoeError(f"{_part(self.folder, part)}: {name} is not what was written: {_MEND}")
         return array
 
     def _load(self, part: int) -> dict[str, np.ndarray]:
-        from orbax.checkpoint import v1 as ocp
-
-        path = _part(self.folder, part)
+        path, planned = _part(self.folder, part), self.parts[part].values()
         try:
-            return ocp.load(str(path), {name: _abstract(tensor) for name, tensor in self.parts[part].items()})
-        except (KeyError, ValueError, OSError, ocp.errors.InvalidLayoutError) as error:
-            reason = str(error).split(" [")[0][:300]
-            raise JaxmoeError(f"{path} cannot be read ({reason}): convert the checkpoint again") from error
+            # Some changed bytes Orbax does not notice, and of others it says much. Older folders have no sums of files.
+            if part < len(self.sums):
+                check_files(path, self.sums[part])
+            held = sum(file.stat().st_size for file in regular_files(path))
+        except JaxmoeError as error:
+            raise JaxmoeError(f"{error}: {_MEND}") from None
+        # Before a wrong shape takes all memory: what is missing on disk Orbax would fill with zeros.
+        if held < (wanted := sum(tensor.bytes for tensor in planned)):
+            raise JaxmoeError(f"{path} has {held} bytes, and its tensors take {wanted}: {_MEND}")
+        return load_arrays(path, {tensor.name: _abstract(tensor) for tensor in planned}, _MEND)
 
 
 def _inside(folder: Path, file: str) -> str:

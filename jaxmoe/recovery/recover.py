@@ -238,6 +238,7 @@ def _report(model: StoredModel, original, output, sets, training, rows: Rows, le
             "passes": training.steps * training.rows / len(rows.ids),
         },
         "losses": losses,
+        "outcomes": [{"kind": "damaged_state", "detail": reason} for reason in result["damaged"]],
         "stored": stored,
         "compression": read_record(compression, dict[str, Any], "remove it") if compression.is_file() else None,
     }

@@ -1,7 +1,7 @@
 """A training run on disk: it can be stopped at any moment, and goes on to the same numbers.
 
     FOLDER/
-      states/<step>      Orbax checkpoints of the training's state, the last few
+      states/            the training's state after some steps, see `states`
       metrics.jsonl      a line for every step: its losses, norm of the gradient, rate
 
 Which rows a step takes follows from the state's key and the number of the step alone, and metrics that are newer than
@@ -16,12 +16,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from jaxmoe.checkpoint.atomic import write_bytes
+from jaxmoe.checkpoint.records import read_bytes
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.recovery.losses import Batch, Side
 from jaxmoe.recovery.sharding import place_batch, place_parameters, shardings
+from jaxmoe.recovery.states import States
 from jaxmoe.recovery.trainable import merge, names, split
 from jaxmoe.recovery.training import State, Training, batch_rows, begin, train_step
 from jaxmoe.texts.packing import Rows
@@ -43,7 +46,7 @@ def train(
     mesh: Any = None,
     on_event: Callable[[dict[str, Any]], None] = lambda event: None,
 ) -> dict[str, Any]:
-    """Train, and return the trained arrays in float32 by name.
+    """Train, and return `trained` (arrays in float32 by name), `metrics` of all steps and `damaged` (see `Found`).
 
     Args:
         student: the model.
@@ -59,10 +62,9 @@ def train(
         on_event: called after every step with its metrics.
 
     Raises:
-        JaxmoeError: a loss or gradient is not finite; the last state that was saved is kept.
+        JaxmoeError: a loss or gradient is not finite (the last state that was saved is kept), or what an earlier run
+            saved cannot be used.
     """
-    from orbax.checkpoint import v1 as ocp
-
     trained = split(student.parameters, chosen)
     # Nothing is held twice: what is trained lives in the state alone.
     frozen = merge(student.parameters, dict.fromkeys(chosen, jnp.zeros(0)))
@@ -74,51 +76,67 @@ def train(
     state = begin(trained, training, seed)
     specs = (student.spec, None if teacher is None else teacher.spec)
     step = jax.jit(partial(train_step, specs=specs, training=training), donate_argnums=0)
-    # Any: Orbax declares another class of the same policies.
-    policy: Any = ocp.training.preservation_policies.LatestN(keep)
-    place = str((folder / STATES).absolute())
-    with ocp.training.Checkpointer(place, preservation_policy=policy, cleanup_tmp_directories=True) as states:
-        if states.latest is not None:
-            state = _restored(states.latest.step, states, state)
-        metrics = _metrics(folder / METRICS, int(state.step))
-        with (folder / METRICS).open("a", encoding="utf-8") as log:
-            for number in range(int(state.step), training.steps):
-                batch = Batch(*(part[batch_rows(state.key, number, training.rows, len(rows.ids))] for part in rows))
-                if mesh is not None:
-                    batch = place_batch(batch, mesh, training.accumulate)
-                state, found = step(state, frozen, taught, batch)
-                line = {"step": number + 1, **{name: float(value) for name, value in found.items()}}
-                _check_finite(line, states.latest)
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                metrics.append(line)
-                if (number + 1) % save_every == 0 or number + 1 == training.steps:
-                    states.save(number + 1, _flat(state), force=True)
-                on_event({"event": "step", "done": number + 1, "total": training.steps, **line})
-    return {"trained": {name: np.asarray(array) for name, array in state.trained.items()}, "metrics": metrics}
+    states = States(folder / STATES, keep)
+    metrics = _metrics(folder / METRICS, {"loss", *training.weights})
+    found = states.newest({name: _abstract(array) for name, array in _flat(state).items()}, len(metrics))
+    if found is not None:
+        state = jax.tree.unflatten(jax.tree.structure(state), [found.arrays[name] for name in _flat(state)])
+    damaged = () if found is None else found.damaged
+    for reason in damaged:
+        on_event({"event": "damaged", "reason": reason, "instead": f"going on from step {int(state.step)}"})
+    del metrics[int(state.step) :]
+    # Metrics that are newer than the state are written again.
+    write_bytes(folder / METRICS, "".join(_line(own) for own in metrics).encode())
+    with (folder / METRICS).open("a", encoding="utf-8") as log:
+        for number in range(int(state.step), training.steps):
+            batch = Batch(*(part[batch_rows(state.key, number, training.rows, len(rows.ids))] for part in rows))
+            if mesh is not None:
+                batch = place_batch(batch, mesh, training.accumulate)
+            state, measured = step(state, frozen, taught, batch)
+            line = {"step": number + 1, **{name: float(value) for name, value in measured.items()}}
+            _check_finite(line, states.steps())
+            log.write(_line(line))
+            log.flush()
+            metrics.append(line)
+            if (number + 1) % save_every == 0 or number + 1 == training.steps:
+                states.save(number + 1, _flat(state))
+            on_event({"event": "step", "done": number + 1, "total": training.steps, **line})
+    arrays = {name: np.asarray(array) for name, array in state.trained.items()}
+    return {"trained": arrays, "metrics": metrics, "damaged": damaged}
 
 
 def _flat(state: State) -> dict[str, Any]:
     return dict(zip(names(state), jax.tree.leaves(state), strict=True))
 
 
-def _restored(step: int, states, state: State) -> State:
-    abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in _flat(state).items()}
-    found = states.load(step, abstract)
-    return jax.tree.unflatten(jax.tree.structure(state), [found[name] for name in abstract])
+def _abstract(array: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
 
 
-def _metrics(path: Path, done: int) -> list[dict[str, Any]]:
-    """Return the metrics of the steps that the state knows, and forget later ones."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:done] if path.exists() else []
-    write_bytes(path, "".join(lines).encode())
-    return [json.loads(line) for line in lines]
+def _line(metrics: Mapping[str, float]) -> str:
+    return json.dumps(metrics) + "\n"
 
 
-def _check_finite(line: Mapping[str, float], latest) -> None:
+def _metrics(path: Path, wanted: set[str]) -> list[dict[str, float]]:
+    """Return the metrics of the steps from the first to the last before a line that does not read."""
+    found: list[dict[str, float]] = []
+    if path.is_symlink() or not path.exists():
+        return found
+    for text in read_bytes(path).splitlines():
+        try:
+            line = msgspec.json.decode(text, type=dict[str, int | float])
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            break
+        if line.get("step") != len(found) + 1 or not wanted <= line.keys():
+            break
+        found.append(line)
+    return found
+
+
+def _check_finite(line: Mapping[str, float], saved: list[int]) -> None:
     bad = [name for name, value in line.items() if not np.isfinite(value)]
     if bad:
-        kept = "no state was saved yet" if latest is None else f"the state of step {latest.step} is kept"
+        kept = f"the state of step {saved[-1]} is kept" if saved else "no state was saved yet"
         raise JaxmoeError(
             f"step {line['step']}: {' and '.join(bad)} not finite, training diverged; {kept}: try a smaller"
             " --learning-rate or --clip in another output folder"

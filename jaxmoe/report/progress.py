@@ -79,6 +79,8 @@ def describe(event: dict[str, Any]) -> str:
         return f"{event['model']}: forward through layer {event['done']} of {event['total']}"
     if event["event"] == "step":
         return f"step {event['done']} of {event['total']}: loss {event['loss']:.4f}"
+    if event["event"] == "damaged":
+        return f"{event['reason']}: {event['instead']}"
     if event["event"] == "cell":
         found = event.get("reason") or f"perplexity {event['perplexity']:.2f}, compressed in {event['seconds']:.1f} s"
         return f"{event['name']} ({event['done']} of {event['total']}): {found}"

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 
 import ml_dtypes
@@ -10,8 +11,12 @@ import plain_checkpoint
 import pytest
 from program import checksums, jaxmoe
 from safetensors import safe_open
+from typer.testing import CliRunner
 
+from jaxmoe.cli import app
 from jaxmoe.data import demo_checkpoint
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.orbax import to_safetensors
 
 # The dtypes that hub checkpoints hold, and shapes that Orbax may stumble over.
 ODD = {
@@ -151,16 +156,63 @@ def unknown_tensor(record):
     tensors["lm_head.more"] = tensors["lm_head.weight"]
 
 
+def metadata(record):
+    record["files"]["model.safetensors"]["metadata"] = {"format": 1}
+
+
+def edited(key, value):
+    """Return a change of one key of one tensor's record."""
+    return lambda record: record["files"]["model.safetensors"]["tensors"]["lm_head.weight"].update({key: value})
+
+
+def twice(record):
+    record["files"]["other.safetensors"] = record["files"]["model.safetensors"]
+
+
+def pipe(folder):
+    path = next(path for path in sorted((folder / "weights").rglob("*")) if path.is_file())
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGE = {
     "no record": (lambda folder: (folder / "orbax.json").unlink(), "no Orbax checkpoint that jaxmoe wrote"),
     "no weights": (lambda folder: shutil.rmtree(folder / "weights"), "no Orbax checkpoint that jaxmoe wrote"),
     "newer": (lambda folder: damage_record(folder, lambda r: r.update(format_version=99)), "pip install --upgrade"),
-    "damaged": (lambda folder: damage_record(folder, lambda r: r.update(files={"x.safetensors": 1})), "is damaged"),
+    "damaged": (lambda folder: damage_record(folder, lambda r: r.update(files={"x.safetensors": 1})), "does not hold"),
+    "no json": (lambda folder: (folder / "orbax.json").write_bytes(b"\xff{"), "orbax.json is not JSON"),
+    "no version": (lambda folder: damage_record(folder, lambda r: r.pop("format_version")), "format_version"),
+    "no files": (lambda folder: damage_record(folder, lambda r: r.update(files={})), "length >= 1"),
+    "index": (lambda folder: damage_record(folder, lambda r: r.update(index=3)), "$.index"),
+    "metadata": (lambda folder: damage_record(folder, metadata), "metadata"),
+    **{
+        f"{key} {value!r:.20}": (lambda folder, k=key, v=value: damage_record(folder, edited(k, v)), message)
+        for key, value, message in (
+            ("shape", "[32, 16]", "shape"),
+            ("shape", ["32", 16], "shape"),
+            ("shape", [-32, -16], "shape"),
+            ("shape", [1] * 65, "length <= 32"),
+            ("shape", [16, 32], "holds lm_head.weight as bfloat16 [32, 16], not"),
+            ("shape", [2**40, 2**20], "and its tensors take"),
+            ("shape", [2**63], "shape"),
+            ("shape", [0], "does not say where lm_head.weight lies"),
+            ("dtype", "F99", "dtype"),
+            ("dtype", "F32", "not as float32"),
+            ("part", None, "does not say where lm_head.weight lies"),
+            ("part", "0", "part"),
+            ("part", -1, "part"),
+            ("part", 7, "00007"),
+            ("sha256", 3, "sha256"),
+            ("sha256", "", "does not say where lm_head.weight lies"),
+        )
+    },
+    "twice": (lambda folder: damage_record(folder, twice), "in several files"),
+    "pipe": (lambda folder: pipe(folder), "not a regular file but a pipe"),
     "outside": (lambda folder: damage_record(folder, outside), "../model.safetensors"),
     "checksum": (lambda folder: damage_record(folder, other_checksum), "lm_head.weight is not what was written"),
-    "unknown": (lambda folder: damage_record(folder, unknown_tensor), "00000 cannot be read"),
-    "part": (lambda folder: shutil.rmtree(folder / "weights" / "00000"), "00000 cannot be read"),
-    "data": (lambda folder: shutil.rmtree(folder / "weights" / "00000" / "state" / "d"), "cannot be read"),
+    "unknown": (lambda folder: damage_record(folder, unknown_tensor), "00000 holds no lm_head.more"),
+    "part": (lambda folder: shutil.rmtree(folder / "weights" / "00000"), "00000 is no folder"),
+    "data": (lambda folder: shutil.rmtree(folder / "weights" / "00000" / "state" / "d"), "not what was written"),
 }
 
 
@@ -169,10 +221,56 @@ def test_damaged_folders(kind, converted, tmp_path):
     damage, message = DAMAGE[kind]
     shutil.copytree(converted / "orbax", tmp_path / "orbax")
     damage(tmp_path / "orbax")
-    done = jaxmoe("convert", tmp_path / "orbax", tmp_path / "back", "--to", "safetensors")
-    assert done.returncode == 1
+    done = CliRunner().invoke(app, ["convert", str(tmp_path / "orbax"), str(tmp_path / "back"), "--to", "safetensors"])
+    assert done.exit_code == 1
+    assert done.stderr.startswith("error: ")
     assert message in done.stderr
+    assert "defect of jaxmoe" not in done.stderr
     assert not (tmp_path / "back").exists()
+
+
+def whatever_byte_changes(source, tmp_path):
+    """Cut each file of the parts, and change a byte of it; yield the errors, None where all was still right."""
+    rng = np.random.default_rng(0)
+    right = raw_tensors(source / "source")
+    originals = sorted(path for path in (source / "orbax" / "weights").rglob("*") if path.is_file())
+    for number, original in enumerate([*originals, *originals]):
+        content = bytearray(original.read_bytes())
+        if not content:
+            continue
+        folder = tmp_path / f"{number}" / "orbax"
+        shutil.copytree(source / "orbax", folder)
+        place = int(rng.integers(len(content)))
+        content[place] ^= 0x55
+        path = folder / original.relative_to(source / "orbax")
+        path.write_bytes(content[:place] if number < len(originals) else content)
+        error = failure(folder, tmp_path / f"{number}" / "back")
+        if error is None:
+            assert raw_tensors(tmp_path / f"{number}" / "back") == right
+        yield path, error
+
+
+def failure(folder, output):
+    try:
+        to_safetensors(folder, output)
+    except JaxmoeError as error:
+        return str(error)
+    return None
+
+
+def test_every_byte_is_watched(converted, tmp_path):
+    for path, error in whatever_byte_changes(converted, tmp_path):
+        assert error is not None
+        assert str(path) in error
+
+
+def test_folders_without_checksums_of_files(converted, tmp_path):
+    """As earlier versions wrote them: bytes that matter are noticed all the same."""
+    shutil.copytree(converted, tmp_path / "older")
+    damage_record(tmp_path / "older" / "orbax", lambda record: record.pop("parts"))
+    errors = [error for _, error in whatever_byte_changes(tmp_path / "older", tmp_path) if error]
+    assert len(errors) >= 4
+    assert all(str(tmp_path) in error for error in errors)
 
 
 def test_wrong_ways(converted, tmp_path):

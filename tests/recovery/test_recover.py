@@ -113,6 +113,32 @@ def test_a_killed_run_goes_on_to_the_same_bytes(compressed, recovered, tmp_path)
     assert checksums(killed) == checksums(output)
 
 
+def test_a_damaged_state_costs_the_steps_since_the_one_before(compressed, recovered, tmp_path):
+    output, arguments, _ = recovered
+    process = subprocess.Popen(
+        command("recover", compressed, tmp_path / "out", *arguments, "--json"),
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stderr:
+        if json.loads(line).get("done") == 3:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    training = tmp_path / "out.partial" / ".jaxmoe" / "training"
+    last = max(int(path.stem) for path in (training / "states").glob("*.json"))
+    damaged = next(path for path in sorted((training / "states" / str(last)).rglob("*")) if path.is_file())
+    damaged.write_bytes(b"?" + damaged.read_bytes()[1:])
+    done = jaxmoe("recover", compressed, tmp_path / "out", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"{damaged}: not what was written, the state cannot be used: going on from step {last - 1}" in done.stderr
+    assert checksums(tmp_path / "out") == checksums(output)
+    (outcome,) = json.loads((tmp_path / "out" / "report.json").read_text())["outcomes"]
+    assert outcome["kind"] == "damaged_state"
+    assert str(damaged) in outcome["detail"]
+
+
 def test_training_that_diverges_says_so_and_keeps_the_last_state(compressed, text, tmp_path):
     options = list(TRAINING)
     options[options.index("--learning-rate") + 1] = 1e30
