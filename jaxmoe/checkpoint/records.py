@@ -127,5 +127,8 @@ def as_record(value: Any, kind: type[Record], where: str, mend: str) -> Record:
     """
     try:
         return msgspec.convert(value, kind)
+    except UnicodeEncodeError as error:
+        half = f"{error.object[error.start]!a} is half a character"
+        raise JaxmoeError(f"{where} does not hold what it should ({half}): {mend}") from None
     except (msgspec.ValidationError, RecursionError) as error:
         raise JaxmoeError(f"{where} does not hold what it should ({error}): {mend}") from None

@@ -8,12 +8,15 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict
+from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import jax
+import msgspec
 import numpy as np
 
 import jaxmoe
@@ -40,6 +43,7 @@ from jaxmoe.texts import (
     speller,
     window_length,
 )
+from jaxmoe.texts.chat_template import chat_template
 
 REPORT, CARD = "report.json", "README.md"
 
@@ -98,7 +102,8 @@ def recover(
     tokenizer = Tokenizer.open(source)
     original = _teacher(model, tokenizer, teacher, training, ignore_config_keys)
     length = window_length(model.longest, length)
-    rows = pack(documents(model.folder, tokenizer, texts, instructions, prompts=prompts), length)
+    clock = _clock(model.folder, output) if instructions else None
+    rows = pack(documents(model.folder, tokenizer, texts, instructions, prompts=prompts, clock=clock), length)
     run = {
         "recover": model.checkpoint.fingerprint(),
         "teacher": None if original is None else original.checkpoint.fingerprint(),
@@ -110,6 +115,8 @@ def recover(
         "versions": {"jaxmoe": jaxmoe.__version__, "jax": jax.__version__, "numpy": np.__version__},
         "platform": f"{jax.default_backend()} {platform.machine()}",
     }
+    if clock is not None:
+        run["clock"] = clock.isoformat()
     if (done := finished(output, run)) is not None:
         on_event({"event": "complete", "output": str(output)})
         return done
@@ -151,6 +158,7 @@ def documents(
     instructions: Sequence[str | Path],
     *,
     prompts: bool = False,
+    clock: datetime | None = None,
 ) -> list[Document]:
     """Return the documents of texts and instructions, each ended by the tokenizer's end token if it has one.
 
@@ -160,6 +168,7 @@ def documents(
         texts: as `jaxmoe.texts.read_texts` takes them; all of their tokens are learned.
         instructions: files of dialogues.
         prompts: whether all of a dialogue is learned.
+        clock: the time that chat templates are told; None for now.
     """
     if not texts and not instructions:
         raise JaxmoeError("no text: give at least one text file, or a file of instructions")
@@ -171,10 +180,34 @@ def documents(
                 ids = np.append(ids, np.int32(tokenizer.end))
             found.append(Document(ids, np.ones(len(ids), bool)))
     if instructions:
-        with speller(folder) as spelled:
+        with speller(folder, clock=clock) as spelled:
             for path in instructions:
                 found += instruction_documents(path, tokenizer, spelled, prompts=prompts)
     return found
+
+
+def _clock(folder: Path, output: Path) -> datetime | None:
+    """Return the time that a chat template with a date in it is told, None for others: that at which the run began.
+
+    The same command goes on with the same rows on another day.
+    """
+    template = chat_template(folder)
+    if template is None or not template.dated:
+        return None
+    for path, kind in ((output / REPORT, _Report), (Workspace(output, {}).journal / "run.json", _Run)):
+        # What holds no such record is refused where the run is compared with it.
+        with suppress(JaxmoeError, ValueError):
+            record = read_record(path, kind, "start over")
+            return datetime.fromisoformat(record.run.clock if isinstance(record, _Report) else record.clock)
+    return datetime.now().replace(microsecond=0)
+
+
+class _Run(msgspec.Struct):
+    clock: str
+
+
+class _Report(msgspec.Struct):
+    run: _Run
 
 
 def _teacher(

@@ -34,6 +34,11 @@ class ChatTemplate(NamedTuple):
     templates: Mapping[str, str]
     tokens: Mapping[str, str]
 
+    @property
+    def dated(self) -> bool:
+        """Whether texts depend on the time at which they are written."""
+        return any("strftime_now" in source for source in self.templates.values())
+
     def name(self, tools: Any) -> str:
         """Return which template spells a dialogue with such tools, None for none.
 

@@ -35,8 +35,9 @@ Render = Callable[..., tuple[str, list[tuple[int, int]]]]
 def main(lines: Iterator[bytes], write: Callable[[dict[str, Any]], None]) -> None:
     """Render what the lines ask for: the templates, tokens and limits first, then a dialogue in each line."""
     settings = json.loads(next(lines))
-    render = library_renderer() if settings["library"] else None
-    render = render or own_renderer()
+    # transformers takes the time from the clock alone.
+    render = library_renderer() if settings["library"] and not settings["clock"] else None
+    render = render or own_renderer(settings["clock"])
     limit_memory(settings["memory"])
     left = settings["seconds"]
     for line in lines:
@@ -96,8 +97,8 @@ def library_renderer() -> Render | None:
     return render
 
 
-def own_renderer() -> Render:
-    """Return a function that renders by transformers' rules with jinja2 alone."""
+def own_renderer(clock: str | None = None) -> Render:
+    """Return a function that renders by transformers' rules with jinja2 alone, at an ISO time, None for now."""
     import jinja2.ext
     import jinja2.nodes
     from jinja2.exceptions import SecurityError, TemplateError
@@ -162,7 +163,7 @@ def own_renderer() -> Render:
     environment.filters["tojson"] = tojson
     environment.globals.update(
         raise_exception=raise_exception,
-        strftime_now=lambda form: datetime.now().strftime(form),
+        strftime_now=lambda form: (datetime.fromisoformat(clock) if clock else datetime.now()).strftime(form),
         dict=Dictionary(),
         namespace=Names,
     )

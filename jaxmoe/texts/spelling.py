@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,6 +173,7 @@ def speller(
     seconds: float = rendering.SECONDS,
     memory: int = rendering.MEMORY,
     library: bool = True,
+    clock: datetime | None = None,
 ) -> Iterator[Speller]:
     """Give a checkpoint's speller; where it has a template, a process of its own renders it, and ends with the context.
 
@@ -180,6 +182,7 @@ def speller(
         seconds: for the first text; each further one adds `rendering.SECONDS_EACH` to what is left.
         memory: bytes that rendering may take.
         library: whether transformers' own function renders where it is installed.
+        clock: the time that templates are told instead of now; transformers' function does not take one.
 
     Raises:
         JaxmoeError: the template cannot be read, or jinja2 is not installed; by the speller: the template fails, or
@@ -191,7 +194,8 @@ def speller(
         return
     if find_spec("jinja2") is None:
         raise JaxmoeError(f"{template.path} is a chat template, which jinja2 renders: pip install 'jinja2>=3.1.6'")
-    child = _start(template, seconds, memory, library)
+    told = None if clock is None else clock.isoformat()
+    child = _start(template, {"seconds": seconds, "memory": memory, "library": library, "clock": told})
 
     def render(dialogue: Dialogue, asked: Sequence[Asked]) -> list[Spelled]:
         name = template.name(dialogue.tools)
@@ -223,8 +227,7 @@ def speller(
         child.communicate()
 
 
-def _start(template: ChatTemplate, seconds: float, memory: int, library: bool) -> "subprocess.Popen[bytes]":
-    settings = {"seconds": seconds, "memory": memory, "library": library}
+def _start(template: ChatTemplate, settings: dict[str, Any]) -> "subprocess.Popen[bytes]":
     try:
         # By path, and without the path's folder before the libraries: the process loads nothing of this package. It is
         # no fork either, which threads of JAX would not survive, and no `multiprocessing`, which runs __main__ again.

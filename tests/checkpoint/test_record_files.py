@@ -33,6 +33,7 @@ def test_reads_what_the_type_says(tmp_path):
         (b"", "is not JSON"),
         (b'{"name": "\xff", "ranks": []}', "is not JSON"),
         (b"[" * 100_000, "is not JSON|does not hold"),
+        (b'{"\\ud800": 1, "ranks": []}', "is half a character"),
     ],
 )
 def test_names_what_does_not_fit(tmp_path, content, said):

@@ -5,6 +5,8 @@ import shutil
 import signal
 import subprocess
 import time
+from datetime import datetime
+from importlib import import_module
 
 import numpy as np
 import pytest
@@ -175,6 +177,39 @@ def stranger(tmp_path_factory):
     tiny_models.save_tiny("qwen3_moe", folder, vocab_size=4160)
     shutil.copy(demo_checkpoint() / "tokenizer.json", folder)
     return folder
+
+
+def test_a_run_goes_on_with_the_date_of_its_beginning(tmp_path, monkeypatch):
+    module = import_module("jaxmoe.recovery.recover")
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2026, 1, 2, 3, 4, 5, 6)
+
+    source = shutil.copytree(demo_checkpoint(), tmp_path / "model")
+    template = "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    (source / "chat_template.jinja").write_text(template)
+    output, begun = tmp_path / "out", tmp_path / "out.partial" / ".jaxmoe" / "run.json"
+    monkeypatch.setattr(module, "datetime", Later)
+    assert module._clock(source, output) == datetime(2026, 1, 2, 3, 4, 5)
+    begun.parent.mkdir(parents=True)
+    for content, expected in (
+        ('{"clock": "2025-12-31T23:59:00"}', (2025, 12, 31, 23, 59)),
+        ("{}", (2026, 1, 2, 3, 4, 5)),
+    ):
+        begun.write_text(content)
+        assert module._clock(source, output) == datetime(*expected)
+    output.mkdir()
+    (output / "report.json").write_text('{"run": {"clock": "2024-02-29T00:00:00"}}')
+    assert module._clock(source, output) == datetime(2024, 2, 29)
+    talk = tmp_path / "talk.jsonl"
+    talk.write_text(json.dumps({"prompt": "a", "response": "b"}))
+    tokenizer = module.Tokenizer.open(source)
+    (document,) = module.documents(source, tokenizer, [], [talk], clock=datetime(2024, 2, 29))
+    assert tokenizer.decode(document.ids) == "2024-02-29ab"
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    assert module._clock(source, output) is None
 
 
 @pytest.mark.parametrize(

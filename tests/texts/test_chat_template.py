@@ -156,7 +156,7 @@ def test_a_tokenizer_config_of_other_types(tmp_path, config, said):
         chat_template(folder_with(tmp_path, **config))
 
 
-@pytest.mark.parametrize("content", [b"", b"[" * 5000, b"\xff{}", b"null", b'{"a": "\\ud800"}'])
+@pytest.mark.parametrize("content", [b"", b"[" * 5000, b"\xff{}", b"null"])
 def test_a_tokenizer_config_that_is_none(tmp_path, content):
     (tmp_path / "tokenizer_config.json").write_bytes(content)
     with pytest.raises(JaxmoeError, match=r"tokenizer_config\.json"):
