@@ -60,8 +60,8 @@ class Family:
 
     @property
     def keys(self) -> frozenset[str]:
-        """The keys of the config that it names; of those that reach into an object, the object's."""
-        names = (self.experts, self.top_k, self.intermediate, self.hidden)
+        """The keys of the config that tell of its experts; of those that reach into an object, the object's."""
+        names = (self.experts, self.top_k, self.intermediate, self.hidden, GROUPS, KEPT_GROUPS)
         return frozenset(key.split(".")[0] for own in names for key in own.split("|") if key)
 
     def memory(self, prefix: str) -> str:
@@ -335,6 +335,9 @@ _RECORDS = (
 
 FAMILIES: dict[str, Family] = {model_type: record for record in _RECORDS for model_type in record.model_types}
 """The known architectures by `model_type`."""
+
+GROUPS, KEPT_GROUPS = "n_group|num_expert_group", "topk_group"
+"""What configs call the groups of experts that a router chooses first, and how many of them; `n_groups` is Mamba's."""
 
 UNKNOWN = Family(
     model_types=("",),

@@ -43,6 +43,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise JaxmoeError(f"{folder / CONFIG} names no model_type: jaxmoe cannot tell the architecture; add the key")
     try:
         check_kinds(config, names=EVERYWHERE)
+        check_kinds(config.get("text_config") or {}, names=EVERYWHERE)
     except JaxmoeError as error:
         raise JaxmoeError(f"{folder}: {error}") from None
     return config

@@ -30,8 +30,12 @@ _Number = Annotated[float, Meta(ge=-1e12, le=1e12)]
 
 SIZE = Kind(_Size, "a whole number of 1 to 1,048,576")
 COUNT = Kind(_Count, "a whole number of 0 to 1,048,576")
-SIZES = Kind(_Size | list[_Size], "a whole number of 1 to 1,048,576, or one for each layer")
-COUNTS = Kind(_Count | list[_Count], "a whole number of 0 to 1,048,576, or one for each layer")
+SIZES = Kind(
+    _Size | Annotated[list[_Size], Meta(min_length=1)], "a whole number of 1 to 1,048,576, or one for each layer"
+)
+COUNTS = Kind(
+    _Count | Annotated[list[_Count], Meta(min_length=1)], "a whole number of 0 to 1,048,576, or one for each layer"
+)
 FEW = Kind(Annotated[int, Meta(ge=1, le=4096)], "a whole number of 1 to 4,096")
 VOCABULARY = Kind(Annotated[int, Meta(ge=1, le=1 << 24)], "a whole number of 1 to 16,777,216")
 POSITIONS = Kind(Annotated[int, Meta(ge=1, le=1 << 30)], "a whole number of 1 to 1,073,741,824")
@@ -105,7 +109,10 @@ _KINDS: tuple[tuple[Kind, str], ...] = (
 KINDS: Mapping[str, Kind] = {name: kind for kind, names in _KINDS for name in names.split()}
 """What may stand under each key; null always may, and says nothing."""
 
-EVERYWHERE = ("architectures", "auto_map", "dtype", "eos_token_id", "quantization_config", "text_config", "torch_dtype")
+EVERYWHERE = (
+    *("architectures", "auto_map", "dtype", "eos_token_id", "model_type"),
+    *("quantization_config", "text_config", "torch_dtype", "vocab_size"),
+)
 """The keys that mean the same in every architecture."""
 
 FALSE_FOR_NONE = frozenset({"n_group", "topk_group", "routed_scaling_factor"})

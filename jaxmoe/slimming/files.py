@@ -23,9 +23,6 @@ from jaxmoe.factors import LayerShape
 from jaxmoe.factors.slicing import slice_channels
 from jaxmoe.model.configuration import BUILDERS, decoder_spec
 
-GROUPS = "n_group|num_expert_group"
-"""What architectures call the groups of experts that their router chooses first; `n_groups` is of Mamba's states."""
-
 _MTP_COUNTS = (
     "num_nextn_predict_layers",
     "num_mtp_layers",

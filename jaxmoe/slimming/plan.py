@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.checkpoint import Checkpoint
-from jaxmoe.checkpoint.families import UNKNOWN, decoder_config
+from jaxmoe.checkpoint.families import GROUPS, KEPT_GROUPS, decoder_config
 from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.tensor_file import Planned
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
 from jaxmoe.methods.slimming import SlimMethod
+from jaxmoe.model.keys import brief
 from jaxmoe.plan import SCOPES
-from jaxmoe.slimming.files import GROUPS, check_stock, slim_config, slim_copied, slim_edited, slim_shape
+from jaxmoe.slimming.files import check_stock, slim_config, slim_copied, slim_edited, slim_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,15 +165,16 @@ def _nothing() -> np.ndarray:
 
 def _groups(checkpoint: Checkpoint, experts: int) -> tuple[int, int]:
     """Return the groups of experts that have to stay equal, and the least number of experts that routing needs."""
-    family, decoder = checkpoint.family or UNKNOWN, decoder_config(checkpoint.config)
+    family, decoder = checkpoint.family, decoder_config(checkpoint.config)
+    assert family is not None
     top_k = family.read(decoder, family.top_k)
     most = max(top_k) if isinstance(top_k, list) else top_k
     groups = family.read(decoder, GROUPS) or 1
-    chosen = family.read(decoder, "topk_group") or groups
-    if type(most) is not int or not 1 <= most <= experts or type(groups) is not int or experts % groups:
+    chosen = family.read(decoder, KEPT_GROUPS) or groups
+    if type(most) is not int or most > experts or experts % groups:
         raise JaxmoeError(
             f"{checkpoint.folder}: config.json does not tell how many experts a token needs ({family.top_k} ="
-            f" {top_k!r}, {groups!r} groups of {experts} experts)"
+            f" {brief(top_k)}, {groups!r} groups of {experts} experts)"
         )
     # DeepSeek-V3 and its kin score a group by its two best experts, and a token's have to fit into its groups.
     inside = max(2 if family.routing == "deepseek_v3" else 1, -(-most // chosen))

@@ -1,0 +1,55 @@
+"""Whole checkpoints whose config.json holds hostile values: opened, planned and run, or refused in one message."""
+
+import json
+import math
+import random
+
+import plain_checkpoint
+import pytest
+
+from jaxmoe import Checkpoint, StoredModel, inspect, make_plan, methods
+from jaxmoe.checkpoint.families import FAMILIES
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.model.keys import KINDS
+from jaxmoe.slimming import make_slim_plan
+
+HOSTILE = (
+    *(None, True, False, 0, -1, 1, 3, 2**31, 2**63, 2**200, 0.5, 1e308, math.nan, math.inf, "", "2", "x" * 10_000),
+    *([], [1], [2] * 2, [True], ["sparse"] * 2, ["moe"], [None], [[1]], {}, {"a": 1}, {"hidden_size": 16}, "E*"),
+)
+
+
+def plan(folder, name, **settings):
+    method = methods.get(name)
+    make = make_plan if name == "svd" else make_slim_plan
+    return make(Checkpoint.open(folder), method, method.settings(**settings), ratio=0.3)
+
+
+USES = {
+    "inspect": inspect,
+    "factors": lambda folder: plan(folder, "svd"),
+    "fewer experts": lambda folder: plan(folder, "reap", multiple=1),
+    "fewer channels": lambda folder: plan(folder, "nystrom", multiple=1),
+    "running": StoredModel,
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_hostile_values_end_in_a_message(use, tmp_path):
+    folder = plain_checkpoint.write(tmp_path / "x")
+    plain, chance, refused = json.loads((folder / "config.json").read_text()), random.Random(use), 0
+    for _ in range(200):
+        changes = {chance.choice(sorted(KINDS)): chance.choice(HOSTILE)}
+        if chance.random() < 0.3:
+            # The names of experts are those of many architectures.
+            changes["model_type"] = chance.choice(sorted(FAMILIES))
+        (folder / "config.json").write_text(json.dumps({**plain, **changes}))
+        message = ""
+        try:
+            USES[use](folder)
+        except JaxmoeError as error:
+            message = str(error)
+        assert len(message) < 2500, changes
+        assert message == "" or use.startswith("fewer") or str(folder) in message, changes
+        refused += message != ""
+    assert 0 < refused < 200
