@@ -287,8 +287,9 @@ class Grouped(Stored):
                 f"ranks {shortened(ranks)} of groups of {self.size} experts do not add up to the {total} rows of bases"
                 f" and {rows} of coefficients that are there"
             )
-        if ranks.max() > self.widest:
-            raise JaxmoeError(f"ranks {shortened(ranks)} are not all up to {self.widest}, the largest in the record")
+        # A record that does not name the widest stands for all rows.
+        if self.widest not in (ranks.max(), total):
+            raise JaxmoeError(f"widest is {self.widest} in the record, and the largest of ranks {shortened(ranks)} is not")
         if self.order is not None:
             check_order(self.order, self.experts)
         return replace(self, widest=int(ranks.max()))
