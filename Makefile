@@ -1,6 +1,7 @@
 # Every target works on a fresh machine: it makes its own virtual environment in .venv first.
 #   make demo        compress, evaluate and report on the bundled checkpoint
 #   make test        the tests, a few minutes            make test-slow   those that take longer
+#   make test-newest the core of the tests on the newest Python and JAX that are here
 #   make lint        format, lint, types, spelling, import rules
 #   make docs        the documentation, into docs/_build/html
 #   make notebooks   notebooks/*.ipynb anew from notebooks/*.py, with their outputs
@@ -18,6 +19,13 @@ DOCUMENTING := $(VENV)/.documenting
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
+# The newest Python on the path or among pyenv's; empty where there is none beside the default.
+PYENV_ROOT ?= $(HOME)/.pyenv
+NEWEST ?= $(shell for python in python3.14 python3.13 python3.12 \
+  $$(ls -d $(PYENV_ROOT)/versions/3.1[2-9].*/bin/python 2>/dev/null | sort -rV); do \
+  $$python -c "" 2>/dev/null && echo $$python && break; done)
+CORE := tests/solvers tests/factors tests/allocation tests/methods tests/model tests/checkpoint tests/test_project.py
+
 # One thread for each of the tests' processes: more only spin, waiting for a core.
 test test-slow: export OPENBLAS_NUM_THREADS = 1
 test test-slow: export OMP_NUM_THREADS = 1
@@ -25,7 +33,7 @@ test test-slow: export OMP_NUM_THREADS = 1
 test test-slow: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.jax_cache
 test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 
-.PHONY: demo test test-slow lint format docs notebooks bench clean
+.PHONY: demo test test-slow test-newest lint format docs notebooks bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/jaxmoe demo
@@ -35,6 +43,10 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) $(PYTEST_ARGS)
+
+test-newest:
+	@test -n "$(NEWEST)" || { echo "no Python newer than 3.11 is here: make test-newest NEWEST=python3.13" >&2; exit 1; }
+	$(MAKE) test PYTHON=$(NEWEST) VENV=.venv-newest PYTEST_ARGS="$(CORE)"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -58,7 +70,7 @@ bench: $(INSTALLED)
 	  echo "== $$name"; $(BIN)/python scripts/benchmarks/$$name.py || exit 1; done
 
 clean:
-	rm -rf $(VENV) .jax_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache docs/_build
+	rm -rf $(VENV) .venv-newest .jax_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache docs/_build
 
 # PyTorch goes first, alone: as a mere dependency pip may take a build of several gigabytes.
 $(INSTALLED): pyproject.toml

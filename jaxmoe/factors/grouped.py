@@ -289,7 +289,9 @@ class Grouped(Stored):
             )
         # A record that does not name the widest stands for all rows.
         if self.widest not in (ranks.max(), total):
-            raise JaxmoeError(f"widest is {self.widest} in the record, and the largest of ranks {shortened(ranks)} is not")
+            raise JaxmoeError(
+                f"widest is {self.widest} in the record, and the largest of ranks {shortened(ranks)} is not"
+            )
         if self.order is not None:
             check_order(self.order, self.experts)
         return replace(self, widest=int(ranks.max()))
