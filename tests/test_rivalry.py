@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain_checkpoint import write
+from safetensors.numpy import load_file, save_file
 
 from jaxmoe import Checkpoint, make_plan
 from jaxmoe.data import demo_checkpoint
@@ -132,6 +134,24 @@ def test_improved_mobe_stores_svd_where_that_is_closer(tmp_path):
             np.testing.assert_allclose(errors, others, rtol=0.02)
     assert "grouped" in stored["improved"]
     assert stored["paper"] == {"shared_basis", "dense"}
+
+
+def test_svd_instead_does_not_hide_what_the_fit_did(tmp_path):
+    """Every expert is steep in its own directions: long steps leave the valley, and SVD is closer all the same."""
+    folder = write(tmp_path / "steep", num_hidden_layers=1, hidden_size=32, moe_intermediate_size=16)
+    rng = np.random.default_rng(0)
+    made = load_file(folder / "model.safetensors")
+    for name, array in made.items():
+        if ".experts." in name:
+            left, _, right = np.linalg.svd(rng.normal(size=array.shape), full_matrices=False)
+            made[name] = (left * np.arange(1, 17.0) ** -2 @ right).astype(array.dtype)
+    save_file(made, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = Checkpoint.open(folder)
+    report = compress(checkpoint, tmp_path / "out", make_plan(checkpoint, MOBE, MOBE.settings(steps=60), ratio=0.25))
+    kinds = {}
+    for outcome in report["outcomes"]:
+        kinds.setdefault(outcome["target"], set()).add(outcome["kind"])
+    assert any("svd_instead" in own and own & {"lower_rate", "descent_returned"} for own in kinds.values()), kinds
 
 
 def test_no_svd_where_a_rank_for_every_expert_is_too_much():

@@ -20,7 +20,8 @@ import numpy as np
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape, SharedBasis
 from jaxmoe.factors.shared_basis import ACTIVATIONS
-from jaxmoe.methods.method import Evidence, Fit, Method, Outcome, Slot, check_setting, count, stacked_targets
+from jaxmoe.methods.descent_outcomes import descent_outcomes
+from jaxmoe.methods.method import Evidence, Fit, Method, Slot, check_setting, count, stacked_targets
 from jaxmoe.solvers.basis_learning import learn_basis
 from jaxmoe.solvers.basis_size import choose_bases, lies_transposed
 from jaxmoe.solvers.mixture import solve_coefficients
@@ -145,15 +146,8 @@ def fit(weight, template, settings: MoBESettings, *, evidence: Evidence, key=Non
         activation=cast(str, settings.activation),
         transposed=abstract.transposed,
     )
-    losses = np.asarray(found.losses)
-    taken = int(found.steps)
-    outcomes = []
-    if bool(found.diverged):
-        detail = f"the loss was not finite after {taken} steps; the best state before is kept"
-        outcomes.append(Outcome("diverged", "", detail))
-    if settings.steps == 0:
-        outcomes.append(Outcome("not_fitted", "", "no optimiser step was asked for: this is the start"))
-    return Fit((term,), losses[:taken], tuple(outcomes))
+    losses = np.asarray(found.losses)[: int(found.steps)]
+    return Fit((term,), losses, tuple(descent_outcomes(found)))
 
 
 def working_bytes(template) -> int:

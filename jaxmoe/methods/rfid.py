@@ -31,6 +31,7 @@ from jaxmoe.allocation import floor_ranks, ranks_by_importance, water_fill
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import Grouped, Hashed, LayerShape, Sparse, Term
 from jaxmoe.factors.shared_basis import ACTIVATIONS
+from jaxmoe.methods.descent_outcomes import descent_outcomes
 from jaxmoe.methods.method import Evidence, Fit, Method, Outcome, Slot, check_setting, count, stacked_targets
 from jaxmoe.scores import effective_rank, fused_importance
 from jaxmoe.solvers.basis_learning import learn_basis
@@ -304,15 +305,8 @@ def _mixed(grouping: _Grouping, ranks, settings: RFIDSettings, abstract: Grouped
         coefficients = _solve(
             grouping.matrices, bases, mixing, activation=activation, moment=grouping.moment, ragged=ragged
         )
-    taken = int(found.steps)
-    outcomes = []
-    if bool(found.diverged):
-        detail = f"the loss was not finite after {taken} steps; the best state before is kept"
-        outcomes.append(Outcome("diverged", "", detail))
-    if settings.steps == 0:
-        outcomes.append(Outcome("not_fitted", "", "no optimiser step was asked for: this is the start"))
     term = _packed(grouping, ranks, coefficients, bases, mixing, abstract)
-    return term, np.asarray(found.losses)[:taken], outcomes
+    return term, np.asarray(found.losses)[: int(found.steps)], descent_outcomes(found)
 
 
 def _closed(grouping: _Grouping, ranks, settings: RFIDSettings, abstract: Grouped, key):

@@ -208,7 +208,9 @@ def _learn(
     alpha = jnp.where(constant, jax.nn.one_hot(jnp.zeros(experts, int), bases), alpha)
     approximation = reconstruct(coefficients, basis, alpha, activation) + mean
     error = relative_errors(whiten_rows(weight, row_moment), whiten_rows(approximation, row_moment), moment)
-    return BasisFit(coefficients, basis, alpha, mean, error, losses, taken, diverged)
+    return BasisFit(
+        coefficients, basis, alpha, mean, error, losses, taken, jnp.full(3, rate), jnp.zeros((), jnp.int32), diverged
+    )
 
 
 def _fit(
@@ -241,8 +243,8 @@ def _fit(
             d_basis = d_basis * ragged.of_bases(rank)
         return loss, (d_coefficients, d_basis, d_softmax(d_alpha)[0])
 
-    optimizer = optax.adam(rate)
-    end = descend(evaluate, begin(start, optimizer, steps=steps), optimizer, patience=patience)
+    adam = optax.scale_by_adam()
+    end = descend(evaluate, begin(start, adam, rate=rate, steps=steps), adam, patience=patience)
     coefficients, basis, logits = end.best
     if ragged is not None:
         # What lies beyond an expert's rank was multiplied by nothing.

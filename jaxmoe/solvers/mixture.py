@@ -57,6 +57,8 @@ class BasisFit(NamedTuple):
         error: relative error of every expert under the objective, sqrt(tr(R C R^T) / tr(W C W^T)).
         losses: squared relative error before each step; NaN from the first step not taken.
         steps: steps taken.
+        rates: of the long steps: asked for, chosen by trial, and at the end.
+        returns: times that the loss rose so far above its best that the descent returned there, with a smaller rate.
         diverged: whether the loop ended at a loss that is not finite; what is returned is the best before.
     """
 
@@ -67,6 +69,8 @@ class BasisFit(NamedTuple):
     error: Float[Array, " expert"]
     losses: Float[Array, " step"]
     steps: Int[Array, ""]
+    rates: Float[Array, "3"]
+    returns: Int[Array, ""]
     diverged: Bool[Array, ""]
 
 

@@ -25,7 +25,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxmoe.solvers.descent import Descent, begin, descend
+from jaxmoe.solvers.descent import SHRINK, Descent, begin, descend, either
 from jaxmoe.solvers.mixture import (
     HIGHEST,
     BasisFit,
@@ -56,8 +56,17 @@ SIZE = 0.2
 BOUNDED = ("tanh", "sigmoid", "wavelet")
 """The functions through which long steps do no harm."""
 
+LOWER = (0.3, 0.1)
+"""Factors on the rate that are tried, one after the other, as long as the loss rises in the better trial so far."""
+
+RISE = 1.5
+"""Factor on the best loss above which a descent returns; where long steps do good the loss stays closer to it."""
+
 GOAL = 1e-7
 """Squared relative error at which nothing is left to gain: float32 and bfloat16 storage see no difference."""
+
+ROUNDING = 1e-6
+"""Squared relative error below which a rise may be rounding: sums and inverses are in float32."""
 
 
 def variable_projection(
@@ -69,6 +78,7 @@ def variable_projection(
     steps: int = 1_000,
     trial: int = 40,
     learning_rate: float | None = None,
+    rise: float = RISE,
     patience: int | None = None,
     moment: Array | None = None,
     row_moment: Array | None = None,
@@ -84,8 +94,12 @@ def variable_projection(
         rank: r, 1 to min(row, column).
         activation: f, a name in `ACTIVATIONS`.
         steps: length of the schedule; 0 returns the first start.
-        trial: steps of it that both starts are given before the better goes on.
-        learning_rate: of the long steps; None is 0.3 for bounded functions and 0.1 for the others.
+        trial: steps of it that both starts, and lower rates where they are called for, are given before the best goes
+            on.
+        learning_rate: of the long steps, the highest that is tried; None is 0.3 for bounded functions and 0.1 for the
+            others.
+        rise: factor on the best loss above which the descent returns to the best state with half the rate; infinity
+            for never.
         patience: stop after so many steps without a new best loss; None runs the whole schedule, whose end gains most.
         moment: second moment of the inputs along the columns, `[1|expert, column, column]`; None weighs all directions
             alike.
@@ -112,7 +126,7 @@ def variable_projection(
     rate = learning_rate or (0.3 if activation in BOUNDED else 0.1)
     as_float = partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
     return _project(
-        *as_float((weight, moment, row_moment, expert_weight, rate)),
+        *as_float((weight, moment, row_moment, expert_weight, rate, rise)),
         jax.random.key(0) if key is None else key,
         trial,
         ragged,
@@ -126,53 +140,79 @@ def variable_projection(
 
 @partial(jax.jit, static_argnames=("bases", "rank", "activation", "steps", "patience"))
 def _project(
-    weight, moment, row_moment, shares, rate, key, trial, ragged, *, bases, rank, activation, steps, patience
+    weight, moment, row_moment, shares, rate, rise, key, trial, ragged, *, bases, rank, activation, steps, patience
 ) -> BasisFit:
     """Fit at unit scale, then solve for the coefficients at the weights' own."""
     target = whiten_rows(weight, row_moment)
     size = jnp.sqrt(jnp.mean(target**2))
     target = target / jnp.where(size > 0, size, 1.0)
     evaluate = reduced_objective(target, activation=activation, moment=moment, shares=shares, ragged=ragged)
-    optimizer = optax.adam(schedule(rate, steps), b1=0.85, b2=0.95, eps=1e-12)
-    end = _compete(evaluate, starts(target, bases, rank, key, ragged), optimizer, trial, steps, patience)
+    end = _compete(evaluate, starts(target, bases, rank, key, ragged), rate, rise, trial, steps, patience)
     basis, alpha = end.best
     coefficients = solve_coefficients(weight, basis, alpha, activation=activation, moment=moment, ragged=ragged)
     approximation = reconstruct(coefficients, basis, alpha, activation)
     error = relative_errors(whiten_rows(weight, row_moment), whiten_rows(approximation, row_moment), moment)
-    return BasisFit(coefficients, basis, alpha, jnp.zeros(()), error, end.losses, end.steps, end.diverged)
+    return BasisFit(
+        coefficients,
+        basis,
+        alpha,
+        jnp.zeros(()),
+        error,
+        end.losses,
+        end.steps,
+        jnp.stack([rate, end.rate / SHRINK**end.returns, end.rate]),
+        end.returns,
+        end.diverged,
+    )
 
 
-def _compete(evaluate, candidates, optimizer, trial, steps, patience) -> Descent:
-    """Return the descent of the start that is better after `trial` steps, over the whole schedule."""
-    begun = [begin(start, optimizer, steps=steps) for start in candidates]
+def _compete(evaluate, candidates, rate, rise, trial, steps, patience) -> Descent:
+    """Return the whole descent of the start, and then of the rate, that are best after `trial` steps."""
+    direction = optax.scale_by_adam(b1=0.85, b2=0.95, eps=1e-12)
+    both = jax.tree.map(lambda *x: jnp.stack(x), *candidates)
+    rates = rate * jnp.array([1.0, *LOWER])
+    last = len(LOWER) + 2
 
-    def better(both):
-        return jnp.argmin(jnp.where(both.diverged, jnp.inf, both.best_loss))
+    def phase(number, state):
+        # Two starts, the lower rates, then the best to the end: one loop serves all, so that it is compiled once.
+        leader, place = state
+        own = jnp.where(number < 2, number, place)
+        begun = begin(
+            jax.tree.map(lambda x: x[own], both), direction, rate=rates[jnp.maximum(number - 1, 0)], steps=steps
+        )
+        now = either(number == last, leader, begun)
+        wanted = (number < 2) | (leader.returns > 0)
+        until = jnp.where(number == last, steps, jnp.where(wanted, trial, 0))
+        now = descend(
+            evaluate,
+            now,
+            direction,
+            schedule=schedule(steps),
+            until=until,
+            patience=patience,
+            goal=GOAL,
+            rise=rise,
+            rounding=ROUNDING,
+        )
+        leads = (number == 0) | (number == last) | (now.best_loss < leader.best_loss)
+        return either(leads, (now, own), state)
 
-    def phase(number, both):
-        # Two trials, then the better to the end: one loop serves all three, so that it is compiled once.
-        chosen = jnp.where(number < 2, number, better(both))
-        now = jax.tree.map(lambda x: x[chosen], both)
-        until = jnp.where(number < 2, trial, steps)
-        now = descend(evaluate, now, optimizer, until=until, patience=patience, goal=GOAL)
-        return jax.tree.map(lambda x, y: x.at[chosen].set(y), both, now)
-
-    both = lax.fori_loop(0, 3, phase, jax.tree.map(lambda *x: jnp.stack(x), *begun))
-    return jax.tree.map(lambda x: x[better(both)], both)
+    first = begin(candidates[0], direction, rate=rate, steps=steps)
+    return lax.fori_loop(0, last + 1, phase, (first, jnp.zeros((), jnp.int32)))[0]
 
 
-def schedule(learning_rate: float, steps: int):
-    """Return the rate at each step: up over 20 steps, constant, linearly to zero over the second half.
+def schedule(steps: int):
+    """Return the factor on the rate at each step: up over 20 steps, constant, linearly to zero over the second half.
 
     Example:
-        >>> [round(float(schedule(0.3, 100)(step)), 3) for step in (0, 20, 50, 75, 99)]
-        [0.015, 0.3, 0.3, 0.15, 0.006]
+        >>> [round(float(schedule(100)(step)), 2) for step in (0, 20, 50, 75, 99)]
+        [0.05, 1.0, 1.0, 0.5, 0.02]
     """
 
-    def rate(step):
-        return learning_rate * jnp.minimum(jnp.minimum(1.0, (step + 1) / 20), 2 * (1 - step / max(steps, 1)))
+    def factor(step):
+        return jnp.minimum(jnp.minimum(1.0, (step + 1) / 20), 2 * (1 - step / max(steps, 1)))
 
-    return rate
+    return factor
 
 
 def starts(target: Float[Array, "expert row column"], bases: int, rank: int, key: Array, ragged: Ragged | None = None):

@@ -91,8 +91,8 @@ def test_mobe_weighted_by_inputs_serves_those_inputs(weights, target, shared):
     size = SHAPE.of(target)[2]
     inputs = rng.normal(size=(1 if shared else 6, 2000, size)) * np.geomspace(2, 0.05, size)
     moment = jnp.asarray(np.einsum("eti,etj->eij", inputs, inputs) / 2000, jnp.float32)
-    plain, weight = fitted("mobe", target, weights, level=8, steps=200, bases=2)
-    aware, _ = fitted("mobe", target, weights, level=8, steps=200, bases=2, moment=moment)
+    plain, weight = fitted("mobe", target, weights, level=8, steps=400, bases=2)
+    aware, _ = fitted("mobe", target, weights, level=8, steps=400, bases=2, moment=moment)
 
     def output_error(result):
         difference = materialized(result) - weight

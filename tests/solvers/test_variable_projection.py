@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.solvers.basis_learning import learn_basis
-from jaxmoe.solvers.mixture import owners, reconstruct
+from jaxmoe.solvers.mixture import Ragged, owners, reconstruct
 from jaxmoe.solvers.variable_projection import reduced_objective, schedule, starts, variable_projection
 
 E, P, Q, M, R = 6, 8, 24, 2, 6
@@ -82,11 +82,11 @@ def test_gradient_equals_differences_of_the_oracle(rank, weighted):
 
 
 def test_schedule_rises_holds_and_falls():
-    rate = np.array([float(schedule(0.3, 200)(step)) for step in range(200)])
-    assert np.all(np.diff(rate[:20]) > 0)
-    np.testing.assert_allclose(rate[20:100], 0.3)
-    assert np.all(np.diff(rate[101:]) < 0)
-    assert rate[-1] < 0.004
+    factor = np.array([float(schedule(200)(step)) for step in range(200)])
+    assert np.all(np.diff(factor[:20]) > 0)
+    np.testing.assert_allclose(factor[20:100], 1)
+    assert np.all(np.diff(factor[101:]) < 0)
+    assert factor[-1] < 0.012
 
 
 @pytest.fixture(scope="module")
@@ -234,3 +234,55 @@ def test_a_loss_below_rounding_does_not_pass_for_zero():
     gap = weight - approximation
     energies = [np.einsum("eoi,ij,eoj->e", x, moment, x) for x in (gap, weight.astype(np.float64))]
     assert float(fit.losses.min()) == pytest.approx(energies[0].sum() / energies[1].sum(), rel=0.2)
+
+
+def steep(seed):
+    """Experts whose strength lies along few shared directions: long steps are thrown out of their narrow valley."""
+    rng = np.random.default_rng(seed)
+    axes = np.linalg.qr(rng.normal(size=(16, 16)))[0]
+    rows = rng.normal(size=(8, 32, 16)) * np.arange(1, 17.0) ** -2 @ axes.T
+    return np.swapaxes(rows, 1, 2).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["by_trial", "by_returns"])
+def test_no_descent_collapses(seed):
+    weight = steep(seed)
+    fits = {steps: partial(variable_projection, weight, bases=3, rank=13, steps=steps) for steps in (100, 200)}
+    before = {steps: fit(rise=np.inf) for steps, fit in fits.items()}
+    now = {steps: fit() for steps, fit in fits.items()}
+    # Without returns the loss jumps to many times its best.
+    losses = np.asarray(before[200].losses)
+    assert np.max(losses[30:] / np.minimum.accumulate(losses)[30:]) > 5
+    for steps, fit in now.items():
+        assert total_error(fit, weight) < 0.9 * total_error(before[steps], weight)
+        assert total_error(fit, weight) < 1.01 * float(np.sqrt(np.min(fit.losses)))
+        asked, chosen, last = np.asarray(fit.rates)
+        assert asked == np.float32(0.3)
+        assert last == pytest.approx(chosen / 2 ** int(fit.returns))
+        assert last < asked
+    assert total_error(now[200], weight) < total_error(now[100], weight)
+    assert (now[200].rates[1] < np.float32(0.3)) == (seed == 0)
+    assert int(before[200].returns) == 0
+    assert before[200].rates[1] == np.float32(0.3)
+
+
+def test_each_of_a_batch_returns_for_itself():
+    weights = np.stack([steep(0), steep(1)])
+    fit = partial(variable_projection, bases=3, rank=13, steps=100)
+    many = jax.vmap(fit)(weights)
+    for number, weight in enumerate(weights):
+        alone = fit(weight)
+        np.testing.assert_array_equal(many.rates[number, :2], alone.rates[:2])
+        own = type(many)(*(x[number] for x in many))
+        assert total_error(own, weight) == pytest.approx(total_error(alone, weight), rel=0.05)
+
+
+def test_ragged_and_weighted_fits_return_too():
+    weight = steep(1)
+    ragged = Ragged(jnp.array([14, 12, 13]), jnp.array(owners(8, 3)))
+    fit = partial(variable_projection, weight, bases=3, rank=14, steps=100, ragged=ragged, moment=moment_of(32)[None])
+    before, now = fit(rise=np.inf), fit()
+    assert int(now.returns) or now.rates[1] < now.rates[0]
+    assert float(np.min(now.losses)) < float(np.min(before.losses))
+    for base, rank in enumerate((14, 12, 13)):
+        assert not np.any(now.bases[base, rank:])
