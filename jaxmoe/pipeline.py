@@ -28,6 +28,7 @@ from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, layer_
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.architectures import architecture
 from jaxmoe.export.card import model_card
+from jaxmoe.export.checking import Answers, answers, check_written, checked_layers
 from jaxmoe.export.factored import factored_config, remote_code
 from jaxmoe.export.folder import complete_folder, dump, side_files
 from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense
@@ -126,8 +127,7 @@ def compress(
             on_event({"event": "waiting", "layers": report["missing_layers"]})
             return report
         with workspace.exclusive("publish"):
-            specs = {index: entry["spec"] for index, entry in entries.items() if entry is not None}
-            return _publish(checkpoint, plan, export, workspace, specs, amend({**report, "run": run}), on_event)
+            return _publish(checkpoint, plan, export, workspace, entries, amend({**report, "run": run}), on_event)
 
 
 def check_export(checkpoint: Checkpoint, export: str) -> None:
@@ -136,6 +136,15 @@ def check_export(checkpoint: Checkpoint, export: str) -> None:
         raise JaxmoeError(f"export {export!r}: give {' or '.join(EXPORTS)}")
     if export == "factored":
         architecture(checkpoint.model_type)
+        biases = checkpoint.family is not None and checkpoint.family.expert_biases
+        if wrong := [layer.index for layer in checkpoint.layers if bool(layer.biases) is not biases]:
+            there = (
+                "lack their biases" if biases else "have biases, for which their module in transformers has no place"
+            )
+            raise JaxmoeError(
+                f"{checkpoint.folder}: the experts of layers {', '.join(map(str, wrong))} {there}, so that their"
+                " factors could not be loaded: mend the checkpoint, or give --export dense"
+            )
 
 
 def check_statistics(plan: Any, statistics: Sums | None) -> None:
@@ -208,6 +217,7 @@ def _compress_layer(checkpoint, plan, planned, export, seed, statistics, workspa
         statistics.follow(source.index, layer)
     checksum = write_tensors(workspace.folder / layer_file(source.index), tensors)
     stored = layer.count()
+    checked = source.index in checked_layers(own.source.index for own in plan.layers)
     record = {
         "layer": source.index,
         "spec": layer.spec(),
@@ -215,6 +225,7 @@ def _compress_layer(checkpoint, plan, planned, export, seed, statistics, workspa
         "projections": projections,
         "outcomes": [{"layer": source.index, **outcome._asdict()} for outcome in outcomes],
         "losses": histories,
+        **({"answers": answers(layer)} if checked else {}),
         "seconds": time.perf_counter() - start,
         "peak_bytes": peak_bytes(),
     }
@@ -320,17 +331,19 @@ def _report(checkpoint, output, plan, export, seed, command, entries, seconds) -
     }
 
 
-def _publish(checkpoint, plan, export, workspace, specs, report, on_event) -> dict[str, Any]:
+def _publish(checkpoint, plan, export, workspace, entries, report, on_event) -> dict[str, Any]:
     if export == "dense":
         config, code, size = checkpoint.dense_config(), {}, None
     else:
         modules = {
-            planned.source.module: (planned.source.shape, specs[planned.source.index]) for planned in plan.layers
+            planned.source.module: (planned.source.shape, entries[planned.source.index]["spec"])
+            for planned in plan.layers
         }
         config = factored_config(checkpoint.dense_config(), modules, checkpoint.layouts())
         code, size = remote_code(checkpoint.dense_config()), report["bytes"]["after"]
     layers = [planned.source.index for planned in plan.layers]
-    return publish(checkpoint, workspace, report, layers, config, code, size, on_event)
+    meant = {index: entry["answers"] for index, entry in entries.items() if "answers" in entry}
+    return publish(checkpoint, workspace, report, layers, config, code, size, meant, on_event)
 
 
 def publish(
@@ -341,6 +354,7 @@ def publish(
     config: Mapping[str, Any],
     code: Mapping[str, str],
     size: int | None,
+    meant: Mapping[int, Answers],
     on_event: Event = lambda event: None,
     *,
     copied: Sequence[Planned] | None = None,
@@ -355,11 +369,15 @@ def publish(
         config: what `config.json` will say.
         code: the Python files that travel along.
         size: bytes that all tensors take together, None if that was not counted before.
+        meant: what the experts of some layers are to answer, see `export.checking`.
         on_event: called when it is done.
         copied: what the layers' files lack; None for everything of the source but the experts.
 
     Returns:
         The report, with what the files hold under `stored`.
+
+    Raises:
+        JaxmoeError: what was written cannot be opened again, or does not hold what was meant.
     """
     stored = complete_folder(
         workspace.folder,
@@ -371,6 +389,7 @@ def publish(
     )
     if size is not None and stored["bytes"] != size:
         raise RuntimeError(f"the files hold {stored}, the terms counted {size}: a defect of jaxmoe")
+    check_written(workspace.folder, checkpoint, meant)
     report = {**report, "stored": stored}
     write_bytes(workspace.folder / "README.md", model_card(report).encode())
     write_bytes(workspace.folder / "report.json", dump(report))

@@ -140,7 +140,8 @@ class CompressedCheckpoint:
         return self._layer(module, lambda entry: entry.read() if entry.dtype[0] in "IU" else entry.abstract())
 
     def _layer(self, module: str, take: Callable[[TensorEntry], np.ndarray]) -> CompressedLayer:
-        arrays = {name.removeprefix(f"{module}."): take(self.tensors[name]) for name in self._names(module)}
+        own, vectors = {name.removeprefix(f"{module}."): name for name in self._names(module)}, self._vectors(module)
+        arrays = {name: take(self.tensors[whole]) for name, whole in own.items() if name not in vectors}
         record = self.records[module]
         try:
             return CompressedLayer.from_tensors(arrays, record.terms, record.shape)

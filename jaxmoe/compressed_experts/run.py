@@ -23,6 +23,7 @@ from jaxmoe.compressed_experts.observing import observe
 from jaxmoe.compressed_experts.plan import MainPlan
 from jaxmoe.compressed_experts.settings import METHOD, Settings
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.checking import answers, checked_layers, vector_answers
 from jaxmoe.export.factored import factored_config, remote_code
 from jaxmoe.model.auxiliary import ones
 from jaxmoe.model.spec import ExpertBlock
@@ -177,11 +178,13 @@ class _Run:
             for name, array in arrays.items()
         ]
         checksum = write_tensors(self.workspace.folder / layer_file(index), tensors)
+        checked = index in checked_layers(self.model.modules)
         record = {
             "layer": index,
             "spec": layer.spec(),
             "projections": describe(layer),
             **learned,
+            **({"answers": {**answers(layer), **vector_answers(vectors)}} if checked else {}),
             "seconds": time.perf_counter() - begun,
             "peak_bytes": peak_bytes(),
         }
@@ -193,7 +196,7 @@ class _Run:
     def publish(self, report: dict[str, Any]) -> dict[str, Any]:
         """Complete the folder and return the report."""
         entries = [entry for entry in self.entries.values() if entry is not None]
-        kept = ("key", "sha256", "spec", "peak_bytes")
+        kept = ("key", "sha256", "spec", "peak_bytes", "answers")
         report["layers"] = [{name: entry[name] for name in entry if name not in kept} for entry in entries]
         report["layer_seconds"] = sum(entry["seconds"] for entry in entries)
         report["peak_bytes"] = max([peak_bytes(), *(entry["peak_bytes"] for entry in entries)])
@@ -206,7 +209,9 @@ class _Run:
         original = source.dense_config()
         config = factored_config(original, described, source.layouts(), self.plan.main)
         size, layers = self.plan.bytes["after"], list(self.entries)
-        return publish(source, self.workspace, report, layers, config, remote_code(original), size, self.on_event)
+        meant = {entry["layer"]: entry["answers"] for entry in entries if "answers" in entry}
+        code = remote_code(original)
+        return publish(source, self.workspace, report, layers, config, code, size, meant, self.on_event)
 
 
 def _outcomes(entry: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,13 +1,13 @@
 """From factored back to dense: the checkpoint that `compress --export dense` would have written."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.tensor_file import write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, layer_file
-from jaxmoe.export.factored import remote_code
+from jaxmoe.export.checking import answers, check_written, checked_layers
+from jaxmoe.export.factored import layer_index, remote_code
 from jaxmoe.export.folder import complete_folder, side_files
 
 
@@ -29,12 +29,14 @@ def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
     output = Path(output).absolute()
     workspace = Workspace(output, {"convert": "dense", "source": str(opened.folder)})
     workspace.check_free()
-    files = []
+    files, meant = [], {}
     with workspace.opened([]):
         for module in opened.modules:
-            (index,) = (int(number) for number in re.findall(r"\.(\d+)\.", module))
+            index = layer_index(module)
             files.append(workspace.folder / layer_file(index))
             write_tensors(files[-1], opened.dense_tensors(module))
+            if index in checked_layers(map(layer_index, opened.modules)):
+                meant[index] = answers(opened.layer(module))
         code = remote_code(opened.config)
         stored = complete_folder(
             workspace.folder,
@@ -44,5 +46,6 @@ def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
             code={},
             beside=[path for path in side_files(opened.folder) if path.name not in code],
         )
+        check_written(workspace.folder, opened, meant)
         workspace.publish()
     return {"output": str(output), "stored": stored}

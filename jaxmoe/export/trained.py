@@ -16,6 +16,7 @@ from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.tensor_file import DTYPES, Planned
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.checking import answers, check_written, checked_layers, vector_answers
 from jaxmoe.export.folder import complete_folder, side_files
 
 
@@ -32,6 +33,9 @@ def write_trained(
 
     Returns:
         `{"parameters": elements, "bytes": bytes}` of all tensors in the folder.
+
+    Raises:
+        JaxmoeError: numbers that the dtype of the files cannot hold, or what was written is not what was meant.
     """
     new = dict(_new_tensors(model, parameters, changed))
     source = model.checkpoint
@@ -46,7 +50,15 @@ def write_trained(
     if unknown := sorted(new.keys() - {tensor.name for tensor in planned}):
         raise RuntimeError(f"trained tensors that the source does not have: {unknown}")
     planned = [_replaced(tensor, new[tensor.name]) if tensor.name in new else tensor for tensor in planned]
-    return complete_folder(folder, layers=[], copied=planned, config=config, code={}, beside=side_files(model.folder))
+    beside = side_files(model.folder)
+    stored = complete_folder(folder, layers=[], copied=planned, config=config, code={}, beside=beside)
+    meant = {}
+    for index in checked_layers(model.modules):
+        own = parameters["layers"][index]
+        vectors = {name: array for name, array in own.items() if name.startswith("auxiliary.")}
+        meant[index] = {**answers(own["experts"]), **vector_answers(vectors)}
+    check_written(folder, source, meant)
+    return stored
 
 
 def _replaced(tensor: Planned, array: np.ndarray) -> Planned:

@@ -15,6 +15,7 @@ from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.tensor_file import write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, layer_file
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.checking import checked_layers, dense_answers
 from jaxmoe.factors import CompressedLayer, Dense
 from jaxmoe.factors.slicing import slice_channels
 from jaxmoe.methods import Outcome
@@ -118,6 +119,7 @@ def slim(
             slim_config(checkpoint, plan.method.unit, plan.keep),
             {},
             plan.bytes["after"],
+            {entry["layer"]: entry["answers"] for entry in entries if "answers" in entry},
             on_event,
             copied=[tensor for tensor in copied if tensor.name not in edited],
         )
@@ -145,11 +147,13 @@ def _layer(checkpoint, plan: SlimPlan, layer: MoELayer, copied, sums: LayerSums 
         record |= measured_errors(checkpoint, layer, padded, name, sums)
     checksum = write_tensors(workspace.folder / layer_file(layer.index), tensors)
     outcomes = [*_never_routed(sums), *found.outcomes]
+    checked = layer.index in checked_layers(own.index for own in checkpoint.layers)
     record = {
         "layer": layer.index,
         **({"kept": found.kept.tolist()} if unit == "experts" else {}),
         "edited": sorted(edited),
         "projections": projections,
+        **({"answers": dense_answers(rest, plan.shapes[layer.index])} if checked else {}),
         "outcomes": [{"layer": layer.index, **outcome._asdict()} for outcome in outcomes],
         "seconds": time.perf_counter() - start,
         "peak_bytes": peak_bytes(),
