@@ -44,7 +44,7 @@ def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
             copied=opened.copied(),
             config=opened.original,
             code={},
-            beside=[path for path in side_files(opened.folder) if path.name not in code],
+            beside={name: path for name, path in side_files(opened.folder).items() if name not in code},
         )
         check_written(workspace.folder, opened, meant)
         workspace.publish()

@@ -19,17 +19,26 @@ T = TypeVar("T", Planned, TensorEntry)
 SHARD_BYTES = 4 * 1024**3
 INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".index.json")
+TEMPLATES = "additional_chat_templates"
+"""The one folder in a checkpoint's that belongs to it: chat templates beside the default one."""
 REWRITTEN = ("config.json", "README.md", "report.json")
 
 
-def side_files(source: Path) -> list[Path]:
-    """Return the files of a checkpoint that travel as they are: tokenizer, generation config, licence, its own code."""
-    files = (path for path in sorted(source.iterdir()) if path.is_file() and not path.name.startswith("."))
-    return [path for path in files if not path.name.endswith(WEIGHTS) and path.name not in REWRITTEN]
+def files_beside(source: Path) -> dict[str, Path]:
+    """Return all files of a checkpoint but its weights, by their names relative to its folder."""
+    files = [*source.iterdir(), *(source / TEMPLATES).glob("*.jinja")]
+    names = {path.relative_to(source).as_posix(): path for path in sorted(files) if path.is_file()}
+    return {name: path for name, path in names.items() if not name.startswith(".") and not name.endswith(WEIGHTS)}
+
+
+def side_files(source: Path) -> dict[str, Path]:
+    """Return the files that travel as they are: tokenizer, chat templates, generation config, licence, its own code."""
+    return {name: path for name, path in files_beside(source).items() if name not in REWRITTEN}
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a regular file, which appears whole or not at all."""
+    target.parent.mkdir(exist_ok=True)
     with open_regular(source) as content, atomic_file(target) as copy:
         shutil.copyfileobj(content, copy)
 
@@ -65,7 +74,7 @@ def complete_folder(
     copied: Sequence[Planned],
     config: Mapping[str, Any],
     code: Mapping[str, str],
-    beside: Iterable[Path],
+    beside: Mapping[str, Path],
 ) -> dict[str, int]:
     """Write everything but the layers' files, the index last.
 
@@ -75,7 +84,7 @@ def complete_folder(
         copied: the tensors that no layer's file holds.
         config: what `config.json` will say.
         code: further text files by name, such as remote code.
-        beside: files to copy as they are.
+        beside: files to copy as they are, by name.
 
     Returns:
         `{"parameters": elements, "bytes": bytes}` of all tensors in the folder, from the files' own headers.
@@ -88,9 +97,9 @@ def complete_folder(
 
     for name, text in code.items():
         write_bytes(folder / name, text.encode())
-    for path in beside:
-        if path.name not in code:
-            copy_file(path, folder / path.name)
+    for name, path in beside.items():
+        if name not in code:
+            copy_file(path, folder / name)
     write_bytes(folder / "config.json", dump(config))
 
     entries = {path.name: read_header(path) for path in files}

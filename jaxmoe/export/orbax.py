@@ -47,7 +47,7 @@ from jaxmoe.checkpoint.tensor_file import (
 )
 from jaxmoe.checkpoint.workspace import Workspace
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.folder import INDEX, WEIGHTS, copy_file, dump, parts
+from jaxmoe.export.folder import INDEX, copy_file, dump, files_beside, parts
 
 RECORD, FOLDER = "orbax.json", "weights"
 FORMAT_VERSION = 1
@@ -133,9 +133,9 @@ def _workspace(source: Path, output: str | Path, form: str) -> Iterator[Path]:
 
 def _copy_beside(source: Path, target: Path) -> None:
     """Copy everything that is neither weights nor a record of them, config and tokenizer included."""
-    for path in sorted(source.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and not path.name.endswith(WEIGHTS) and path.name != RECORD:
-            copy_file(path, target / path.name)
+    for name, path in files_beside(source).items():
+        if name != RECORD:
+            copy_file(path, target / name)
 
 
 def _in_order(tensors: Mapping[str, TensorEntry]) -> list[TensorEntry]:

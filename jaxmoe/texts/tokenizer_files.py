@@ -110,8 +110,9 @@ def _from_merges(folder: Path, model_type: str) -> Any:
     config, path = read_tokenizer_config(folder), folder / VOCABULARY
     kind = config.kind or _CLASSES.get(model_type)
     if kind not in _CLASSES.values():
+        given = f"gives the class {kind}" if kind else "gives no class"
         raise JaxmoeError(
-            f"{folder} has {VOCABULARY} and {MERGES}, and {TOKENIZER_CONFIG} gives the class {kind}: only those of"
+            f"{folder} has {VOCABULARY} and {MERGES}, and {TOKENIZER_CONFIG} {given}: only those of"
             f" {' and '.join(sorted(set(_CLASSES.values())))} say how text is split; copy {TOKENIZER} from the model's"
             " source"
         )
