@@ -222,11 +222,11 @@ def grouped(
     return make
 
 
-def latent(*, interleaved: bool | None = None):
-    """Return what builds latent attention."""
+def latent(*, interleaved: bool | None = None, rotated_size: str = "qk_rope_head_dim"):
+    """Return what builds latent attention; `rotated_size` is the config's name of the numbers with position."""
 
     def make(s: Settings, index: int, layer_norm: Norm) -> LatentAttention:
-        plain, rotated = s.take("qk_nope_head_dim"), s.take("qk_rope_head_dim")
+        plain, rotated = s.take("qk_nope_head_dim"), s.take(rotated_size)
         # Names of sizes that follow from those two, and of one that nothing is computed with.
         for name in ("head_dim", "qk_head_dim", "num_key_value_heads"):
             s.take(name, None)

@@ -128,6 +128,11 @@ def _deepseek_v3(s: Settings, shapes: Shapes) -> DecoderSpec:
     return build(s, shapes, router=deepseek_v3_router, attention=latent(), shared=shared)
 
 
+def _glm4_moe_lite(s: Settings, shapes: Shapes) -> DecoderSpec:
+    attention = latent(rotated_size="qk_rope_head_dim|head_dim")
+    return build(s, shapes, router=deepseek_v3_router, attention=attention, shared=shared_experts("n_shared_experts"))
+
+
 def _glm4_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
     return build(
         s,
@@ -301,6 +306,10 @@ def _afmoe(s: Settings, shapes: Shapes) -> DecoderSpec:
 
 def _mimo_v2_flash(s: Settings, shapes: Shapes) -> DecoderSpec:
     value, value_scale = s.take("v_head_dim"), s.take("attention_value_scale")
+    before = s.take("sliding_window_size", None)
+    if before is not None:
+        # The publisher's key counts the tokens before a token, and goes before the other one.
+        s.config["sliding_window"] = before + 1
     derive_kinds(s, lambda index: index > 0 and (index + 1) % 6 != 0)
     positions = s.take("rope_scaling", None) or s.take("rope_parameters", None) or {}
     if positions and not any(kind in positions for kind in KINDS):
@@ -336,8 +345,9 @@ def _cohere2_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
     rms, epsilon = s.take("rms_norm_eps", None), s.take("layer_norm_eps")
     pattern, first = s.take("prefix_dense_sliding_window_pattern"), s.take("first_k_dense_replace", 0)
     others = s.take("sliding_window_pattern")
-    # The dense layers at the beginning have a pattern of their own.
-    derive_kinds(s, lambda index: ((index + 1) % pattern if index < first else (index - first + 1) % others) != 0)
+    if isinstance(others, int):
+        # The dense layers at the beginning have a pattern of their own.
+        derive_kinds(s, lambda index: ((index + 1) % pattern if index < first else (index - first + 1) % others) != 0)
 
     def attention(s: Settings, index: int, norm: Norm) -> Attention:
         built = grouped(sliding=by_kind, interleaved=True)(s, index, norm)
@@ -378,7 +388,7 @@ BUILDERS: dict[str, Builder] = {
     "granitemoeshared": _granitemoe,
     "bailing_moe": _bailing_moe,
     "deepseek": _deepseek,
-    "glm4_moe_lite": _deepseek_v3,
+    "glm4_moe_lite": _glm4_moe_lite,
     "solar_open": _solar_open,
     "exaone_moe": _exaone_moe,
     "hy_v3": _hy_v3,

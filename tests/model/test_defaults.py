@@ -188,6 +188,7 @@ ALIASES = {
     "ernie4_5_moe": ("moe_k", "num_experts_per_tok"),
     "hunyuan_v1_moe": ("moe_topk", "num_experts_per_tok"),
     "gpt_oss": ("num_experts_per_tok", "experts_per_token"),
+    "glm4_moe_lite": ("qk_rope_head_dim", "head_dim"),
 }
 
 
@@ -203,3 +204,8 @@ def test_two_names_of_one_thing(family):
     assert f"{own} = {value}" in str(wrong)
     assert f"{other} = {value + 1}" in str(wrong)
     assert "two names of one thing" in str(wrong)
+
+
+def test_the_other_name_of_a_window():
+    config, begin = complete("mimo_v2_flash")
+    assert check_alike("mimo_v2_flash", {**config, "sliding_window_size": 5}, begin)

@@ -159,6 +159,27 @@ def test_logits_of_variants(variant, tmp_path):
     compare(tmp_path, logits(tmp_path))
 
 
+# What a config says after somebody edited it, or without what transformers fills in.
+EDITED = {
+    "an older key beside the newer": ("qwen3_moe", {"rope_scaling": YARN}, ()),
+    "two bases": ("mixtral", {"rope_theta": 500.0, "rope_parameters": {"rope_type": "default"}}, ()),
+    "windows without a size": ("exaone_moe", {}, ("sliding_window", "layer_types", "norm_topk_prob")),
+    "positions by kind left out": ("mimo_v2_flash", {}, ("rope_parameters", "attention_value_scale")),
+    "positions and windows left out": ("gpt_oss", {}, ("rope_parameters", "layer_types", "swiglu_limit")),
+    "windows by a pattern left out": ("cohere2_moe", {}, ("layer_types", "layer_norm_eps", "sliding_window")),
+}
+
+
+@pytest.mark.parametrize("case", EDITED)
+def test_logits_of_edited_configs(case, tmp_path):
+    family, changes, without = EDITED[case]
+    save_tiny(family, tmp_path)
+    path = tmp_path / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if key not in without}))
+    compare(tmp_path, logits(tmp_path))
+
+
 @pytest.mark.parametrize("norm_head", [False, True])
 def test_bailing_equals_granite_under_other_names(norm_head, tmp_path):
     """transformers has no such class; a Granite model of equal mathematics lends its logits."""
