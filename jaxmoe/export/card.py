@@ -5,7 +5,8 @@ from typing import Any
 
 _FORMS = {
     "factored": "The experts are stored as factors: the model needs transformers 5.16 or newer and the code in this"
-    " folder (`trust_remote_code=True`, or `import jaxmoe.torch` before loading).",
+    " folder (`trust_remote_code=True`, or `import jaxmoe.torch` before loading). The tokenizer needs none of it:"
+    " `AutoTokenizer.from_pretrained(..., trust_remote_code=False)` loads it without asking.",
     "dense": "The experts were written back as dense matrices: any program that runs the original runs this folder, and"
     " nothing is saved on disk. The ratios below are those of the factors.",
     "slim": "Some of the experts, or some of their channels, were removed: any program that runs the original"

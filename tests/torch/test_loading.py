@@ -18,8 +18,9 @@ from factored_models import (
 )
 from safetensors.torch import load_file, save_file
 from tiny_models import load_tiny, save_tiny
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from jaxmoe.data import demo_checkpoint
 from jaxmoe.torch import cache_blends, factored_classes
 
 torch.set_num_threads(1)
@@ -223,6 +224,37 @@ def test_import_makes_the_trust_flag_unnecessary(factored, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
     assert done.returncode == 0, done.stderr
     assert difference(torch.load(tmp_path / "logits.pt"), logits(load(factored))) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("registered", "answer", "options"),
+    [
+        (True, AssertionError, {}),
+        (True, AssertionError, {"trust_remote_code": True}),
+        (False, AssertionError, {"trust_remote_code": False}),
+        (False, AssertionError, {"trust_remote_code": True}),
+        # Without a terminal transformers asks nobody, and takes the tokenizer for what its own files say.
+        (False, EOFError, {}),
+    ],
+)
+def test_the_tokenizer_needs_no_code(factored, tmp_path, monkeypatch, registered, answer, options):
+    """Whoever is asked to run code fails here, but for the one who has no terminal."""
+    asked = []
+
+    def ask(*prompt):
+        asked.append(prompt)
+        raise answer
+
+    folder = edited(factored, tmp_path / "spoken")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((demo_checkpoint() / name).read_bytes())
+    monkeypatch.setattr("builtins.input", ask)
+    if not registered:
+        monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
+    text = "A tokenizer, and 12 naïve words."
+    ours = AutoTokenizer.from_pretrained(folder, **options)
+    assert bool(asked) is (answer is EOFError)
+    assert ours(text).input_ids == AutoTokenizer.from_pretrained(demo_checkpoint())(text).input_ids
 
 
 def test_without_torch_the_error_names_the_extra():
