@@ -15,9 +15,10 @@ from jaxmoe.checkpoint import files, hub
 from jaxmoe.checkpoint.expert_biases import join_biases
 from jaxmoe.checkpoint.experts import MoELayer, find_experts
 from jaxmoe.checkpoint.families import Family, decoder_config, find_family
+from jaxmoe.checkpoint.formats import format_name
 from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.moe_layers import num_layers
-from jaxmoe.checkpoint.quantization import Matrix, assemble, without_quantization
+from jaxmoe.checkpoint.quantization import Matrix, assemble, quantization_config, without_quantization
 from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry, listing
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS
@@ -157,13 +158,15 @@ class Checkpoint:
         ]
 
     def dense_config(self) -> dict[str, Any]:
-        """Return the config of what `dense_tensors` and `copied` write: the source's, without its quantisation."""
-        if not self.quantized:
-            return dict(self.config)
+        """Return the config of what `dense_tensors` and `copied` write: the source's, without any quantisation."""
         config = without_quantization(self.config)
-        for key in ("dtype", "torch_dtype"):
-            if key in config:
-                config[key] = "bfloat16"
+        text = config.get("text_config")
+        for part in (
+            (config, text) if self.quantized and isinstance(text, dict) else (config,) if self.quantized else ()
+        ):
+            for key in ("dtype", "torch_dtype"):
+                if key in part:
+                    part[key] = "bfloat16"
         return config
 
     def layouts(self) -> dict[str, dict[str, Any]]:
@@ -217,6 +220,11 @@ def _notes(
         notes.append(
             f"The source is quantised ({', '.join(kinds)} with scales); it is read exactly, and everything written is"
             " bfloat16 without quantisation."
+        )
+    elif settings := quantization_config(config):
+        notes.append(
+            f"{files.CONFIG} says that the weights are quantised ({format_name({}, settings)}), and none is: what is"
+            " written does not say so."
         )
     return notes
 

@@ -22,6 +22,8 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".
 TEMPLATES = "additional_chat_templates"
 """The one folder in a checkpoint's that belongs to it: chat templates beside the default one."""
 REWRITTEN = ("config.json", "README.md", "report.json")
+OF_QUANTIZATION = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quant_strategy.json")
+"""Files in which tools say how they quantised the weights: nothing that is written is quantised."""
 
 
 def files_beside(source: Path) -> dict[str, Path]:
@@ -33,7 +35,8 @@ def files_beside(source: Path) -> dict[str, Path]:
 
 def side_files(source: Path) -> dict[str, Path]:
     """Return the files that travel as they are: tokenizer, chat templates, generation config, licence, its own code."""
-    return {name: path for name, path in files_beside(source).items() if name not in REWRITTEN}
+    left_out = (*REWRITTEN, *OF_QUANTIZATION)
+    return {name: path for name, path in files_beside(source).items() if name not in left_out}
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -231,7 +231,7 @@ def test_edited_records(folder, change):
 )
 def test_sums_that_cannot_be(folder, name, value):
     path = folder / layer_path("code", 1)
-    arrays = {key: entry.view() for key, entry in read_header(path).items()}
+    arrays = {key: entry.read() for key, entry in read_header(path).items()}
     wrong = arrays[name].copy()
     wrong.flat[0] = value
     arrays[name] = wrong

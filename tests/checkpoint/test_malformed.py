@@ -235,7 +235,7 @@ CASES = {
     "awq": (add(f"{MOE}experts.0.up_proj.qweight"), f"{MOE}experts.0.up_proj.qweight"),
     "unread quantisation": (
         lambda f: (config(quantization_config={"quant_method": "awq"})(f), add("model.layers.0.mlp.gate.qweight")(f)),
-        "quantised with 'awq'",
+        "quantised as AWQ in a way",
     ),
     "two decoders": (rename_all("model.layers.1.", "talker.model.layers.1."), "routed experts stand under several"),
     "names of experts shifted": (rename_all(".experts.0.", ".experts.4."), "no expert 0 of 5"),
