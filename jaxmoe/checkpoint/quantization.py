@@ -82,7 +82,7 @@ class Quantized:
     Args:
         name: under which transformers would save it without quantisation.
         shape: of the matrix.
-        parts: the tensors on disk; all but the last take an index of the first axis.
+        parts: the tensors on disk.
         decode: computes the values from the parts' arrays.
         stacked: whether the first axis is that of the experts, so that one of them can be read alone.
     """
@@ -105,7 +105,9 @@ class Quantized:
             return self.decode(*(part.read() for part in self.parts))
         if not self.stacked:
             return self.read()[index]
-        return self.decode(*(part.read(index) for part in self.parts))
+        # One scale may serve all experts.
+        each = (part.shape[:1] == self.shape[:1] for part in self.parts)
+        return self.decode(*(part.read(index if own else ...) for part, own in zip(self.parts, each, strict=True)))
 
 
 def assemble(tensors: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> dict[str, Matrix]:
@@ -210,8 +212,7 @@ def _fp8(own, name, tensors, settings, faults) -> Quantized | None:
     def decode(values, scales):
         return decode_fp8(values, scales.reshape(*values.shape[:-2], *grid[-2:]), block)
 
-    by_expert = len(weight.shape) == 3 and scale.shape[:1] == weight.shape[:1]
-    return Quantized(own, weight.shape, (weight, scale), decode, stacked=by_expert)
+    return Quantized(own, weight.shape, (weight, scale), decode, stacked=len(weight.shape) == 3)
 
 
 def _declared_blocks(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
@@ -234,7 +235,6 @@ def _grid(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, ...] | 
         return None
     ones = (1,) * len(weight)
     if prod(scale) == 1:
-        # A decoder of single experts would need one for each.
         return ones
     if len(scale) == len(weight) + 2 and scale[-3] == scale[-1] == 1:
         scale = (*scale[:-3], scale[-2])
