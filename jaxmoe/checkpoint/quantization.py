@@ -210,7 +210,8 @@ def _fp8(own, name, tensors, settings, faults) -> Quantized | None:
         return None
 
     def decode(values, scales):
-        return decode_fp8(values, scales.reshape(*values.shape[:-2], *grid[-2:]), block)
+        leading = () if scales.size == 1 else values.shape[:-2]
+        return decode_fp8(values, scales.reshape(*leading, *grid[-2:]), block)
 
     return Quantized(own, weight.shape, (weight, scale), decode, stacked=len(weight.shape) == 3)
 
@@ -245,17 +246,15 @@ def _grid(weight: tuple[int, ...], scale: tuple[int, ...]) -> tuple[int, ...] | 
 
 def _block(weight: tuple[int, ...], grid: tuple[int, ...], declared: list[tuple[int, int]]) -> tuple[int, int] | None:
     """Return the rows and columns that share a scale, None if the scales do not fit."""
-    sizes, scales = weight[-2:], grid[-2:]
-    rows, columns = sizes
-    alike = {(1, 1): sizes, (rows, 1): (1, columns), (1, columns): (rows, 1)}
+    (rows, columns), (down, across) = weight[-2:], grid[-2:]
     for block in declared or [(128, 128)]:
-        if scales == tuple(-(-size // b) for size, b in zip(sizes, block, strict=True)):
+        if (down, across) == (-(-rows // block[0]), -(-columns // block[1])):
             return block
-    if scales in alike:
-        return alike[scales]
-    if declared or any(count == 0 or size % count for size, count in zip(sizes, scales, strict=True)):
+    # A scale for each matrix, row or column, whatever blocks are declared; otherwise what divides evenly.
+    alone = (down, across) in ((1, 1), (rows, 1), (1, columns))
+    if (declared and not alone) or 0 in (down, across) or rows % down or columns % across:
         return None
-    return rows // scales[0], columns // scales[1]
+    return rows // down, columns // across
 
 
 def _weights(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
