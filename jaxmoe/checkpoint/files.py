@@ -69,7 +69,7 @@ def read_weights(folder: Path) -> Weights:
         return Weights(tensors, notes=(ignored,) if _there(index) else ())
     if not _there(index):
         raise JaxmoeError(_no_weights(folder))
-    weight_map = read_record(index, Index, "fetch the index again").weight_map
+    weight_map = read_index(folder)
     problems: list[str] = []
     paths = {file: _inside(folder, file, problems) for file in sorted(set(weight_map.values()))}
     if problems:
@@ -77,6 +77,11 @@ def read_weights(folder: Path) -> Weights:
             f"{index} names files that are not there: fetch them, or the index again. {listing(problems)}"
         )
     return reconcile(weight_map, {file: read_header(path) for file, path in paths.items()})
+
+
+def read_index(folder: Path) -> dict[str, str]:
+    """Return which file an index names for each tensor."""
+    return read_record(folder / INDEX, Index, "fetch the index again").weight_map
 
 
 def fingerprint(folder: Path, tensors: Mapping[str, TensorEntry]) -> str:
@@ -122,8 +127,9 @@ def _inside(folder: Path, file: str, problems: list[str]) -> Path:
 
 def _no_weights(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
-    other = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf"))]
+    other = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack"))]
     tensors = [name for name in names if name.endswith(".safetensors")]
+    ggufs = [name for name in names if name.endswith(".gguf")]
     if "orbax.json" in names:
         return (
             f"{folder} holds an Orbax checkpoint: write it as safetensors with `jaxmoe convert --to safetensors` first"
@@ -135,9 +141,16 @@ def _no_weights(folder: Path) -> str:
             f"{folder} has {listing(tensors, 5)} and neither {SINGLE} nor {INDEX}: fetch the index too, or rename a"
             f" single file to {SINGLE}"
         )
+    if ggufs and not other:
+        return (
+            f"{folder} has its weights in {listing(ggufs, 5)}, which is llama.cpp's format: only safetensors are read;"
+            " take the checkpoint that they were made from"
+        )
     if other:
         return (
             f"{folder} has its weights in {listing(other, 5)}: only safetensors are read, for safety; save the model"
             " again with save_pretrained, which writes them"
         )
-    return f"{folder} has neither {SINGLE} nor {INDEX}: the weights are missing; fetch them"
+    return (
+        f"{folder} has neither {SINGLE} nor {INDEX}: the weights are missing; fetch them, or save them as safetensors"
+    )

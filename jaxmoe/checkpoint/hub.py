@@ -1,15 +1,26 @@
 """From what a user names to a folder: a folder is itself, anything else is a repository of the Hugging Face hub.
 
-Only weights, JSON and what tokenizers need are fetched; no code. The token comes from the environment, as the hub's own
-client reads it.
+What is read is fetched, and nothing else: many repositories hold a second copy of the weights, in another form or
+another folder. So the small files come first, then the shards that their index names; no code. The token comes from
+the environment, as the hub's own client reads it.
 """
 
+from glob import escape
 from pathlib import Path
 
+from jaxmoe.checkpoint import files
 from jaxmoe.errors import JaxmoeError
 
-PATTERNS = ("*.safetensors", "*.json", "tokenizer*", "*.txt", "*.model", "*.jinja", "LICENSE*")
-"""The files of a repository that are fetched."""
+PATTERNS = (
+    *(files.CONFIG, files.INDEX, files.SINGLE),
+    *("generation_config.json", "report.json", "preprocessor_config.json", "processor_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("tiktoken.model", "tekken.json", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+    *("LICENSE*", "NOTICE*"),
+)
+"""The files of a repository that are fetched, beside the shards that its index names; a pattern that began with a
+wildcard would reach into every folder."""
 
 
 def resolve(source: str | Path, revision: str | None = None) -> Path:
@@ -51,7 +62,13 @@ def _fetch(source: str, revision: str | None) -> Path:
 
     at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=list(PATTERNS)))
+        folder = Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=list(PATTERNS)))
+        if (folder / files.SINGLE).exists() or not (folder / files.INDEX).exists():
+            return folder
+        shards = sorted({escape(file) for file in files.read_index(folder).values()})
+        # Of the very same commit, whatever is pushed meanwhile.
+        commit = folder.name if folder.parent.name == "snapshots" else revision
+        return Path(huggingface_hub.snapshot_download(source, revision=commit, allow_patterns=shards))
     except errors.GatedRepoError as error:
         raise JaxmoeError(
             f"{source} on the hub asks for an agreement: accept it on its page and set HF_TOKEN to your token"

@@ -1,15 +1,15 @@
 """From what a user names to a folder, without a network."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import plain_checkpoint
 import pytest
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 
 from jaxmoe.checkpoint import Checkpoint
-from jaxmoe.checkpoint.hub import PATTERNS, resolve
+from jaxmoe.checkpoint.hub import resolve
 from jaxmoe.errors import JaxmoeError
 
 
@@ -28,25 +28,68 @@ def test_a_folder_is_itself(tmp_path, monkeypatch):
     assert resolve("~/model") == tmp_path / "model"
 
 
-def test_anything_else_is_fetched(tmp_path, monkeypatch):
-    folder = plain_checkpoint.write(tmp_path / "snapshot")
-    asked = []
+INDEX = "model.safetensors.index.json"
+SHARDS = [f"model-{number:05d}-of-00002.safetensors" for number in (1, 2)]
+SMALL = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+READ = [*SMALL, "additional_chat_templates/tool_use.jinja", "tokenizer.model", "merges.txt", "LICENSE"]
+ELSE = [
+    *("README.md", "modeling_moe.py", "pytorch_model.bin", "consolidated.safetensors.index.json", "params.json"),
+    *("consolidated-00001-of-00002.safetensors", "original/config.json", "original/model.safetensors"),
+    *(f"fp8/{INDEX}", "fp8/model-00001-of-00001.safetensors", "onnx/model.onnx", "metal/model.bin"),
+    *("original/tokenizer.model", "model-00001-of-00001-extra.safetensors", "optimizer.json"),
+]
 
-    def download(source, **options):
-        asked.append((source, options))
-        return str(folder)
 
+class Repository:
+    """A repository of the hub: what is asked of its client is copied from a folder."""
+
+    def __init__(self, files, folder, commit="0" * 40):
+        self.files, self.folder, self.commit = files, folder, commit
+        self.asked = []
+
+    def snapshot_download(self, source, *, revision=None, allow_patterns):
+        self.asked.append((source, revision))
+        snapshot = self.folder / "snapshots" / self.commit
+        for name in filter_repo_objects(self.files, allow_patterns=allow_patterns):
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            (snapshot / name).write_bytes(self.files[name])
+        return str(snapshot)
+
+
+def repository(tmp_path, monkeypatch, *, shards, further=()):
+    source = plain_checkpoint.write(tmp_path / "source", shards=shards)
+    content = {path.name: path.read_bytes() for path in source.iterdir()}
+    content = dict.fromkeys([*READ, *ELSE, *further], b"{}") | content
+    found = Repository(content, tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert Checkpoint.open("some-org/some-model", revision="v2").folder == folder
-    ((source, options),) = asked
-    assert source == "some-org/some-model"
-    assert options["revision"] == "v2"
-    assert set(options["allow_patterns"]) == set(PATTERNS)
-    assert not any(Path("modeling.py").match(pattern) for pattern in PATTERNS)
-    assert not any(Path("pytorch_model.bin").match(pattern) for pattern in PATTERNS)
-    wanted = ("config.json", "model-00001-of-00002.safetensors", "tokenizer.model", "merges.txt", "chat_template.jinja")
-    assert all(any(Path(name).match(pattern) for pattern in PATTERNS) for name in wanted)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", found.snapshot_download)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("shards", "further", "weights"),
+    [
+        (2, (), [INDEX, *SHARDS]),
+        (1, (), ["model.safetensors"]),
+        # Where there are both, the single file is read.
+        (1, (INDEX, *SHARDS), ["model.safetensors", INDEX]),
+    ],
+)
+def test_what_is_read_is_fetched_and_nothing_else(shards, further, weights, tmp_path, monkeypatch):
+    hub = repository(tmp_path, monkeypatch, shards=shards, further=further)
+    folder = Checkpoint.open("some-org/some-model", revision="v2").folder
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {*READ, *weights}
+    # The shards are of the commit that the index came from, even if the branch moves on meanwhile.
+    assert hub.asked == [("some-org/some-model", "v2"), ("some-org/some-model", hub.commit)][: len(hub.asked)]
+    assert len(hub.asked) == (2 if shards == 2 else 1)
+
+
+def test_an_index_that_is_none_is_an_error(tmp_path, monkeypatch):
+    hub = repository(tmp_path, monkeypatch, shards=2)
+    hub.files[INDEX] = b"{}"
+    with pytest.raises(JaxmoeError, match=f"{INDEX} does not hold what it should"):
+        resolve("some-org/some-model")
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ CASES = {
     "compressed already": (config(jaxmoe={"format_version": 1}), "was compressed by jaxmoe already"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "the weights are missing"),
     "pickled weights": (renamed("pytorch_model.bin"), "only safetensors are read"),
-    "gguf weights": (renamed("model-q4.gguf"), "only safetensors are read"),
+    "gguf weights": (renamed("model-q4.gguf"), "llama.cpp's format: only safetensors are read"),
     "another name": (renamed("weights.safetensors"), "neither model.safetensors nor"),
     "shards without index": (renamed("model-00001-of-00001.safetensors"), "fetch the index too"),
     "an adapter": (
