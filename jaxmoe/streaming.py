@@ -232,5 +232,5 @@ def _not_finite(index: int, x: np.ndarray, state: Attended) -> str:
         where = f"experts among {', '.join(str(e) for e in sorted(set(chosen.reshape(-1).tolist()))[:8])}"
     return (
         f"layer {index}: NaN or infinite activations at {bad.sum()} tokens, in {where}: the weights are damaged or too"
-        " large for float32; fetch the checkpoint again"
+        " large for float32; fetch or write the checkpoint again"
     )

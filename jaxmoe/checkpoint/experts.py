@@ -6,7 +6,7 @@ layers without the experts that they should have, and names near experts that no
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -102,20 +102,16 @@ def find_experts(matrices: Mapping[str, Matrix], config: Mapping[str, Any], fami
             "unknown names near experts: jaxmoe does not know what they hold and changes nothing that it does not know;"
             f" {listing(near)}"
         )
-    if not members:
-        kind = config.get("model_type")
-        raise JaxmoeError(
-            f"no routed experts: none of the {len(matrices)} tensors of this {kind!r} checkpoint has a name such as"
-            " model.layers.0.mlp.experts.0.gate_proj.weight; jaxmoe compresses Mixture-of-Experts models only"
-        )
-    problems: list[str] = []
     record = family or UNKNOWN
+    if not members:
+        raise JaxmoeError(_none_found(matrices, str(config.get("model_type")), lookup(decoder, record.experts)))
+    problems: list[str] = []
     layers = []
     for prefix, found in members.items():
         layer = _layer(prefix, found, family, decoder, problems)
         if layer is not None:
             layers.append(layer)
-            problems += _disagreements(layer, prefix, record, decoder)
+            problems += _disagreements(layer, prefix, record, decoder, count)
     present = sorted(found[0].parsed.layer for found in members.values())
     expected = moe_layers(record, decoder)
     if expected is not None and present != expected:
@@ -127,10 +123,29 @@ def find_experts(matrices: Mapping[str, Matrix], config: Mapping[str, Any], fami
         ]
     if problems:
         raise JaxmoeError(
-            f"the experts are not complete or do not fit: fetch the checkpoint again. {listing(problems)}"
+            "the experts are not complete or do not fit: fetch the checkpoint again if it came so, or mend what changed"
+            f" it. {listing(problems)}"
         )
     layers.sort(key=lambda layer: layer.index)
     return Found(tuple(layers), tuple(name for name in matrices if name in mtp))
+
+
+def _none_found(matrices: Mapping[str, Matrix], kind: str, told: Any) -> str:
+    usual = "model.layers.0.mlp.experts.0.gate_proj.weight"
+    if mlx := next((name for name in matrices if re.search(r"\.switch_(?:mlp|glu)\.", name)), None):
+        return (
+            f"the experts are in MLX's layout ({mlx}), which neither transformers nor jaxmoe reads: take the checkpoint"
+            " that this one was converted from"
+        )
+    if type(told) is int and told > 1:
+        return (
+            f"no routed experts found, though config.json names {told}: none of the {len(matrices)} tensors of this"
+            f" {kind!r} checkpoint has a name such as {usual}; take the checkpoint as transformers loads it"
+        )
+    return (
+        f"no routed experts: none of the {len(matrices)} tensors of this {kind!r} checkpoint has a name such as"
+        f" {usual}; jaxmoe compresses Mixture-of-Experts models only"
+    )
 
 
 def _sort_names(
@@ -172,13 +187,7 @@ def _layer(
     if usual not in FLOATS:
         problems.append(f"{prefix}: experts in {usual}; jaxmoe compresses {', '.join(FLOATS)}")
     for template, own in stacks.items():
-        shapes = [member.matrix.shape for member in own]
-        common = max(sorted(set(shapes)), key=shapes.count)
-        problems += [
-            f"{m.name}: shape {list(m.matrix.shape)}, others of {template} have {list(common)}"
-            for m in own
-            if m.matrix.shape != common
-        ]
+        problems += _odd_shapes(template, own)
     if len(problems) > before:
         return None
     first = sorted((own[0] for own in stacks.values()), key=lambda m: list(TARGETS).index(m.parsed.projection))
@@ -201,6 +210,27 @@ def _layer(
         layout=layout,
         written=_stacks(assumed, family or UNKNOWN) if apart else layout,
     )
+
+
+def _odd_shapes(template: str, own: Sequence[_Member]) -> list[str]:
+    """Return which of the tensors of one projection differ from the others, in one line where many do.
+
+    Raises:
+        JaxmoeError: they fall into groups of several sizes, as in models with experts for several modalities.
+    """
+    shapes = Counter(member.matrix.shape for member in own)
+    common = shapes.most_common(1)[0][0]
+    if len(shapes) > 1 and min(shapes.values()) > 1:
+        sizes = ", ".join(f"{count} of {list(shape)}" for shape, count in shapes.most_common())
+        raise JaxmoeError(
+            f"the experts of one layer have several sizes ({template}: {sizes}), which jaxmoe does not support: it"
+            " compresses layers whose experts are all alike"
+        )
+    return [
+        f"{m.name}: shape {list(m.matrix.shape)}, others of {template} have {list(common)}"
+        for m in own
+        if m.matrix.shape != common
+    ]
 
 
 def _check_coverage(
@@ -247,7 +277,7 @@ def _fit(
     gated = any(member.parsed.projection in ("gate", "gate_up") for member in first)
     if not experts:
         whole = [member.matrix.shape[0] for member in first if member.parsed.layout in ("fused", "stacked")]
-        told = lookup(decoder, family.experts)
+        told = _of_layer(lookup(decoder, family.experts), first[0].parsed.layer, num_layers(decoder))
         # A flat layout does not show how many experts its rows belong to: there the config decides.
         experts = whole[0] if whole else told if type(told) is int else 0
     fitting = []
@@ -288,7 +318,14 @@ def _stack(member: _Member, transposed: bool, family: Family) -> Stack:
     )
 
 
-def _disagreements(layer: MoELayer, prefix: str, family: Family, decoder: Mapping[str, Any]) -> list[str]:
+def _of_layer(value: Any, index: int, count: int | None) -> Any:
+    """Return what a config says of one layer: a list with as many entries as there are layers has one for each."""
+    return value[index] if isinstance(value, list) and len(value) == count and index < count else value
+
+
+def _disagreements(
+    layer: MoELayer, prefix: str, family: Family, decoder: Mapping[str, Any], count: int | None
+) -> list[str]:
     """Return where the config's sizes differ from those of the tensors."""
     problems = []
     for what, keys, found in (
@@ -297,9 +334,7 @@ def _disagreements(layer: MoELayer, prefix: str, family: Family, decoder: Mappin
         ("hidden size", family.hidden, layer.shape.hidden),
         ("expert intermediate size", family.intermediate, layer.shape.intermediate),
     ):
-        value = lookup(decoder, keys)
-        if isinstance(value, list) and layer.index < len(value):
-            value = value[layer.index]
+        value = _of_layer(lookup(decoder, keys), layer.index, count)
         if type(value) is int and value != found:
             problems.append(f"{prefix}: {what} {found}, and config.json says {value}")
     return problems

@@ -39,7 +39,6 @@ READ = ("fp8", "mxfp4")
 """Methods that are read: what is left over beside them is of another format."""
 
 TOOLS = {
-    "MLX": "`mlx_lm.convert --dequantize`",
     "bitsandbytes": "`model.dequantize()` of transformers",
     "compressed-tensors": "the library compressed-tensors",
 }

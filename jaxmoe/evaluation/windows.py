@@ -114,7 +114,7 @@ def check_finite(model: StoredModel, nats: ArrayLike) -> None:
     if bad := int(np.sum(~finite)):
         raise JaxmoeError(
             f"{model.folder}: NaN or infinite logits at {bad} of {finite.size} tokens: the head or the last"
-            " normalisation is damaged; fetch the checkpoint again"
+            " normalisation is damaged; fetch or write the checkpoint again"
         )
 
 

@@ -108,7 +108,9 @@ def _check(parameters: Mapping[str, Any], head: int) -> tuple[str, int]:
     if kind not in NEEDED:
         raise JaxmoeError(f"config.json: rope_type {brief(kind)}: jaxmoe computes {', '.join(NEEDED)}")
     if missing := [name for name in NEEDED[kind] if name not in parameters]:
-        raise JaxmoeError(f"config.json: rope_type {kind!r} needs {', '.join(missing)}: fetch the checkpoint again")
+        raise JaxmoeError(
+            f"config.json: rope_type {kind!r} needs {', '.join(missing)}: add them as the model's authors set them"
+        )
     share = parameters.get("partial_rotary_factor", 1.0)
     size = int(head * share)
     problem = ""

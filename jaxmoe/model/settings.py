@@ -66,7 +66,9 @@ class Settings:
             if key in self.defaults:
                 return self.defaults[key]
         if null is _REQUIRED:
-            raise JaxmoeError(f"config.json says nothing of {names.replace('|', ' or ')}: fetch the checkpoint again")
+            raise JaxmoeError(
+                f"config.json says nothing of {names.replace('|', ' or ')}: add it as the model's authors set it"
+            )
         return null
 
     def of_layer(self, names: str, index: int, null: Any = _REQUIRED) -> Any:

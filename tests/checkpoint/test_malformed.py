@@ -98,6 +98,26 @@ def drop(*names):
     return tensors(lambda made: [made.pop(name) for name in names])
 
 
+def experts_of_two_sizes(folder):
+    """As ERNIE 4.5 VL has them: experts for text, and counted on, smaller ones for pictures; the sizes are lists."""
+
+    def change(made):
+        for name in [name for name in made if ".experts." in name]:
+            head, number, tail = name.split(".experts.")[0], *name.split(".experts.")[1].split(".", 1)
+            small = made[name][:, :4] if "down" in tail else made[name][:4]
+            made[f"{head}.experts.{int(number) + 4}.{tail}"] = small.copy()
+
+    tensors(change)(folder)
+    config(num_experts=[4, 4], moe_intermediate_size=[8, 4])(folder)
+
+
+def mlx_layout(made):
+    for layer in range(2):
+        for name in ("gate", "up", "down"):
+            own = [made.pop(f"model.layers.{layer}.mlp.experts.{e}.{name}_proj.weight") for e in range(4)]
+            made[f"model.layers.{layer}.mlp.switch_mlp.{name}_proj.weight"] = np.stack(own)
+
+
 CASES = {
     "no config": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
     "config no JSON": (content("config.json", "{"), "config.json is not JSON"),
@@ -190,6 +210,12 @@ CASES = {
         ),
         "the shapes do not fit 4 experts and one another",
     ),
+    "of two sizes": (experts_of_two_sizes, "several sizes (model.layers.0.mlp.experts.{expert}.down_proj.weight: 4 of"),
+    "MLX's layout": (tensors(mlx_layout), "the experts are in MLX's layout (model.layers.0.mlp.switch_mlp."),
+    "names of nobody": (
+        rename_all(".experts.", ".units."),
+        "no routed experts found, though config.json names 4: none of the",
+    ),
     "transposed": (
         tensors(lambda made: made.update({n: x.T.copy() for n, x in made.items() if ".experts." in n})),
         "config.json says 16",
@@ -242,6 +268,9 @@ CASES = {
 }
 
 
+NOTHING_TO_FETCH = {CASES[name][1] for name in ("of two sizes", "MLX's layout", "names of nobody", "awq")}
+
+
 @pytest.mark.parametrize(("change", "message"), CASES.values(), ids=CASES)
 def test_malformed_checkpoint(change, message, tmp_path):
     folder = plain_checkpoint.write(tmp_path / "checkpoint")
@@ -252,11 +281,25 @@ def test_malformed_checkpoint(change, message, tmp_path):
     assert message in str(caught.value)
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value)
+    if message in NOTHING_TO_FETCH:
+        assert "fetch" not in str(caught.value)
+
+
+@pytest.mark.parametrize("counts", [[4, 4], [4, 5], [4], 4])
+def test_counts_may_be_listed_for_each_layer(counts, tmp_path):
+    folder = plain_checkpoint.write(tmp_path / "checkpoint")
+    config(num_experts=counts)(folder)
+    if counts != [4, 5]:
+        assert [layer.shape.experts for layer in Checkpoint.open(folder).layers] == [4, 4]
+        return
+    with pytest.raises(JaxmoeError, match=r"model\.layers\.1\.: routed experts 4, and config\.json says 5"):
+        Checkpoint.open(folder)
 
 
 def test_dense_model_says_so(tmp_path):
     folder = plain_checkpoint.write(tmp_path / "checkpoint")
     tensors(lambda made: [made.pop(name) for name in list(made) if ".experts." in name])(folder)
+    config(num_experts=None)(folder)
     with pytest.raises(JaxmoeError, match=r"no routed experts: .*'qwen3_moe'.*Mixture-of-Experts models only"):
         Checkpoint.open(folder)
 
