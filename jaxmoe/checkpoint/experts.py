@@ -320,7 +320,7 @@ def _stack(member: _Member, transposed: bool, family: Family) -> Stack:
 
 def _of_layer(value: Any, index: int, count: int | None) -> Any:
     """Return what a config says of one layer: a list with as many entries as there are layers has one for each."""
-    return value[index] if isinstance(value, list) and len(value) == count and index < count else value
+    return value[index] if isinstance(value, list) and len(value) == count and index < len(value) else value
 
 
 def _disagreements(
