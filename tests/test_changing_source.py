@@ -1,0 +1,88 @@
+"""A shard that is truncated, replaced or removed under a run: one message that names it, and nothing is lost."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from program import ENVIRONMENT, checksums
+
+from jaxmoe import compress, make_plan, methods
+from jaxmoe.calibration.checkpoint import calibrate_checkpoint
+from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.data import demo_checkpoint, demo_texts
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.evaluation import evaluate_checkpoint
+
+SHARD = "model.safetensors"
+
+
+@pytest.fixture
+def source(tmp_path):
+    return shutil.copytree(demo_checkpoint(), tmp_path / "source")
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 3)
+
+
+def replace(path):
+    path.with_name("new").write_bytes(path.read_bytes()[::-1])
+    path.with_name("new").replace(path)
+
+
+def changing(source, change):
+    """Return what changes the source when the first step of a run is done."""
+    left = [change]
+
+    def on_event(event):
+        if left and event["event"] in ("layer", "forward", "calibrated"):
+            left.pop()(source / SHARD)
+
+    return on_event
+
+
+def run_svd(source, output, on_event=lambda event: None):
+    checkpoint, recipe = Checkpoint.open(source), methods.get("svd")
+    plan = make_plan(checkpoint, recipe, recipe.settings(), ratio=0.3)
+    return compress(checkpoint, output, plan, on_event=on_event)
+
+
+@pytest.mark.parametrize("change", [truncate, replace, lambda path: path.unlink()])
+def test_compress_names_the_file_and_goes_on_once_it_is_back(source, change, tmp_path):
+    whole = (source / SHARD).read_bytes()
+    with pytest.raises(JaxmoeError, match=rf"{SHARD} (was changed while it was in use|does not exist)"):
+        run_svd(source, tmp_path / "output", changing(source, change))
+    assert not (tmp_path / "output").exists()
+    (source / SHARD).write_bytes(whole)
+    resumed = []
+    run_svd(source, tmp_path / "output", lambda event: resumed.append(event.get("resumed")))
+    assert resumed[0] is True
+    run_svd(source, tmp_path / "at once")
+    assert checksums(tmp_path / "output") == checksums(tmp_path / "at once")
+
+
+def test_evaluate_and_calibrate_name_the_file(source, tmp_path):
+    text, whole = [demo_texts()[0]], (source / SHARD).read_bytes()
+    with pytest.raises(JaxmoeError, match=f"{SHARD} was changed while it was in use"):
+        evaluate_checkpoint(source, text, sequences=2, on_event=changing(source, truncate))
+    (source / SHARD).write_bytes(whole)
+    with pytest.raises(JaxmoeError, match=f"{SHARD} was changed while it was in use"):
+        calibrate_checkpoint(source, text, tmp_path / "sums", sequences=2, on_event=changing(source, truncate))
+
+
+def test_the_process_ends_with_a_message_and_no_signal(source):
+    program = (
+        "import os, sys; from jaxmoe.checkpoint.stored_model import StoredModel; model = StoredModel(sys.argv[1]);"
+        "model.layer(0); os.truncate(sys.argv[2], 100_000); model.layer(1)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, source, source / SHARD],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "was changed while it was in use (it had" in done.stderr
