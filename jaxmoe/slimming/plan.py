@@ -170,8 +170,8 @@ def _groups(checkpoint: Checkpoint, experts: int) -> tuple[int, int]:
     top_k = family.read(decoder, family.top_k)
     if checkpoint.family is None and top_k is None:
         raise JaxmoeError(
-            f"{checkpoint.folder}: model_type {checkpoint.model_type!r} is unknown to jaxmoe, which cannot tell how many"
-            " experts a token needs: choose a method that leaves the experts in place"
+            f"{checkpoint.folder}: model_type {checkpoint.model_type!r} is unknown to jaxmoe, which cannot tell how"
+            " many experts a token needs: choose a method that leaves the experts in place"
         )
     most = max(top_k) if isinstance(top_k, list) else top_k
     groups = family.read(decoder, GROUPS) or 1
