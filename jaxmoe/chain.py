@@ -8,9 +8,10 @@ the budget exactly. Every step is calibrated on what it finds.
 """
 
 import math
-import shutil
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,21 +20,26 @@ from typing import Any, NamedTuple
 from jaxmoe import methods
 from jaxmoe.calibration.collect import calibrate
 from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.checkpoint.atomic import remove
+from jaxmoe.checkpoint.output import MEND, PARTIAL, output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import fingerprint, finished
 from jaxmoe.compression import carry_out, check_form, plan_compression
-from jaxmoe.errors import JaxmoeError
+from jaxmoe.errors import JaxmoeError, StorageError
 from jaxmoe.methods import AnyMethod, SlimMethod
 from jaxmoe.methods.method import needs_gradients
-from jaxmoe.pipeline import where
+from jaxmoe.pipeline import reads, where
 from jaxmoe.plan import SCOPES
 from jaxmoe.slimming import SlimPlan, make_slim_plan, unwritten
 from jaxmoe.texts import Windows
 from jaxmoe.weighing import Sums
 
 Event = Callable[[dict[str, Any]], None]
+_STEP = re.compile(rf"\d+-\w+-[0-9a-f]{{8}}({re.escape(PARTIAL)})?")
 PREFIX = "prune:"
 """May stand before a chain, for the reader."""
+STEPS = ".steps"
+"""What the name of the folder of the steps in between ends in."""
 
 
 class Chain(NamedTuple):
@@ -194,7 +200,7 @@ def compress_chain(
     Raises:
         JaxmoeError: the ratio is out of reach, the output exists, or a step fails.
     """
-    output = Path(output).absolute()
+    output = output_folder(output, [checkpoint.folder, *reads(statistics)], beside=(PARTIAL, STEPS))
     begun = time.perf_counter()
     budget = _Budget(checkpoint, chain, ratio, of)
     check_form(checkpoint, chain.steps[-1], export=export)
@@ -214,11 +220,12 @@ def compress_chain(
         on_event({"event": "complete", "output": str(output)})
         return done
     plan_chain(checkpoint, chain, settings, ratio=ratio, of=of, weighted=True)
-    folder = output.with_name(f"{output.name}.steps")
+    folder = output.with_name(output.name + STEPS)
     # Steps of another run must not pass for this one's: their names carry what made them.
     mark = fingerprint(run)[:8]
+    check_steps(folder)
     if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_steps(folder)
     found, reports, known = checkpoint, [], statistics
     for number, method in enumerate(chain.slimming, start=1):
         if known is None:
@@ -253,8 +260,27 @@ def compress_chain(
 
     options = {"seed": seed, "resume": resume, "command": command, "statistics": known}
     report = carry_out(found, output, plan, export=export, amend=whole, on_event=on_event, **options)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove_steps(folder)
     return report
+
+
+def check_steps(folder: Path) -> None:
+    """Raise if what is in the place of a chain's steps is no folder of its own."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        kind = "link" if folder.is_symlink() else "file"
+        raise StorageError(
+            f"{folder} is a {kind}, and the steps of a chain lie in a folder there: remove it, or {MEND}"
+        )
+
+
+def remove_steps(folder: Path) -> None:
+    """Remove the steps of this chain and of earlier ones, and the folder unless it holds something else."""
+    if folder.is_dir() and not folder.is_symlink():
+        for path in folder.iterdir():
+            if _STEP.fullmatch(path.name):
+                remove(path)
+        with suppress(OSError):
+            folder.rmdir()
 
 
 _OF_A_STEP = ("method", "settings", "requested", "achieved", "kept", "parameters", "bytes", "outcomes", "layer_seconds")

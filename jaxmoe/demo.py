@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxmoe import methods
 from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.compression import carry_out, plan_compression
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.evaluation import evaluate_checkpoint
@@ -27,6 +28,7 @@ def run(output: Path, on_event) -> tuple[Any, ...]:
         A JSON record, then what to print: a table and where things are.
     """
     source = Checkpoint.open(demo_checkpoint())
+    output = output_folder(output, [source.folder], beside=(), into=True)
     rows = [{"name": "original", "folder": str(source.folder), "removed": 0.0, "bytes": source.bytes}]
     for name, chosen in METHODS.items():
         for ratio in RATIOS:

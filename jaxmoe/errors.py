@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read, and what keeps their messages readable."""
 
 
 class JaxmoeError(ValueError):
@@ -12,3 +12,26 @@ class JaxmoeError(ValueError):
         ...
         jaxmoe.errors.JaxmoeError: ratio 1.2 is not a removed fraction: give a number between 0 and 1
     """
+
+
+class StorageError(JaxmoeError):
+    """What lies on the disk is in the way: no space, no permission, a changed record, another run at work.
+
+    It says nothing of what was asked for: once it is mended, the same command goes on.
+
+    Example:
+        >>> raise StorageError("out is a file: remove it, or choose another output folder")
+        Traceback (most recent call last):
+        ...
+        jaxmoe.errors.StorageError: out is a file: remove it, or choose another output folder
+    """
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """Return a text, or its two ends where it is longer than so many letters: what a message says of an odd value.
+
+    Example:
+        >>> shortened("3" * 5_000, 20)
+        '3333333333...3333333 (5000 letters)'
+    """
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2 - 3) :]} ({len(text)} letters)"

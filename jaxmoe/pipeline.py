@@ -23,6 +23,7 @@ import jaxmoe
 from jaxmoe.checkpoint import Checkpoint, MoELayer
 from jaxmoe.checkpoint.atomic import write_bytes
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, layer_file
 from jaxmoe.errors import JaxmoeError
@@ -89,7 +90,7 @@ def compress(
         JaxmoeError: the output exists, the folder belongs to another run, a weight is not finite, or the disk is full.
     """
     check_export(checkpoint, export)
-    output = Path(output).absolute()
+    output = output_folder(output, [checkpoint.folder, *reads(statistics)])
     begun = time.perf_counter()
     check_statistics(plan, statistics)
     run = _run_record(checkpoint, plan, export, seed, statistics)
@@ -145,6 +146,11 @@ def check_export(checkpoint: Checkpoint, export: str) -> None:
                 f"{checkpoint.folder}: the experts of layers {', '.join(map(str, wrong))} {there}, so that their"
                 " factors could not be loaded: mend the checkpoint, or give --export dense"
             )
+
+
+def reads(statistics: Sums | None) -> tuple[Path, ...]:
+    """Return the folders that statistics come from."""
+    return () if statistics is None else statistics.reads
 
 
 def check_statistics(plan: Any, statistics: Sums | None) -> None:

@@ -19,7 +19,8 @@ import numpy as np
 
 from jaxmoe.checkpoint.mapped import create_mapped
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.errors import JaxmoeError
+from jaxmoe.checkpoint.workspace import START_OVER
+from jaxmoe.errors import JaxmoeError, StorageError
 from jaxmoe.model.decoder import embed
 from jaxmoe.model.grouped import BlockShape, block_rows, blocks_needed
 from jaxmoe.model.layer import Attended, Intermediates, attended, finish
@@ -61,8 +62,19 @@ class HiddenStates:
         """Return the file of the states that enter a layer."""
         return self.folder / f"hidden{index:05d}.f32"
 
+    def whole(self, index: int) -> bool:
+        """Return whether the states that enter a layer are there, from this run or one before it."""
+        path = self.path(index)
+        return path.is_file() and path.stat().st_size == 4 * np.prod(self.shape)
+
     def open(self, index: int) -> np.ndarray:
-        """Return the states that enter a layer, `[window, position, hidden]`, mapped."""
+        """Return the states that enter a layer, `[window, position, hidden]`, mapped.
+
+        Raises:
+            StorageError: they are gone, or were cut.
+        """
+        if not self.whole(index):
+            raise StorageError(f"{self.path(index)}, hidden states of an unfinished run, is not whole: {START_OVER}")
         return np.memmap(self.path(index), np.float32, "r", shape=self.shape)
 
     def create(self, index: int) -> np.ndarray:

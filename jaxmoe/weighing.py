@@ -6,6 +6,7 @@ inputs serves gate and up too; what has no moment at all is fitted unweighted, a
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,12 +34,14 @@ class LayerSums(Protocol):
 class Sums(Protocol):
     """Calibrated statistics: one layer at a time, when asked for, and what tells them from all others.
 
-    `keeps` names the arrays that they hold of a layer; `follow` is told of every layer as soon as it is compressed;
-    `describe` is what the report says of them.
+    `keeps` names the arrays that they hold of a layer; `reads` are the folders that they come from; `follow` is told of
+    every layer as soon as it is compressed; `describe` is what the report says of them.
     """
 
     @property
     def keeps(self) -> frozenset[str]: ...
+    @property
+    def reads(self) -> tuple[Path, ...]: ...
     def layer(self, index: int) -> LayerSums: ...
     def follow(self, index: int, layer: CompressedLayer) -> None: ...
     def fingerprint(self) -> Any: ...

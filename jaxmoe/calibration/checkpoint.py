@@ -7,6 +7,7 @@ from typing import Any
 from jaxmoe.calibration.collect import calibrate
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.calibration.sequential import Sequential
+from jaxmoe.checkpoint.output import PARTIAL, output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import JOURNAL
 from jaxmoe.texts import Tokenizer, text_windows, window_length
@@ -42,6 +43,7 @@ def calibrate_checkpoint(
         JaxmoeError: the checkpoint or a text cannot be used, or the folder holds something else.
     """
     model = StoredModel(source, revision, ignore_config_keys=ignore_config_keys)
+    folder = output_folder(folder, [model.folder, *texts])
     tokenizer = Tokenizer.open(model.folder)
     cut = text_windows(texts, tokenizer, length=window_length(model.longest, length), count=sequences)
     return calibrate(model, cut, folder, tokenizer=tokenizer.fingerprint, **options)
@@ -61,5 +63,6 @@ def sequential_statistics(
     tokenizer = Tokenizer.open(model.folder)
     cut = text_windows(texts, tokenizer, length=window_length(model.longest, length), count=sequences)
     # In the journal of the unfinished output, which goes when that is published.
-    folder = output.with_name(f"{output.name}.partial") / JOURNAL / "states"
-    return Sequential(model, cut, folder.absolute(), tokenizer=tokenizer.fingerprint)
+    output = output_folder(output, [model.folder, *texts])
+    folder = output.with_name(output.name + PARTIAL) / JOURNAL / "states"
+    return Sequential(model, cut, folder, tokenizer=tokenizer.fingerprint)

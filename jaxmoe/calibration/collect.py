@@ -23,6 +23,7 @@ from jaxmoe.calibration.sums import POOLED, Summing
 from jaxmoe.calibration.writer import StatisticsWriter
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.mapped import create_mapped
+from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import JOURNAL
 from jaxmoe.errors import JaxmoeError
@@ -71,7 +72,7 @@ def calibrate(
         JaxmoeError: the folder holds something else, activations are not finite, or no layer with experts is chosen.
     """
     record = make_record(model, texts, tokenizer, moments=moments, gradients=gradients, layers=layers)
-    writer = StatisticsWriter(folder, record)
+    writer = StatisticsWriter(output_folder(folder, [model.folder]), record)
     if (done := writer.finished()) is not None:
         return done
     with writer.opened(resume=resume):
@@ -150,7 +151,7 @@ class _Run:
     def _begin(self) -> int:
         """Return the last layer, at most the first missing one, whose input states are there; embed if none are."""
         for index in range(min(self.missing), -1, -1):
-            if self.states.path(index).exists():
+            if self.states.whole(index):
                 return index
         start(self.model, self.states)
         return 0
@@ -196,7 +197,7 @@ class _Run:
         gradients = HiddenStates(
             self.states.ids, self.states.folder / "gradients", self.model.spec.hidden, tokens=TOKENS
         )
-        begin = next((i for i in range(max(self.missing) + 1, depth + 1) if gradients.path(i).exists()), None)
+        begin = next((i for i in range(max(self.missing) + 1, depth + 1) if gradients.whole(i)), None)
         if begin is None:
             self._keep_all()
             self._losses(gradients)
@@ -208,7 +209,7 @@ class _Run:
 
     def _keep_all(self) -> None:
         depth = len(self.model.spec.layers)
-        have = next((i for i in range(depth, -1, -1) if self.states.path(i).exists()), None)
+        have = next((i for i in range(depth, -1, -1) if self.states.whole(i)), None)
         if have is None:
             start(self.model, self.states)
             have = 0

@@ -86,6 +86,11 @@ class Statistics:
         """The names of the arrays that are kept of every layer."""
         return frozenset(layer_arrays(self.record, self.layers[0]))
 
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """The folder, into which nothing else may be written."""
+        return (self.folder,)
+
     def fingerprint(self) -> str:
         """Return a SHA-256 that changes with the model, the texts and what was kept of them."""
         return fingerprint(self.record.as_json())

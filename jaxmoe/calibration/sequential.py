@@ -54,6 +54,11 @@ class Sequential:
         """The names of the arrays that are kept of every layer."""
         return frozenset(layer_arrays(self.record, min(self.model.shapes)))
 
+    @property
+    def reads(self) -> tuple[Path, ...]:
+        """None: the states lie in the folder of the run itself."""
+        return ()
+
     def fingerprint(self) -> str:
         """Return a SHA-256 that changes with the model and the texts."""
         return fingerprint({"sequential": True, **self.record.as_json()})
@@ -85,7 +90,7 @@ class Sequential:
 
     def _walk(self, index: int) -> dict[str, Any]:
         """Bring the hidden states to a layer, and return its arrays."""
-        begin = next((i for i in range(index, -1, -1) if self.states.path(i).exists()), None)
+        begin = next((i for i in range(index, -1, -1) if self.states.whole(i)), None)
         if begin is None:
             begin = 0
             start(self.model, self.states)
@@ -96,6 +101,9 @@ class Sequential:
             )
         for before in range(begin, index):
             self._run(before, on_device(self.model.layer(before)))
+        # Only now: whoever asks for a layer has finished those before it, and asks for none of them again.
+        for before in range(index):
+            self.states.remove(before)
         return on_device(self.model.layer(index))
 
     def _run(self, index: int, parameters: dict[str, Any]) -> None:
@@ -103,4 +111,3 @@ class Sequential:
         for _ in run_layer(index, parameters, self.model.spec.layers[index], self.states, out):
             pass
         self.states.finish(index + 1)
-        self.states.remove(index)

@@ -16,8 +16,9 @@ from jaxmoe.calibration.record import Record
 from jaxmoe.calibration.statistics import FIELDS, LayerStatistics
 from jaxmoe.checkpoint.atomic import write_bytes
 from jaxmoe.checkpoint.mapped import create_mapped
+from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
-from jaxmoe.checkpoint.workspace import Unit, Workspace, fingerprint, sweep
+from jaxmoe.checkpoint.workspace import Unit, Workspace, fingerprint, make_folder, sweep
 from jaxmoe.errors import JaxmoeError
 
 
@@ -42,7 +43,7 @@ class StatisticsWriter:
     """
 
     def __init__(self, folder: str | Path, record: Record):
-        self.folder = Path(folder).expanduser().absolute()
+        self.folder = output_folder(folder)
         self.record = record
         self.workspace = Workspace(self.folder, record.as_json(), _unit)
         self._key = fingerprint(record.as_json())
@@ -92,7 +93,7 @@ class StatisticsWriter:
             for name, array in arrays.items()
         ]
         path = self.workspace.folder / layer_path(domain, index)
-        path.parent.mkdir(exist_ok=True)
+        make_folder(path.parent)
         checksum = write_tensors(path, tensors)
         self.workspace.finish((domain, index), self._key, checksum, {"domain": domain, "layer": index})
 

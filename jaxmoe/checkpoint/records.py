@@ -9,13 +9,15 @@ import errno
 import json
 import os
 import stat
+from collections.abc import Mapping
+from hashlib import sha256
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from jaxmoe.errors import JaxmoeError
+from jaxmoe.errors import StorageError
 
 Record = TypeVar("Record")
 
@@ -27,39 +29,39 @@ def open_regular(path: str | Path) -> BufferedReader:
     """Open a file for reading.
 
     Raises:
-        JaxmoeError: there is no such file, it is not a regular one (a folder, pipe, socket or device), or it cannot be
+        StorageError: there is no such file, it is not a regular one (a folder, pipe, socket or device), or it cannot be
             read.
 
     Example:
         >>> open_regular("/dev/null")
         Traceback (most recent call last):
             ...
-        jaxmoe.errors.JaxmoeError: /dev/null is not a regular file but a device: put the file itself there
+        jaxmoe.errors.StorageError: /dev/null is not a regular file but a device: put the file itself there
     """
     try:
         # Opening a pipe waits for a writer, unless asked not to.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
-        raise JaxmoeError(f"{path} does not exist") from None
+        raise StorageError(f"{path} does not exist") from None
     except (OSError, ValueError) as error:
         raise unreadable(path, error) from None
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
         os.close(descriptor)
-        raise JaxmoeError(f"{path} is not a regular file but a {file_kind(mode)}: put the file itself there")
+        raise StorageError(f"{path} is not a regular file but a {file_kind(mode)}: put the file itself there")
     return open(descriptor, "rb")
 
 
-def unreadable(path: str | Path, error: OSError | ValueError) -> JaxmoeError:
+def unreadable(path: str | Path, error: OSError | ValueError) -> StorageError:
     """Return the error for a path that the system refuses; for a pipe or socket it says which.
 
     Example:
         >>> unreadable("a", PermissionError(13, "Permission denied"))
-        JaxmoeError('a cannot be read: Permission denied')
+        StorageError('a cannot be read: Permission denied')
     """
     if isinstance(error, OSError) and error.errno == errno.ENXIO:
-        return JaxmoeError(f"{path} is not a regular file but a socket or device: put the file itself there")
-    return JaxmoeError(f"{path!s} cannot be read: {getattr(error, 'strerror', None) or error}")
+        return StorageError(f"{path} is not a regular file but a socket or device: put the file itself there")
+    return StorageError(f"{path!s} cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
 def file_kind(mode: int) -> str:
@@ -72,12 +74,12 @@ def read_bytes(path: str | Path, *, limit: int = LARGEST) -> bytes:
     """Return what a regular file holds.
 
     Raises:
-        JaxmoeError: as `open_regular`, or the file is larger than `limit` bytes.
+        StorageError: as `open_regular`, or the file is larger than `limit` bytes.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
-            raise JaxmoeError(f"{path} has {size} bytes, and no such file has more than {limit}: it is something else")
+            raise StorageError(f"{path} has {size} bytes, and no such file has more than {limit}: it is something else")
         try:
             return file.read()
         except OSError as error:
@@ -93,17 +95,15 @@ def read_record(path: str | Path, kind: type[Record], mend: str) -> Record:
         mend: what to do where the file is missing or does not fit.
 
     Raises:
-        JaxmoeError: the file is missing, not regular, no JSON, or holds something else; the message names the place.
+        StorageError: the file is missing, not regular, no JSON, or holds something else; the message names the place.
     """
     try:
-        content = read_bytes(path)
-    except JaxmoeError as error:
-        raise JaxmoeError(f"{error}: {mend}") from None
-    try:
-        # Not msgspec's own decoder: configs hold infinite numbers, which are no JSON, as Python and transformers write.
-        value = json.loads(content)
+        value = json.loads(read_bytes(path))
+    except StorageError as error:
+        raise StorageError(f"{error}: {mend}") from None
+    # Not msgspec's own decoder: configs hold infinite numbers, which are no JSON, as Python and transformers write.
     except (ValueError, RecursionError) as error:
-        raise JaxmoeError(f"{path} is not JSON ({error}): {mend}") from None
+        raise StorageError(f"{path} is not JSON ({error}): {mend}") from None
     return as_record(value, kind, str(path), mend)
 
 
@@ -117,13 +117,13 @@ def as_record(value: Any, kind: type[Record], where: str, mend: str) -> Record:
         mend: what to do where it does not fit.
 
     Raises:
-        JaxmoeError: the value does not fit; the message names the place.
+        StorageError: the value does not fit; the message names the place.
 
     Example:
         >>> as_record({"rank": "3"}, dict[str, int], "spec.json", "write it again")
         Traceback (most recent call last):
             ...
-        jaxmoe.errors.JaxmoeError: spec.json does not hold what it should (Expected `int`, got `str` - at `$[...]`): ...
+        jaxmoe.errors.StorageError: spec.json does not hold what it should (Expected `int`, got `str` - at `$[...]`)...
     """
     try:
         return msgspec.convert(value, kind)
@@ -131,4 +131,36 @@ def as_record(value: Any, kind: type[Record], where: str, mend: str) -> Record:
         half = f"{error.object[error.start]!a} is half a character"
         raise JaxmoeError(f"{where} does not hold what it should ({half}): {mend}") from None
     except (msgspec.ValidationError, RecursionError) as error:
-        raise JaxmoeError(f"{where} does not hold what it should ({error}): {mend}") from None
+        raise StorageError(f"{where} does not hold what it should ({error}): {mend}") from None
+
+
+class Sealed(msgspec.Struct):
+    """A record with the SHA-256 of its JSON text: whoever changes one without the other is found out."""
+
+    seal: str
+    record: dict[str, Any]
+
+
+def sealed(record: Mapping[str, Any]) -> bytes:
+    """Return the content of a file that holds a record and its seal, for `read_sealed`."""
+    return json.dumps({"seal": _seal(record), "record": record}).encode()
+
+
+def read_sealed(path: str | Path, mend: str) -> dict[str, Any]:
+    """Return a record that `sealed` wrote, just as it was written.
+
+    Args:
+        path: of the file.
+        mend: what to do where it is something else.
+
+    Raises:
+        StorageError: the file is not regular, holds something else, or was changed.
+    """
+    found = read_record(path, Sealed, mend)
+    if found.seal != _seal(found.record):
+        raise StorageError(f"{path} was changed since it was written: {mend}")
+    return found.record
+
+
+def _seal(record: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(record).encode()).hexdigest()

@@ -14,18 +14,22 @@ their files lie is up to the caller: `Workspace` takes a function from a unit to
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from jaxmoe.checkpoint.atomic import sync_folder, write_bytes
-from jaxmoe.errors import JaxmoeError
+from jaxmoe.checkpoint.atomic import remove, sync_folder, unwritten, write_bytes
+from jaxmoe.checkpoint.output import MEND, PARTIAL
+from jaxmoe.checkpoint.records import file_kind, open_regular, read_bytes, read_record, read_sealed, sealed
+from jaxmoe.errors import StorageError, shortened
 
 JOURNAL = ".jaxmoe"
+START_OVER = "remove it, or start over with --no-resume"
 
 
 def fingerprint(record: Mapping[str, Any]) -> str:
@@ -71,7 +75,7 @@ class Workspace:
 
     def __init__(self, output: Path, run: Mapping[str, Any], unit: Callable[[Any], Unit] = layer_unit):
         self.output = output
-        self.folder = output.with_name(output.name + ".partial")
+        self.folder = output.with_name(output.name + PARTIAL)
         self.journal = self.folder / JOURNAL
         self.run = dict(run)
         self.unit = unit
@@ -80,53 +84,70 @@ class Workspace:
     def open(self, units: Iterable[Any], *, resume: bool = True) -> None:
         """Create or reopen the folder and take the locks of the units that this process will work on.
 
+        Args:
+            units: that this process will work on.
+            resume: whether to go on with what the folder holds; False starts over.
+
         Raises:
-            JaxmoeError: the folder belongs to a run with other settings, or another process holds one of the units.
+            StorageError: the folder belongs to a run with other settings or to something else, holds what no run makes,
+                or another process holds one of the units.
         """
-        units = list(units)
         begun = self.journal / "run.json"
+        self._check_own()
         if not resume and self.folder.exists():
-            with ExitStack() as stack:
-                # Whoever still works here must not lose the folder under its feet.
-                for lock in sorted(self.journal.glob("*.lock")):
-                    stack.enter_context(self._lock(lock))
-                shutil.rmtree(self.folder)
-        if self.folder.exists() and not begun.exists() and any(p.name != JOURNAL for p in self.folder.iterdir()):
-            raise JaxmoeError(
-                f"{self.folder} holds something that jaxmoe did not begin: remove it, or choose another output folder"
-            )
-        self.journal.mkdir(parents=True, exist_ok=True)
-        if begun.exists():
+            self._remove()
+        if self.folder.exists():
+            check_plain(self.folder, START_OVER)
+        make_folder(self.journal)
+        if os.path.lexists(begun):
             self._check_same(begun)
         else:
+            # A run killed here has left nothing, or a file without its name.
+            held = (path for path in (*self.folder.iterdir(), *self.journal.iterdir()) if path != self.journal)
+            if not all(path.name.endswith(".part") for path in held):
+                raise StorageError(f"{self.folder} lacks {begun.name}, which says of which run it is: {START_OVER}")
             write_bytes(begun, json.dumps(self.run, indent=2, sort_keys=True).encode())
         for unit in units:
             self.locks.enter_context(self._lock(self.journal / f"{self.unit(unit).name}.lock"))
 
-    def _lock(self, path: Path, mend: str = "wait for it to end, or give the runs disjoint --layers") -> FileLock:
-        lock = FileLock(path, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise JaxmoeError(f"another run is working on {path.stem} in {self.folder}: {mend}") from None
-        return lock
+    def _check_own(self) -> None:
+        """Raise unless the folder is one that a run began, empty, or not there: anything else is not ours to change."""
+        if self.folder.is_symlink():
+            raise StorageError(f"{self.folder} is a link, and a run makes a folder there: remove the link, or {MEND}")
+        if not self.folder.exists():
+            return
+        if not self.folder.is_dir():
+            raise StorageError(f"{self.folder} is a file, and a run makes a folder there: remove it, or {MEND}")
+        if not os.path.lexists(self.journal) and any(self.folder.iterdir()):
+            raise StorageError(f"{self.folder} holds something that jaxmoe did not begin: remove it, or {MEND}")
 
-    def exclusive(self, name: str) -> FileLock:
+    def _remove(self) -> None:
+        """Remove what an earlier run left, unless somebody still works there."""
+        with ExitStack() as stack:
+            # Never through a link: what it leads to is somebody else's.
+            locks = [] if self.journal.is_symlink() else sorted(self.journal.glob("*.lock"))
+            for lock in locks:
+                if stat.S_ISREG(lock.lstat().st_mode):
+                    stack.enter_context(self._lock(lock))
+            remove(self.folder)
+
+    def _lock(self, path: Path, mend: str = "wait for it to end, or give the runs disjoint --layers"):
+        return locked(path, f"another run is working on {path.stem} in {self.folder}: {mend}", START_OVER)
+
+    def exclusive(self, name: str) -> AbstractContextManager[None]:
         """Return a lock that one process of the run can hold at a time."""
         return self._lock(self.journal / f"{name}.lock", "wait for it to end")
 
     def _check_same(self, begun: Path) -> None:
-        try:
-            before = json.loads(begun.read_bytes())
-        except ValueError:
-            raise JaxmoeError(f"{begun} is not readable JSON: remove {self.folder}, or run with --no-resume") from None
+        before = read_record(begun, dict[str, Any], START_OVER)
         if before == json.loads(json.dumps(self.run)):
             return
         names = sorted(k for k in before.keys() | self.run.keys() if before.get(k) != self.run.get(k))
-        changed = ", ".join(f"{k} (was {before.get(k)!r}, now {self.run.get(k)!r})" for k in names)
-        raise JaxmoeError(
-            f"{self.folder} was begun with other settings: {changed}; "
-            "run with those, choose another output folder, or start over with --no-resume"
+        values = ((name, *(shortened(repr(run.get(name))) for run in (before, self.run))) for name in names)
+        changed = ", ".join(f"{name} (was {was}, now {now})" for name, was, now in values)
+        raise StorageError(
+            f"{self.folder} was begun with other settings: {changed}; run with those, {MEND}, or start over with"
+            " --no-resume"
         )
 
     @contextmanager
@@ -140,24 +161,32 @@ class Workspace:
 
     def check_free(self) -> None:
         """Raise if something stands where the output is to be."""
-        if self.output.exists():
-            raise JaxmoeError(f"{self.output} exists: remove it, or choose another output folder")
+        if os.path.lexists(self.output):
+            raise StorageError(f"{self.output} exists: remove it, or {MEND}")
 
     def entry(self, unit: Any, key: str) -> dict[str, Any] | None:
-        """Return the journal entry of a unit that is finished and whole, else None."""
+        """Return the journal entry of a unit that is finished and whole, else None.
+
+        Raises:
+            StorageError: the entry or the file is something that no run writes.
+        """
         name, path = self.unit(unit)
-        try:
-            entry = json.loads((self.journal / f"{name}.json").read_bytes())
-            with (self.folder / path).open("rb") as file:
-                whole = entry["key"] == key and entry["sha256"] == file_digest(file, "sha256").hexdigest()
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        journaled, file = self.journal / f"{name}.json", self.folder / path
+        for made in (journaled, file):
+            if os.path.lexists(made) and not stat.S_ISREG(mode := made.lstat().st_mode):
+                raise StorageError(f"{made} is a {file_kind(mode)}, and a run writes a file there: {START_OVER}")
+        if not journaled.exists() or not file.exists():
             return None
-        return entry if whole else None
+        entry = read_sealed(journaled, f"remove it to have {name} done again, or {START_OVER}")
+        if entry.get("key") != key:
+            return None
+        with open_regular(file) as content:
+            return entry if entry.get("sha256") == file_digest(content, "sha256").hexdigest() else None
 
     def finish(self, unit: Any, key: str, checksum: str, record: Mapping[str, Any]) -> dict[str, Any]:
         """Journal a unit whose file is written."""
         entry = {"key": key, "sha256": checksum, **record}
-        write_bytes(self.journal / f"{self.unit(unit).name}.json", json.dumps(entry).encode())
+        write_bytes(self.journal / f"{self.unit(unit).name}.json", sealed(entry))
         return entry
 
     def publish(self) -> None:
@@ -169,8 +198,11 @@ class Workspace:
         self.check_free()
         for leftover in self.folder.rglob(".*.part"):
             leftover.unlink()
-        os.rename(self.folder, self.output)
-        sync_folder(self.output.parent)
+        try:
+            os.rename(self.folder, self.output)
+            sync_folder(self.output.parent)
+        except OSError as error:
+            raise unwritten(self.output, error) from error
         sweep(self.output)
 
 
@@ -178,17 +210,17 @@ def finished(output: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the report of an output that this very run has completed before, None where there is no output.
 
     Raises:
-        JaxmoeError: the output is another run's, or none that jaxmoe wrote.
+        StorageError: the output is another run's, or none that jaxmoe wrote.
     """
     if not output.exists():
         return None
     try:
-        report = json.loads((output / "report.json").read_bytes())
+        report = json.loads(read_bytes(output / "report.json"))
         same = report["run"] == json.loads(json.dumps(run))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         same = False
     if not same:
-        raise JaxmoeError(f"{output} exists and holds something else: remove it, or choose another output folder")
+        raise StorageError(f"{output} exists and holds something else: remove it, or {MEND}")
     sweep(output)
     return report
 
@@ -196,3 +228,58 @@ def finished(output: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
 def sweep(output: Path) -> None:
     """Remove what a process killed while publishing may have left in a complete output."""
     shutil.rmtree(output / JOURNAL, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, taken: str, mend: str) -> Iterator[None]:
+    """Hold a lock, which one process can at a time, for the length of a `with` block.
+
+    Args:
+        path: of the lock's file.
+        taken: what to say where another process holds it.
+        mend: what to do where something else is in its place.
+
+    Raises:
+        StorageError: another process holds it, something else is there, or it cannot be written.
+    """
+    if os.path.lexists(path) and not stat.S_ISREG(mode := path.lstat().st_mode):
+        raise StorageError(f"{path} is a {file_kind(mode)}, and a run locks a file there: {mend}")
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StorageError(taken) from None
+    except OSError as error:
+        raise unwritten(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, unless they are there.
+
+    Raises:
+        StorageError: something else is in the way, or the system does not let it be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritten(folder, error) from error
+
+
+def check_plain(folder: Path, mend: str) -> None:
+    """Raise unless everything in a folder, however deep, is a file or a folder: jaxmoe makes no links and no pipes.
+
+    Raises:
+        StorageError: something else is there, which nothing may be written or removed through.
+    """
+    for parent, folders, names in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *names)):
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:
+                continue  # Another process of the same run gave it its name just now.
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise StorageError(f"{path} is a {file_kind(mode)}, and jaxmoe makes only files and folders: {mend}")

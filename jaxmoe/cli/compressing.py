@@ -117,6 +117,9 @@ def compress(
     as_json: JsonOption = False,
 ) -> None:
     """Write a smaller checkpoint that PyTorch loads."""
+    from jaxmoe.checkpoint.output import output_folder
+
+    output = output_folder(output, [checkpoint, statistics, *(text or [])])
     if method == "compressed_experts":
         from jaxmoe.cli import main_experts as fewer
 

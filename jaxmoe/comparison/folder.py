@@ -11,19 +11,30 @@ settings finds those that still apply.
 """
 
 import json
+import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from jaxmoe.chain import STEPS
+from jaxmoe.checkpoint.atomic import remove, write_bytes
+from jaxmoe.checkpoint.output import PARTIAL
+from jaxmoe.checkpoint.records import read_record, read_sealed, sealed
+from jaxmoe.checkpoint.workspace import JOURNAL, check_plain, fingerprint, locked, make_folder
+from jaxmoe.errors import StorageError
 
-from jaxmoe.checkpoint.atomic import write_bytes
-from jaxmoe.checkpoint.workspace import JOURNAL, fingerprint
-from jaxmoe.errors import JaxmoeError
-
+_CHECKPOINTS, _GOING = "checkpoints", ".going"
+_MEND = "remove it, or choose another folder for the report"
+_AGAIN = "remove it to have it measured again, or choose another folder for the report"
 _DECIDES = ("method", "settings", "ratio", "of", "main_experts", "seed")
 """What tells the cells of one table from each other."""
+
+
+@dataclass(frozen=True)
+class _Marker:
+    source: str
 
 
 class ComparisonFolder:
@@ -34,7 +45,7 @@ class ComparisonFolder:
     """
 
     def __init__(self, path: Path):
-        self.path = path.absolute()
+        self.path = path
         self.records = self.path / JOURNAL / "records"
 
     @contextmanager
@@ -45,43 +56,42 @@ class ComparisonFolder:
             source: fingerprint of the checkpoint that is compared.
 
         Raises:
-            JaxmoeError: the folder holds something else or is of another checkpoint, or another run works in it.
+            StorageError: the folder holds something else or is of another checkpoint, or another run works in it.
         """
-        marker = self.path / JOURNAL / "comparison.json"
-        mend = "remove it, or choose another folder"
-        if self.path.exists() and not self.path.is_dir():
-            raise JaxmoeError(f"{self.path} is a file: {mend} for the report")
-        if not marker.exists() and self.path.exists() and any(p.name != JOURNAL for p in self.path.iterdir()):
-            raise JaxmoeError(f"{self.path} holds something that `jaxmoe compare` did not write: {mend}")
-        self.records.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / JOURNAL / "compare.lock", timeout=0)
-        try:
-            with lock:
-                if marker.exists():
-                    if json.loads(marker.read_bytes())["source"] != source:
-                        raise JaxmoeError(f"{self.path} compares another checkpoint: {mend}")
-                else:
-                    write_bytes(marker, json.dumps({"source": source}).encode())
-                yield
-        except Timeout:
-            raise JaxmoeError(f"another run is comparing in {self.path}: wait for it to end") from None
+        journal = self.path / JOURNAL
+        marker = journal / "comparison.json"
+        if not os.path.lexists(marker) and self.path.exists() and any(p.name != JOURNAL for p in self.path.iterdir()):
+            raise StorageError(f"{self.path} holds something that `jaxmoe compare` did not write: {_MEND}")
+        if journal.is_symlink():
+            raise StorageError(f"{journal} is a link, and a comparison makes a folder there: {_MEND}")
+        check_plain(journal, _MEND)
+        make_folder(self.records)
+        with locked(journal / "compare.lock", f"another run is comparing in {self.path}: wait for it to end", _MEND):
+            if not os.path.lexists(marker):
+                write_bytes(marker, json.dumps({"source": source}).encode())
+            elif read_record(marker, _Marker, _MEND).source != source:
+                raise StorageError(f"{self.path} compares another checkpoint: {_MEND}")
+            self.sweep()
+            yield
 
     def find(self, key: str) -> dict[str, Any] | None:
-        """Return the record of that key, None where there is none."""
-        try:
-            return json.loads((self.records / f"{key}.json").read_bytes())
-        except (FileNotFoundError, ValueError):
-            return None
+        """Return the record of that key, None where there is none.
+
+        Raises:
+            StorageError: there is something that no comparison writes.
+        """
+        path = self.records / f"{key}.json"
+        return read_sealed(path, _AGAIN) if os.path.lexists(path) else None
 
     def add(self, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
         """Keep a record and return it."""
-        write_bytes(self.records / f"{key}.json", json.dumps(record).encode())
+        write_bytes(self.records / f"{key}.json", sealed(record))
         return dict(record)
 
     def cells(self, contexts: Collection[str]) -> list[dict[str, Any]]:
         """Return the records of all cells of some contexts, those of earlier runs too; of equal cells the newest."""
         paths = sorted(self.records.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-        found = [json.loads(path.read_bytes()) for path in paths]
+        found = [read_sealed(path, _AGAIN) for path in paths]
         newest = {
             fingerprint({name: record.get(name) for name in _DECIDES}): record
             for record in found
@@ -91,4 +101,20 @@ class ComparisonFolder:
 
     def checkpoint(self, name: str, key: str) -> Path:
         """Return where a cell's compressed checkpoint lies while it is needed."""
-        return self.path / "checkpoints" / f"{name}-{key[:8]}"
+        return self.path / _CHECKPOINTS / f"{name}-{key[:8]}"
+
+    def set_aside(self, checkpoint: Path) -> None:
+        """Take a cell's compressed checkpoint, and what was made beside it, out of the way of `checkpoint`.
+
+        A run that is killed while it removes them leaves nothing that looks like a checkpoint.
+        """
+        for path in (checkpoint.with_name(checkpoint.name + ending) for ending in ("", PARTIAL, STEPS)):
+            if os.path.lexists(path):
+                going = path.with_name(path.name + _GOING)
+                remove(going)
+                path.rename(going)
+
+    def sweep(self) -> None:
+        """Remove what was set aside."""
+        for path in (self.path / _CHECKPOINTS).glob(f"*{_GOING}"):
+            remove(path)

@@ -6,7 +6,6 @@ Everything that a cell depends on stands in its key, see `folder`.
 """
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from jaxmoe.calibration.collect import calibrate
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.atomic import write_bytes
+from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import fingerprint
 from jaxmoe.comparison.cells import Cell, Contender, cells, check_written, with_baselines
@@ -30,7 +30,7 @@ from jaxmoe.comparison.folder import ComparisonFolder
 from jaxmoe.comparison.making import Making, Texts
 from jaxmoe.comparison.summary import rows
 from jaxmoe.compressed_experts.plan import blocks
-from jaxmoe.errors import JaxmoeError
+from jaxmoe.errors import JaxmoeError, StorageError
 from jaxmoe.evaluation.evaluate import evaluate
 from jaxmoe.evaluation.windows import Walked, walk
 from jaxmoe.export.architectures import exports
@@ -89,6 +89,7 @@ def compare(
         JaxmoeError: what was asked for cannot be: a text, a ratio, the checkpoint or the folder.
     """
     opened = Checkpoint.open(str(source), revision=revision, ignore_config_keys=ignore_config_keys)
+    report = output_folder(report, [opened.folder, *texts, *(calibration_texts or ())], beside=(), into=True)
     check_written(opened, contenders)
     factored = "factored" in exports(opened.model_type)
     everyone = with_baselines(contenders, calibrated=calibration_texts is not None, factored=factored)
@@ -103,7 +104,7 @@ def compare(
         calibrated_on = text_windows(calibration_texts, tokenizer, length=length, count=sequences)
     else:
         calibrated_on = None
-    folder = ComparisonFolder(Path(report))
+    folder = ComparisonFolder(report)
     with folder.opened(opened.fingerprint()):
         run = _Run(folder, opened, model, cut, str(source), revision, keep, on_event)
         if calibration_texts is not None and calibrated_on is not None:
@@ -116,11 +117,11 @@ def compare(
         result = run.result()
         write_tables(folder.path, result)
         try:
-            write_bytes(folder.path / "index.html", page(result).encode())
+            content = page(result).encode()
         except JaxmoeError as error:
-            if isinstance(error.__cause__, OSError):
-                raise
             result["no_page"] = str(error)
+        else:
+            write_bytes(folder.path / "index.html", content)
         return result
 
 
@@ -210,7 +211,12 @@ class _Run:
             "name": cell.name,
             "command": command,
         }
-        return self.folder.add(key, {**record, **self._measured(cell, output, command, making)})
+        record |= self._measured(cell, output, command, making)
+        if not self.keep:
+            self.folder.set_aside(output)
+        self.folder.add(key, record)
+        self.folder.sweep()
+        return record
 
     def _measured(self, cell: Cell, output: Path, command: str, making: Making) -> dict[str, Any]:
         try:
@@ -221,14 +227,11 @@ class _Run:
             small = StoredModel(output, ignore_config_keys=self.checkpoint.ignored)
             measured = evaluate(small, self.texts, against=self._original(), on_event=self.on_event)
             costs = token_costs(small)
+        except StorageError:
+            raise  # A full disk says nothing of the cell.
         except JaxmoeError as error:
-            if isinstance(error.__cause__, OSError):
-                raise  # A full disk says nothing of the cell.
             return {"reason": str(error)}
         finally:
-            if not self.keep:
-                shutil.rmtree(output, ignore_errors=True)
-                shutil.rmtree(output.with_name(f"{output.name}.steps"), ignore_errors=True)
             # Programs of sizes that do not come again: kept, they would count as the memory of later cells.
             jax.clear_caches()
         evaluation = measured.as_json()

@@ -15,6 +15,7 @@ import numpy as np
 
 import jaxmoe
 from jaxmoe.calibration.collect import make_record
+from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
 from jaxmoe.checkpoint.workspace import JOURNAL, Workspace, fingerprint, finished, layer_file
 from jaxmoe.compressed_experts.distilling import distil
@@ -73,7 +74,7 @@ def compress_experts(
             "published Compressed Experts learn with the whole model: write them without text, then `jaxmoe recover`"
             " trains them; or give --setting improved, which learns from text layer by layer"
         )
-    output = Path(output).absolute()
+    output = output_folder(output, [plan.model.folder])
     begun = time.perf_counter()
     record = make_record(plan.model, texts, tokenizer, moments="none") if texts else None
     run = {
@@ -136,7 +137,7 @@ class _Run:
             return
         ids, counted = (np.concatenate([getattr(text, name) for text in texts]) for name in ("ids", "counted"))
         states = HiddenStates(ids, self.workspace.folder / JOURNAL / "states", self.model.spec.hidden)
-        first = next((index for index in range(missing[0], -1, -1) if states.path(index).exists()), None)
+        first = next((index for index in range(missing[0], -1, -1) if states.whole(index)), None)
         if first is None:
             first = 0
             start(self.model, states)

@@ -1,9 +1,11 @@
 """Evaluate a checkpoint on text files: what `jaxmoe evaluate` does."""
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.evaluation.evaluate import evaluate
@@ -51,6 +53,8 @@ def evaluate_checkpoint(
     original = None if against is None else StoredModel(against, ignore_config_keys=ignore_config_keys)
     if original is not None:
         check_same(tokenizer, Tokenizer.open(original.folder))
+    if work is not None and not os.path.isdir(work):
+        work = output_folder(work, [model.folder, against, *texts], beside=())
     length = window_length(model.longest, length)
     if original is not None:
         window_length(original.longest, length)

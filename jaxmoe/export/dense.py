@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import jaxmoe
+from jaxmoe.checkpoint.atomic import write_bytes
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import write_tensors
-from jaxmoe.checkpoint.workspace import Workspace, layer_file
+from jaxmoe.checkpoint.workspace import Workspace, finished, layer_file
 from jaxmoe.export.checking import answers, check_written, checked_layers
 from jaxmoe.export.factored import layer_index, remote_code
-from jaxmoe.export.folder import complete_folder, side_files
+from jaxmoe.export.folder import complete_folder, dump, side_files
 
 
 def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
@@ -19,18 +22,21 @@ def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
         output: the folder to create; it gets its name when it is complete.
 
     Returns:
-        `{"output", "stored": {"parameters", "bytes"}}`.
+        `{"output", "stored": {"parameters", "bytes"}, "run"}`, also written to `report.json`.
 
     Raises:
         JaxmoeError: the source is not factored or damaged, or the output exists.
     """
     opened = CompressedCheckpoint.open(source)
     opened.check_dense()
-    output = Path(output).absolute()
-    workspace = Workspace(output, {"convert": "dense", "source": str(opened.folder)})
-    workspace.check_free()
+    output = output_folder(output, [opened.folder])
+    run = {"convert": "dense", "source": opened.fingerprint(), "jaxmoe": jaxmoe.__version__}
+    if (done := finished(output, run)) is not None:
+        return done
+    workspace = Workspace(output, run)
     files, meant = [], {}
-    with workspace.opened([]):
+    # Nothing is gone on with: reading and writing again is all there is to it.
+    with workspace.opened([], resume=False), workspace.exclusive("convert"):
         for module in opened.modules:
             index = layer_index(module)
             files.append(workspace.folder / layer_file(index))
@@ -47,5 +53,7 @@ def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
             beside={name: path for name, path in side_files(opened.folder).items() if name not in code},
         )
         check_written(workspace.folder, opened, meant)
+        report = {"output": str(output), "stored": stored, "run": run}
+        write_bytes(workspace.folder / "report.json", dump(report))
         workspace.publish()
-    return {"output": str(output), "stored": stored}
+    return report

@@ -32,7 +32,8 @@ from jaxmoe.checkpoint.array_folder import (
     regular_files,
     save_arrays,
 )
-from jaxmoe.checkpoint.atomic import remove, write_bytes
+from jaxmoe.checkpoint.atomic import write_bytes
+from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.records import read_record
 from jaxmoe.checkpoint.tensor_file import (
     DTYPES,
@@ -43,9 +44,10 @@ from jaxmoe.checkpoint.tensor_file import (
     file_metadata,
     in_order,
     listing,
+    read_header,
     write_tensors,
 )
-from jaxmoe.checkpoint.workspace import Workspace
+from jaxmoe.checkpoint.workspace import Workspace, sweep
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.folder import INDEX, copy_file, dump, files_beside, parts
 
@@ -71,11 +73,13 @@ def to_orbax(source: str | Path, output: str | Path) -> dict[str, Any]:
     folder = hub.resolve(source)
     files.read_config(folder)
     tensors = files.read_tensors(folder)
+    output, made = output_folder(output, [folder]), files.fingerprint(folder, tensors)
+    if output.exists() and _made(output) == made:
+        sweep(output)
+        return _report(output, tensors.values())
     stored: dict[str, dict[str, Any]] = {}
     sums: list[dict[str, str]] = []
-    with _workspace(folder, output, "orbax") as place:
-        # A killed run leaves parts behind.
-        remove(place / FOLDER)
+    with _workspace(output, {"convert": "orbax", "source": made}) as place:
         for number, part in enumerate(parts((entry for entry in _in_order(tensors) if entry.bytes), PART_BYTES)):
             arrays = {entry.name: entry.read() for entry in part}
             stored |= {name: {"part": number, "sha256": checksum(array)} for name, array in arrays.items()}
@@ -83,7 +87,7 @@ def to_orbax(source: str | Path, output: str | Path) -> dict[str, Any]:
             save_arrays(_part(place, number), arrays, compress=False)
             sums.append(file_checksums(_part(place, number)))
         _copy_beside(folder, place)
-        record = {**_record(folder, tensors, stored), "parts": sums}
+        record = {**_record(folder, tensors, stored), "parts": sums, "source": made}
         write_bytes(place / RECORD, dump(record))
     return _report(output, tensors.values())
 
@@ -104,7 +108,11 @@ def to_safetensors(source: str | Path, output: str | Path) -> dict[str, Any]:
     folder = Path(source).expanduser().absolute()
     record = _read_record(folder)
     written = _Parts(folder, record)
-    with _workspace(folder, output, "safetensors") as place:
+    output = output_folder(output, [folder])
+    if output.exists() and _restored(output, record):
+        sweep(output)
+        return _report(output, written.tensors)
+    with _workspace(output, {"convert": "safetensors", "source": record.source}) as place:
         for file, planned in written.planned.items():
             path = place / file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +121,7 @@ def to_safetensors(source: str | Path, output: str | Path) -> dict[str, Any]:
         if record.index is not None:
             weight_map = {tensor.name: file for file, planned in written.planned.items() for tensor in planned}
             write_bytes(place / INDEX, dump({**record.index, "weight_map": dict(sorted(weight_map.items()))}))
-    return _report(output, (tensor for planned in written.planned.values() for tensor in planned))
+    return _report(output, written.tensors)
 
 
 def checksum(array: np.ndarray) -> str:
@@ -122,13 +130,40 @@ def checksum(array: np.ndarray) -> str:
 
 
 @contextmanager
-def _workspace(source: Path, output: str | Path, form: str) -> Iterator[Path]:
+def _workspace(output: Path, run: Mapping[str, Any]) -> Iterator[Path]:
     """Give a folder that becomes the output at the end of the `with` block."""
-    workspace = Workspace(Path(output).absolute(), {"convert": form, "source": str(source)})
+    workspace = Workspace(output, run)
     workspace.check_free()
-    with workspace.opened([]), workspace.exclusive("convert"):
+    # Nothing is gone on with: reading and writing again is all there is to it.
+    with workspace.opened([], resume=False), workspace.exclusive("convert"):
         yield workspace.folder
         workspace.publish()
+
+
+def _made(output: Path) -> str | None:
+    """Return the fingerprint of the checkpoint that an Orbax checkpoint was made from, None if it does not say."""
+    try:
+        return _read_record(output).source
+    except JaxmoeError:
+        return None
+
+
+def _restored(output: Path, record: "_Record") -> bool:
+    """Return whether a folder holds just the tensors of a record."""
+    try:
+        for file, written in record.files.items():
+            found = read_header(output / file)
+            if found.keys() != written.tensors.keys():
+                return False
+            for name, own in written.tensors.items():
+                tensor = found[name]
+                if (tensor.dtype, list(tensor.shape)) != (own.dtype, own.shape):
+                    return False
+                if tensor.bytes and checksum(tensor.read()) != own.sha256:
+                    return False
+    except JaxmoeError:
+        return False
+    return True
 
 
 def _copy_beside(source: Path, target: Path) -> None:
@@ -193,6 +228,7 @@ class _Record(msgspec.Struct, forbid_unknown_fields=True):
     index: dict[str, Any] | None
     files: Annotated[dict[str, _File], msgspec.Meta(min_length=1)]
     parts: list[dict[str, str]] = []
+    source: str | None = None
 
 
 def _read_record(folder: Path) -> _Record:
@@ -237,6 +273,7 @@ class _Parts:
             _inside(folder, file): in_order([self._plan(name, tensor) for name, tensor in own.tensors.items()])
             for file, own in record.files.items()
         }
+        self.tensors = [tensor for planned in self.planned.values() for tensor in planned]
 
     def _plan(self, name: str, tensor: _Tensor) -> Planned:
         dtype, shape, part = tensor.dtype, tuple(tensor.shape), tensor.part

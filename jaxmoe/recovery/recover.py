@@ -5,7 +5,6 @@ at any moment; the same command goes on, and ends with the same bytes.
 """
 
 import platform
-import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -21,9 +20,10 @@ import numpy as np
 
 import jaxmoe
 from jaxmoe.checkpoint.atomic import write_bytes
-from jaxmoe.checkpoint.records import read_record
+from jaxmoe.checkpoint.output import output_folder
+from jaxmoe.checkpoint.records import read_bytes, read_record
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished
+from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, make_folder
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.folder import dump
 from jaxmoe.export.trained import write_trained
@@ -97,8 +97,9 @@ def recover(
             exists, or the disk is full.
     """
     training = training or Training()
-    output, begun = Path(output).absolute(), time.perf_counter()
+    begun = time.perf_counter()
     model = StoredModel(source, ignore_config_keys=ignore_config_keys)
+    output = output_folder(output, [model.folder, teacher, *texts, *instructions])
     tokenizer = Tokenizer.open(source)
     original = _teacher(model, tokenizer, teacher, training, ignore_config_keys)
     length = window_length(model.longest, length)
@@ -125,7 +126,7 @@ def recover(
     workspace = Workspace(output, run)
     with workspace.opened([], resume=resume), workspace.exclusive("training"):
         folder = workspace.journal / "training"
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         result = train(
             Side(parameters, model.spec),
             None if original is None else Side(original.parameters(), original.spec),
@@ -140,7 +141,7 @@ def recover(
             on_event=on_event,
         )
         stored = write_trained(model, merge(parameters, result["trained"]), chosen, workspace.folder)
-        shutil.copyfile(folder / METRICS, workspace.folder / METRICS)
+        write_bytes(workspace.folder / METRICS, read_bytes(folder / METRICS))
         report = _report(model, original, output, sets, training, rows, length, result, stored)
         report |= {"seed": seed, "command": command, "seconds": time.perf_counter() - begun, "run": run}
         report |= {"ignored_config_keys": list(model.ignored)} if model.ignored else {}

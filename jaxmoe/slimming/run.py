@@ -12,6 +12,7 @@ import numpy as np
 import jaxmoe
 from jaxmoe.checkpoint import Checkpoint, MoELayer
 from jaxmoe.checkpoint.layout import plan_dense
+from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, layer_file
 from jaxmoe.errors import JaxmoeError
@@ -20,7 +21,7 @@ from jaxmoe.factors import CompressedLayer, Dense
 from jaxmoe.factors.slicing import slice_channels
 from jaxmoe.methods import Outcome
 from jaxmoe.methods.slimming import Slimmed
-from jaxmoe.pipeline import Amend, check_statistics, measured_errors, peak_bytes, publish, unchanged, where
+from jaxmoe.pipeline import Amend, check_statistics, measured_errors, peak_bytes, publish, reads, unchanged, where
 from jaxmoe.slimming.files import slim_config, slim_copied, slim_edited
 from jaxmoe.slimming.plan import SlimPlan
 from jaxmoe.weighing import LayerSums, Sums, evidence
@@ -58,7 +59,7 @@ def slim(
         JaxmoeError: the output exists, the folder belongs to another run, the statistics lack something, or the disk is
             full.
     """
-    output = Path(output).absolute()
+    output = output_folder(output, [checkpoint.folder, *reads(statistics)])
     begun = time.perf_counter()
     check_statistics(plan, statistics)
     run = {

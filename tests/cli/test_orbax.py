@@ -281,7 +281,8 @@ def test_wrong_ways(converted, tmp_path):
     again = jaxmoe("convert", converted / "orbax", tmp_path / "out", "--to", "orbax")
     assert again.returncode == 1
     assert "--to safetensors" in again.stderr
-    taken = jaxmoe("convert", source, converted / "orbax", "--to", "orbax")
+    other = plain_checkpoint.write(tmp_path / "other", seed=1)
+    taken = jaxmoe("convert", other, converted / "orbax", "--to", "orbax")
     assert taken.returncode == 1
     assert "exists" in taken.stderr
     assert not (tmp_path / "out").exists()
