@@ -37,6 +37,7 @@ from jaxmoe.texts import (
     Rows,
     Tokenizer,
     check_same,
+    encode_documents,
     instruction_documents,
     pack,
     read_texts,
@@ -175,8 +176,7 @@ def documents(
         raise JaxmoeError("no text: give at least one text file, or a file of instructions")
     found = []
     for text in read_texts(texts) if texts else ():
-        for document in text.documents:
-            ids = tokenizer.encode(document)
+        for ids in encode_documents(text, tokenizer):
             if tokenizer.end is not None:
                 ids = np.append(ids, np.int32(tokenizer.end))
             found.append(Document(ids, np.ones(len(ids), bool)))

@@ -6,7 +6,7 @@ from jaxmoe.texts.reading import Text, read_texts
 from jaxmoe.texts.spelling import Speller, instruction_documents, spell, speller
 from jaxmoe.texts.tokenizer import Tokenizer, check_same
 from jaxmoe.texts.tokenizer_files import tokenizer_fingerprint
-from jaxmoe.texts.windows import Tokens, Windows, text_windows, tokenize, window_length, windows
+from jaxmoe.texts.windows import Tokens, Windows, encode_documents, text_windows, tokenize, window_length, windows
 
 __all__ = [
     "Dialogue",
@@ -18,6 +18,7 @@ __all__ = [
     "Tokens",
     "Windows",
     "check_same",
+    "encode_documents",
     "instruction_documents",
     "pack",
     "read_dialogues",

@@ -5,7 +5,7 @@ model's end-of-sequence token if it has one. The first token of every window and
 statistics: what attention does with a first token is like nothing else, and its huge activations would drown the rest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,14 +46,23 @@ class Windows(NamedTuple):
     left_out: int
 
 
+def encode_documents(text: Text, tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Yield the ids of each document of a text.
+
+    Raises:
+        JaxmoeError: a document cannot be tokenised, or has a token that the model has no embedding of.
+    """
+    for document in text.documents:
+        try:
+            yield tokenizer.encode(document)
+        except JaxmoeError as error:
+            raise JaxmoeError(f"{text.path}: {error}") from None
+
+
 def tokenize(text: Text, tokenizer: Tokenizer) -> Tokens:
     """Tokenise a text, its documents one by one, and join them by the tokenizer's end token if there is one."""
     parts, starts = [], []
-    for document in text.documents:
-        try:
-            ids = tokenizer.encode(document)
-        except JaxmoeError as error:
-            raise JaxmoeError(f"{text.path}: {error}") from None
+    for ids in encode_documents(text, tokenizer):
         if not ids.size:
             continue
         if parts and tokenizer.end is not None:
