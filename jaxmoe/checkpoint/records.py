@@ -126,7 +126,8 @@ def as_record(value: Any, kind: type[Record], where: str, mend: str) -> Record:
         jaxmoe.errors.StorageError: spec.json does not hold what it should (Expected `int`, got `str` - at `$[...]`)...
     """
     try:
-        return msgspec.convert(value, kind)
+        # Keys of JSON are text, also where a type wants numbers.
+        return msgspec.convert(value, kind, str_keys=True)
     except UnicodeEncodeError as error:
         half = f"{error.object[error.start]!a} is half a character"
         raise JaxmoeError(f"{where} does not hold what it should ({half}): {mend}") from None
