@@ -24,6 +24,8 @@ SECONDS, SECONDS_EACH = 10.0, 0.1
 """Time for the first text, and what every further one adds to what is left of it: a usual one takes a millisecond."""
 MEMORY = 1 << 30
 """Bytes that rendering may take beyond what the process has when it begins."""
+SIZES = "/proc/self/statm"
+"""Where Linux says how many pages a process has; its limit counts all of them."""
 LONGEST = 1 << 24
 """Characters of the longest text: more than the longest context of any model."""
 OVERTIME, OVERSIZE, BROKEN = 1, 3, 4
@@ -46,9 +48,10 @@ def main(lines: Iterator[bytes], write: Callable[[dict[str, Any]], None]) -> Non
             begun = time.monotonic()
             # Its own thread of C ends the process even within a single long operation, and on every system.
             faulthandler.dump_traceback_later(max(left, 0.001), exit=True)
-            write(rendered(render, settings, dialogue, count, prompt))
+            record = rendered(render, settings, dialogue, count, prompt)
             faulthandler.cancel_dump_traceback_later()
             left += SECONDS_EACH - (time.monotonic() - begun)
+            write(record)
 
 
 def rendered(render: Render, settings: dict[str, Any], dialogue: dict[str, Any], count: int, prompt: bool):
@@ -200,8 +203,8 @@ def limit_memory(extra: int) -> None:
         import resource
     except ImportError:
         return
-    if sys.platform == "linux":
-        with open("/proc/self/statm") as sizes:
+    if os.path.exists(SIZES):
+        with open(SIZES) as sizes:
             pages = int(sizes.read().split()[0])
         limit, (_, hard) = pages * resource.getpagesize() + extra, resource.getrlimit(resource.RLIMIT_AS)
         resource.setrlimit(resource.RLIMIT_AS, (limit if hard < 0 else min(limit, hard), hard))

@@ -55,8 +55,13 @@ def guarded(what: str, mend: str) -> Iterator[None]:
 
 def tokenizer_fingerprint(folder: Path) -> str | None:
     """Return the SHA-256 of a checkpoint's tokenizer, None if it has none that can be read."""
-    names = [TOKENIZER] if os.path.lexists(folder / TOKENIZER) else [VOCABULARY, MERGES]
-    if not all(os.path.lexists(folder / name) for name in names):
+    there = {name for name in (TOKENIZER, VOCABULARY, MERGES, TOKENIZER_CONFIG) if os.path.lexists(folder / name)}
+    if TOKENIZER in there:
+        names = [TOKENIZER]
+    elif {VOCABULARY, MERGES} <= there:
+        # The class in the config decides too.
+        names = sorted(there)
+    else:
         return None
     return sha256(b"".join(read_bytes(folder / name) for name in names)).hexdigest()
 
