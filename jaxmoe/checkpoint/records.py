@@ -130,7 +130,7 @@ def as_record(value: Any, kind: type[Record], where: str, mend: str) -> Record:
         return msgspec.convert(value, kind, str_keys=True)
     except UnicodeEncodeError as error:
         half = f"{error.object[error.start]!a} is half a character"
-        raise JaxmoeError(f"{where} does not hold what it should ({half}): {mend}") from None
+        raise StorageError(f"{where} does not hold what it should ({half}): {mend}") from None
     except (msgspec.ValidationError, RecursionError) as error:
         raise StorageError(f"{where} does not hold what it should ({error}): {mend}") from None
 

@@ -67,8 +67,6 @@ class Tokenizer:
         if isinstance(end, list):
             # Chat models list several; the first is the one that ends a document.
             end = end[0] if end else None
-        if end is not None and type(end) is not int:
-            raise JaxmoeError(f"{path}: eos_token_id {end!r} is no token id: give a whole number, or a list of them")
         if end is not None and not 0 <= end < vocabulary:
             raise JaxmoeError(f"{path}: eos_token_id {end} is not below vocab_size {vocabulary}")
         return cls(read_backend(folder, config["model_type"]), vocabulary=vocabulary, end=end)

@@ -221,7 +221,7 @@ def test_a_hostile_tokenizer_is_one_message(copy, changes, said):
 @pytest.mark.parametrize("end", [{}, "</s>", 1.5, True, [[]], ["a"]])
 def test_an_end_that_is_no_token(copy, end):
     edit(copy / "config.json", eos_token_id=end)
-    with pytest.raises(JaxmoeError, match=r"config\.json: eos_token_id .* is no token id"):
+    with pytest.raises(JaxmoeError, match=r"config\.json: eos_token_id = .* is not a token's number"):
         Tokenizer.open(copy)
 
 
