@@ -74,7 +74,7 @@ class _Content(msgspec.Struct, forbid_unknown_fields=True):
     moments: str
     gradients: str | None
     domains: dict[str, Annotated[list[Source], msgspec.Meta(min_length=1)]]
-    layers: dict[Annotated[int, msgspec.Meta(ge=0, lt=10**5)], ShapeRecord]
+    layers: dict[Annotated[str, msgspec.Meta(pattern=r"^(0|[1-9][0-9]{0,4})\Z")], ShapeRecord]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ class Record:
                 model=content.model,
                 tokenizer=content.tokenizer,
                 domains={name: tuple(sources) for name, sources in content.domains.items()},
-                layers={index: entry.shape for index, entry in content.layers.items()},
+                layers={int(index): entry.shape for index, entry in content.layers.items()},
                 moments=content.moments,
                 gradients=content.gradients,
             )

@@ -8,6 +8,7 @@ holds is described once, as a dataclass or msgspec type; msgspec checks it and n
 import errno
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping
 from hashlib import sha256
@@ -23,6 +24,8 @@ Record = TypeVar("Record")
 
 LARGEST = 1 << 30
 """Bytes of the largest file that is read as one record: anything above is none, and would fill the memory."""
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")
 
 
 def open_regular(path: str | Path) -> BufferedReader:
@@ -98,10 +101,15 @@ def read_record(path: str | Path, kind: type[Record], mend: str) -> Record:
         StorageError: the file is missing, not regular, no JSON, or holds something else; the message names the place.
     """
     try:
-        value = json.loads(read_bytes(path))
+        content = read_bytes(path)
     except StorageError as error:
         raise StorageError(f"{error}: {mend}") from None
-    # Not msgspec's own decoder: configs hold infinite numbers, which are no JSON, as Python and transformers write.
+    try:
+        # Not msgspec's own decoder: configs hold infinite numbers, which are no JSON, as Python and transformers write.
+        value = json.loads(content)
+        if _SURROGATE.search(content):
+            # Half a letter is none: nothing could write, print or compare such text.
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{path} is not JSON ({error}): {mend}") from None
     return as_record(value, kind, str(path), mend)

@@ -49,7 +49,7 @@ def read_spec(value: Any, kind: type, where: str) -> Any:
     """
     try:
         return msgspec.convert(value, kind)
-    except (msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.ValidationError, UnicodeError, RecursionError) as error:
         raise JaxmoeError(f"{where}: {error}") from None
 
 
