@@ -5,10 +5,12 @@ import plain_checkpoint
 import pytest
 
 import jaxmoe.export.folder
-from jaxmoe import Checkpoint, densify, make_plan, methods
+from jaxmoe import Checkpoint, calibrate, densify, make_plan, methods
+from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint import tensor_file
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.compressed_experts import METHOD, compress_experts, make_main_plan
+from jaxmoe.compression import carry_out, plan_compression
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.checking import answers, check_written, checked_layers
 from jaxmoe.export.trained import write_trained
@@ -16,11 +18,17 @@ from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank
 from jaxmoe.model.auxiliary import MainExperts
 from jaxmoe.pipeline import compress
 from jaxmoe.recovery.trainable import select
+from jaxmoe.texts import Windows
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return plain_checkpoint.write(tmp_path_factory.mktemp("checking") / "source")
+    """Return a small checkpoint, statistics of which lie beside it."""
+    folder = plain_checkpoint.write(tmp_path_factory.mktemp("checking") / "source")
+    ids = np.random.default_rng(0).integers(0, 32, (4, 16)).astype(np.int32)
+    text = Windows(name="text", fingerprint="x", ids=ids, counted=np.ones(ids.shape, bool), left_out=0)
+    calibrate(StoredModel(folder), [text], folder.with_name("statistics"), tokenizer=None)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +51,12 @@ def trained(source, output):
     write_trained(model, parameters, select(parameters, ("factors",)), output)
 
 
+def slimmed(source, output, name):
+    opened, method = Checkpoint.open(source), methods.get(name)
+    plan = plan_compression(opened, method, method.settings(multiple=1), ratio=0.25)
+    carry_out(opened, output, plan, statistics=Statistics.open(source.with_name("statistics")))
+
+
 def fewer(source, output):
     plan = make_main_plan(StoredModel(source), MainExperts(1, "none"))
     compress_experts(plan, output, METHOD.settings())
@@ -54,6 +68,8 @@ WRITERS = {
     "densified": lambda source, factored, output: densify(factored, output),
     "trained": lambda source, factored, output: trained(factored, output),
     "trained dense": lambda source, factored, output: trained(source, output),
+    "fewer experts": lambda source, factored, output: slimmed(source, output, "frequency"),
+    "smaller experts": lambda source, factored, output: slimmed(source, output, "camera"),
     "compressed_experts": lambda source, factored, output: fewer(source, output),
     "compressed_experts of factors": lambda source, factored, output: fewer(factored, output),
 }
