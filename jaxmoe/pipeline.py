@@ -29,7 +29,7 @@ from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, layer_
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.architectures import architecture
 from jaxmoe.export.card import model_card
-from jaxmoe.export.checking import Answers, answers, check_written, checked_layers
+from jaxmoe.export.checking import Answers, answers, check_written, first_and_last
 from jaxmoe.export.factored import factored_config, remote_code
 from jaxmoe.export.folder import complete_folder, dump, side_files
 from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense
@@ -223,7 +223,7 @@ def _compress_layer(checkpoint, plan, planned, export, seed, statistics, workspa
         statistics.follow(source.index, layer)
     checksum = write_tensors(workspace.folder / layer_file(source.index), tensors)
     stored = layer.count()
-    checked = source.index in checked_layers(own.source.index for own in plan.layers)
+    checked = source.index in first_and_last(own.source.index for own in plan.layers)
     record = {
         "layer": source.index,
         "spec": layer.spec(),

@@ -24,7 +24,7 @@ from jaxmoe.compressed_experts.observing import observe
 from jaxmoe.compressed_experts.plan import MainPlan
 from jaxmoe.compressed_experts.settings import METHOD, Settings
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.checking import answers, checked_layers, vector_answers
+from jaxmoe.export.checking import answers, first_and_last, vector_answers
 from jaxmoe.export.factored import factored_config, remote_code
 from jaxmoe.model.auxiliary import ones
 from jaxmoe.model.spec import ExpertBlock
@@ -179,7 +179,7 @@ class _Run:
             for name, array in arrays.items()
         ]
         checksum = write_tensors(self.workspace.folder / layer_file(index), tensors)
-        checked = index in checked_layers(self.model.modules)
+        checked = index in first_and_last(self.model.modules)
         record = {
             "layer": index,
             "spec": layer.spec(),

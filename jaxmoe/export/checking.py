@@ -8,7 +8,7 @@ written make of random inputs, against what was meant.
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -26,6 +26,8 @@ from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.factored import is_factored, layer_index
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape
 
+Sortable = TypeVar("Sortable", int, str)
+
 Answers = Mapping[str, list[float]]
 """What the experts of a layer make of random inputs: numbers by projection, see `answers`."""
 
@@ -36,15 +38,15 @@ ROUNDINGS = 8
 """Numbers that were rounded on the way may differ by so many of their dtype's precisions."""
 
 
-def checked_layers(indices: Iterable[int]) -> set[int]:
-    """Return the layers whose numbers are checked.
+def first_and_last(things: Iterable[Sortable]) -> set[Sortable]:
+    """Return what is checked of many things, such as the indices of all layers.
 
     Example:
-        >>> sorted(checked_layers([3, 4, 5, 6]))
+        >>> sorted(first_and_last([3, 4, 5, 6]))
         [3, 6]
     """
-    indices = sorted(indices)
-    return {*indices[:1], *indices[-1:]}
+    ordered = sorted(things)
+    return {*ordered[:1], *ordered[-1:]}
 
 
 def answers(layer: CompressedLayer) -> Answers:

@@ -49,6 +49,7 @@ from jaxmoe.checkpoint.tensor_file import (
 )
 from jaxmoe.checkpoint.workspace import Workspace, sweep
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.checking import first_and_last
 from jaxmoe.export.folder import INDEX, copy_file, dump, files_beside, parts
 
 RECORD, FOLDER = "orbax.json", "weights"
@@ -89,6 +90,7 @@ def to_orbax(source: str | Path, output: str | Path) -> dict[str, Any]:
         _copy_beside(folder, place)
         record = {**_record(folder, tensors, stored), "parts": sums, "source": made}
         write_bytes(place / RECORD, dump(record))
+        _check_parts(_Parts(place, _read_record(place)))
     return _report(output, tensors.values())
 
 
@@ -121,7 +123,17 @@ def to_safetensors(source: str | Path, output: str | Path) -> dict[str, Any]:
         if record.index is not None:
             weight_map = {tensor.name: file for file, planned in written.planned.items() for tensor in planned}
             write_bytes(place / INDEX, dump({**record.index, "weight_map": dict(sorted(weight_map.items()))}))
+        ends = {name: record.files[name] for name in first_and_last(record.files)}
+        if not _restored(place, msgspec.structs.replace(record, files=ends)):
+            raise JaxmoeError(f"{place} was written and does not hold what {folder} does, so it gets no name: {_MEND}")
     return _report(output, written.tensors)
+
+
+def _check_parts(written: "_Parts") -> None:
+    """Read the first and the last part again, before the output gets its name."""
+    for number in first_and_last(written.parts):
+        for tensor in written.parts[number].values():
+            tensor.produce()
 
 
 def checksum(array: np.ndarray) -> str:

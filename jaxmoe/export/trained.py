@@ -16,7 +16,7 @@ from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.tensor_file import DTYPES, Planned
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.checking import answers, check_written, checked_layers, vector_answers
+from jaxmoe.export.checking import answers, check_written, first_and_last, vector_answers
 from jaxmoe.export.folder import complete_folder, side_files
 
 
@@ -53,7 +53,7 @@ def write_trained(
     beside = side_files(model.folder)
     stored = complete_folder(folder, layers=[], copied=planned, config=config, code={}, beside=beside)
     meant = {}
-    for index in checked_layers(model.modules):
+    for index in first_and_last(model.modules):
         own = parameters["layers"][index]
         vectors = {name: array for name, array in own.items() if name.startswith("auxiliary.")}
         meant[index] = {**answers(own["experts"]), **vector_answers(vectors)}

@@ -16,7 +16,7 @@ from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, layer_file
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.checking import checked_layers, dense_answers
+from jaxmoe.export.checking import dense_answers, first_and_last
 from jaxmoe.factors import CompressedLayer, Dense
 from jaxmoe.factors.slicing import slice_channels
 from jaxmoe.methods import Outcome
@@ -148,7 +148,7 @@ def _layer(checkpoint, plan: SlimPlan, layer: MoELayer, copied, sums: LayerSums 
         record |= measured_errors(checkpoint, layer, padded, name, sums)
     checksum = write_tensors(workspace.folder / layer_file(layer.index), tensors)
     outcomes = [*_never_routed(sums), *found.outcomes]
-    checked = layer.index in checked_layers(own.index for own in checkpoint.layers)
+    checked = layer.index in first_and_last(own.index for own in checkpoint.layers)
     record = {
         "layer": layer.index,
         **({"kept": found.kept.tolist()} if unit == "experts" else {}),

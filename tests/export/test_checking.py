@@ -12,7 +12,9 @@ from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.compressed_experts import METHOD, compress_experts, make_main_plan
 from jaxmoe.compression import carry_out, plan_compression
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.checking import answers, check_written, checked_layers
+from jaxmoe.export import orbax
+from jaxmoe.export.checking import answers, check_written, first_and_last
+from jaxmoe.export.orbax import to_orbax, to_safetensors
 from jaxmoe.export.trained import write_trained
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank
 from jaxmoe.model.auxiliary import MainExperts
@@ -115,6 +117,22 @@ def test_what_is_right_is_published(source, factored, tmp_path, writer):
     assert (tmp_path / "out" / "config.json").exists()
 
 
+def test_conversions_that_hold_other_numbers_are_not_published(source, tmp_path, monkeypatch):
+    to_orbax(source, tmp_path / "orbax")
+    saved, written = orbax.save_arrays, tensor_file._contiguous_bytes
+
+    def save(path, arrays, **options):
+        saved(path, {name: array + array.dtype.type(1) for name, array in arrays.items()}, **options)
+
+    monkeypatch.setattr(orbax, "save_arrays", save)
+    with pytest.raises(JaxmoeError, match="is not what was written: convert the checkpoint again"):
+        to_orbax(source, tmp_path / "out")
+    monkeypatch.setattr(tensor_file, "_contiguous_bytes", lambda tensor: written(tensor)[::-1].copy())
+    with pytest.raises(JaxmoeError, match="so it gets no name: convert the checkpoint again"):
+        to_safetensors(tmp_path / "orbax", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tensor_that_belongs_to_nothing_is_named(factored, tmp_path):
     config = (factored / "config.json").read_bytes()
     arrays = {name: entry.read() for path in factored.glob("*.safetensors") for name, entry in read(path).items()}
@@ -158,4 +176,4 @@ def test_answers_are_those_of_the_matrices():
         drawn = np.random.default_rng(0)
         u, v = (drawn.standard_normal((4, size), np.float32) for size in dense[name].shape[1:])
         np.testing.assert_allclose(numbers, np.einsum("ro,eoi,ri->er", u, dense[name], v).ravel(), rtol=1e-4, atol=1e-4)
-    assert checked_layers([5]) == {5}
+    assert first_and_last([5]) == {5}
