@@ -145,8 +145,7 @@ def descend(
             return after._replace(diverged=~jnp.isfinite(loss))
         best_memory = either(better, now.memory, now.best_memory)
         found = jnp.isfinite(best_loss)
-        # Not >, which is false for NaN.
-        risen = found & ~(loss <= rise * jnp.maximum(best_loss, rounding))
+        risen = found & (~jnp.isfinite(loss) | (loss > rise * jnp.maximum(best_loss, rounding)))
         return after._replace(
             best_memory=best_memory,
             parameters=either(risen, best, after.parameters),

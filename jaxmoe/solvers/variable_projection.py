@@ -25,6 +25,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxmoe.errors import JaxmoeError
 from jaxmoe.solvers.descent import SHRINK, Descent, begin, descend, either
 from jaxmoe.solvers.mixture import (
     HIGHEST,
@@ -54,7 +55,7 @@ SIZE = 0.2
 """Root mean square of the bases' entries at the start: every f is gently curved there."""
 
 BOUNDED = ("tanh", "sigmoid", "wavelet")
-"""The functions through which long steps do no harm."""
+"""The functions through which most targets bear long steps."""
 
 LOWER = (0.3, 0.1)
 """Factors on the rate that are tried, one after the other, as long as the loss rises in the better trial so far."""
@@ -98,8 +99,8 @@ def variable_projection(
             on.
         learning_rate: of the long steps, the highest that is tried; None is 0.3 for bounded functions and 0.1 for the
             others.
-        rise: factor on the best loss above which the descent returns to the best state with half the rate; infinity
-            for never.
+        rise: factor on the best loss, above 1, beyond which the descent returns to the best state with half the rate;
+            with infinity it returns from losses alone that are not finite.
         patience: stop after so many steps without a new best loss; None runs the whole schedule, whose end gains most.
         moment: second moment of the inputs along the columns, `[1|expert, column, column]`; None weighs all directions
             alike.
@@ -112,7 +113,7 @@ def variable_projection(
         The fit, in the weights' own scale.
 
     Raises:
-        JaxmoeError: sizes or names that cannot be fitted.
+        JaxmoeError: sizes or names that cannot be fitted, or a rise that every step would be.
 
     Example:
         >>> weight = jax.random.normal(jax.random.key(0), (4, 3, 8))
@@ -123,6 +124,8 @@ def variable_projection(
     check_sizes(weight.shape, bases, rank, activation, ragged)
     check_moment("moment", moment, weight.shape[0], weight.shape[2])
     check_moment("row_moment", row_moment, weight.shape[0], weight.shape[1])
+    if not rise > 1:
+        raise JaxmoeError(f"rise={rise}: give a factor above 1 on the best loss, 1.5 is the default")
     rate = learning_rate or (0.3 if activation in BOUNDED else 0.1)
     as_float = partial(jax.tree.map, lambda x: jnp.asarray(x, jnp.float32))
     return _project(

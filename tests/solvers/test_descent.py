@@ -98,6 +98,8 @@ def test_losses_that_are_not_finite():
     assert 0 <= float(found.best) < 1e-2
     assert int(found.returns) > 2
     assert not bool(found.diverged)
+    cliff = jax.value_and_grad(lambda x: jnp.where(x < 0, jnp.inf, x))
+    assert int(descend(cliff, begin(jnp.array(1.0), plain, rate=0.7, steps=9), plain, rise=jnp.inf).returns) > 0
     broken = jax.value_and_grad(lambda x: x * jnp.nan)
     for rise in (None, 1.5):
         nothing = descend(broken, begin(jnp.array(1.0), plain, rate=0.7, steps=40), plain, rise=rise)

@@ -220,6 +220,12 @@ def test_impossible_sizes_are_refused(bases, rank):
         variable_projection(gaussian(E, P, Q), bases=bases, rank=rank)
 
 
+@pytest.mark.parametrize("rise", [1.0, 0.0, float("nan")])
+def test_a_rise_that_every_step_would_be_is_refused(rise):
+    with pytest.raises(JaxmoeError, match="above 1"):
+        variable_projection(gaussian(E, P, Q), bases=M, rank=R, rise=rise)
+
+
 def test_a_loss_below_rounding_does_not_pass_for_zero():
     """Inputs of unequal strength, and a fit that keeps much: an inverse in float32 explains more than there is."""
     rng = np.random.default_rng(0)
