@@ -29,7 +29,7 @@ SHAPE = (8, 64, 96)
 """Experts, rows and columns of every target."""
 
 KEPT = 1.01
-"""Error of what is returned over the best of its descent: the rest is float32."""
+"""Error of what is returned over the best of its descent, whose float32 sums may be off by `ROUNDING`."""
 
 NOISE = 1.02
 """Error of a longer schedule over that of a shorter one up to which both are called equal."""
