@@ -22,7 +22,8 @@ TOKENIZER, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 _QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_CLASSES = {"dbrx": "GPT2Tokenizer", **dict.fromkeys(("qwen2_moe", "qwen3_moe", "qwen3_vl_moe"), "Qwen2Tokenizer")}
+_QWEN = ("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_vl_moe")
+_CLASSES = {"dbrx": "GPT2Tokenizer", **dict.fromkeys(_QWEN, "Qwen2Tokenizer")}
 """The classes of model types whose `tokenizer_config.json` names none."""
 
 
