@@ -28,7 +28,7 @@ from jaxmoe.model.spec import (
 )
 
 Shapes = Mapping[int, LayerShape]
-KINDS = ("full_attention", "sliding_attention")
+ATTENTION_KINDS = ("full_attention", "sliding_attention")
 LARGEST_HEAD = 4096
 """Numbers of a head, far beyond any model: a config that leads to more is damaged."""
 
@@ -124,6 +124,8 @@ def checked(router: Router, shape: LayerShape, index: int) -> Router:
     if experts != shape.experts:
         problem = f"{experts} experts, by config.json or by the default of its model_type, and the tensors hold"
         problem += f" {shape.experts}"
+    elif router.score == "sparse_mixer" and router.top_k != 2:
+        problem = f"a token chooses {router.top_k} experts, and a sparse mixer has two picks"
     elif router.top_k > experts:
         problem = f"a token chooses {router.top_k} of {experts} experts"
     elif experts % groups or router.kept_groups > groups:
@@ -157,7 +159,7 @@ def rope_parameters(s: Settings, index: int, *, partial: float = 1.0) -> dict[st
     given = older or newer or s.defaults.get("rope_parameters") or {}
     nested = [kind for kind in given if isinstance(given[kind], Mapping)]
     if nested:
-        kind = kind_of(s, index, KINDS)
+        kind = kind_of(s, index, ATTENTION_KINDS)
         if kind not in nested:
             raise JaxmoeError(f"config.json: rope_parameters says nothing of {kind}, which layer {index} has")
         given = given[kind]
@@ -280,7 +282,7 @@ def where_used(s: Settings, index: int) -> int | None:
 def by_kind(s: Settings, index: int) -> int | None:
     """Return the window of a family whose config names the layers that have one."""
     window = s.take("sliding_window", None)
-    if kind_of(s, index, KINDS) != "sliding_attention":
+    if kind_of(s, index, ATTENTION_KINDS) != "sliding_attention":
         return None
     if window is None:
         raise JaxmoeError(f"config.json: layer {index} has a sliding window, and sliding_window is null")

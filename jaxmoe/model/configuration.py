@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.model.building import (
-    KINDS,
+    ATTENTION_KINDS,
     Shapes,
     build,
     by_kind,
@@ -68,7 +68,6 @@ def _mixtral(s: Settings, shapes: Shapes) -> DecoderSpec:
 
 def _qwen2_moe(s: Settings, shapes: Shapes) -> DecoderSpec:
     used, first = s.take("use_sliding_window"), s.take("max_window_layers")
-
     derive_kinds(s, lambda index: used and index % 2 == 0 and index < first)
     return build(
         s,
@@ -312,7 +311,7 @@ def _mimo_v2_flash(s: Settings, shapes: Shapes) -> DecoderSpec:
         s.config["sliding_window"] = before + 1
     derive_kinds(s, lambda index: index > 0 and (index + 1) % 6 != 0)
     positions = s.take("rope_scaling", None) or s.take("rope_parameters", None) or {}
-    if positions and not any(kind in positions for kind in KINDS):
+    if positions and not any(kind in positions for kind in ATTENTION_KINDS):
         raise JaxmoeError("config.json: mimo_v2_flash needs rope_parameters for each kind of attention (layer_types)")
 
     def attention(s: Settings, index: int, norm: Norm) -> Attention:

@@ -106,7 +106,7 @@ def test_numbers_that_contradict_one_another(changes, message):
     assert message in str(error.value)
 
 
-def test_groups_that_cannot_be_chosen_from():
+def test_experts_that_cannot_be_chosen():
     def refused(**changes):
         with pytest.raises(JaxmoeError) as error:
             decoder_spec({"model_type": "deepseek_v3", **QWEN, **changes}, SHAPES)
@@ -115,6 +115,8 @@ def test_groups_that_cannot_be_chosen_from():
     assert "8 experts in 3 groups" in refused(n_group=3)
     assert "8 experts in 2 groups, of which 4 are chosen from" in refused(n_group=2, topk_group=4)
     assert "a token chooses 6 experts, and 1 of 2 groups have fewer" in refused(n_group=2, num_experts_per_tok=6)
+    with pytest.raises(JaxmoeError, match="a sparse mixer has two picks"):
+        decoder_spec({"model_type": "phimoe", **QWEN, "num_experts_per_tok": 3, "n_group": None}, SHAPES)
     assert "have one each" in refused(n_group=8, topk_group=8)
 
 
