@@ -22,7 +22,7 @@ from jaxmoe.checkpoint.names import classify
 from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.tensor_file import listing
-from jaxmoe.errors import JaxmoeError
+from jaxmoe.errors import JaxmoeError, StorageError
 from jaxmoe.export.factored import is_factored, layer_index
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape
 
@@ -104,7 +104,7 @@ def check_written(folder: Path, source: Checkpoint | CompressedCheckpoint, meant
         meant: what the experts of some layers are to answer, by the layers' indices.
 
     Raises:
-        JaxmoeError: it cannot be opened, lacks tensors, has some that belong to nothing, or holds other numbers than
+        StorageError: it cannot be opened, lacks tensors, has some that belong to nothing, or holds other numbers than
             were meant; all offenders are named.
     """
     try:
@@ -114,7 +114,8 @@ def check_written(folder: Path, source: Checkpoint | CompressedCheckpoint, meant
     except JaxmoeError as error:
         problems = [str(error)]
     if problems:
-        raise JaxmoeError(
+        # Of what was asked for this says nothing: `compare` must not take it for a result.
+        raise StorageError(
             f"{folder} was written and does not hold what was meant, so that it is not published: {listing(problems)}."
             " That is a defect of jaxmoe or of the disk: run it once more, and report it if it happens again"
         )

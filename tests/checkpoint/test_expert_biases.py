@@ -7,10 +7,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import load_tiny, save_tiny
 
-from jaxmoe import Checkpoint, densify, make_plan, methods
+from jaxmoe import Checkpoint, calibrate, densify, make_plan, methods
+from jaxmoe.calibration.folder import Statistics
+from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.checkpoint.stored_model import StoredModel
+from jaxmoe.compression import carry_out, plan_compression
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.trained import write_trained
 from jaxmoe.pipeline import compress
+from jaxmoe.recovery.trainable import merge, names, split
+from jaxmoe.texts import Windows
 
 torch = pytest.importorskip("torch")
 AutoModelForCausalLM = pytest.importorskip("transformers").AutoModelForCausalLM
@@ -109,3 +115,34 @@ EXPERT = "model.layers.1.mlp.experts.3"
 def test_biases_that_do_not_fit_are_named(stacked, tmp_path, change, message):
     with pytest.raises(JaxmoeError, match=rf"model\.layers\.1\.mlp\.experts\..*{message}"):
         Checkpoint.open(one_by_one(stacked, tmp_path / "apart", change=change))
+
+
+@pytest.mark.parametrize(("name", "multiple"), [("frequency", 1), ("camera", 8)])
+def test_slimmed_as_the_stacks_are(stacked, tmp_path, name, multiple):
+    statistics = tmp_path / "statistics"
+    ids = np.random.default_rng(0).integers(3, 100, (4, 16)).astype(np.int32)
+    text = Windows(name="text", fingerprint="x", ids=ids, counted=np.ones(ids.shape, bool), left_out=0)
+    calibrate(StoredModel(stacked), [text], statistics, tokenizer=None)
+    outputs = []
+    for source in (stacked, one_by_one(stacked, tmp_path / "apart")):
+        opened, method = Checkpoint.open(source), methods.get(name)
+        plan = plan_compression(opened, method, method.settings(multiple=multiple), ratio=0.25)
+        folder = tmp_path / f"{source.name}-slim"
+        carry_out(opened, folder, plan, statistics=Statistics.open(statistics))
+        outputs.append(logits(AutoModelForCausalLM.from_pretrained(folder)))
+    assert torch.equal(*outputs)
+
+
+def test_recovered_as_the_stacks_are(stacked, tmp_path):
+    held = {}
+    for source in (stacked, one_by_one(stacked, tmp_path / "apart")):
+        model, folder = StoredModel(source), tmp_path / f"{source.name}-trained"
+        folder.mkdir()
+        parameters = model.parameters()
+        chosen = [name for name in names(parameters) if "experts" in name]
+        changed = {name: 1.5 * array for name, array in split(parameters, chosen).items()}
+        write_trained(model, merge(parameters, changed), chosen, folder)
+        held[source.name] = {name: entry.read() for name, entry in read_tensors(folder).items()}
+    assert held["apart"].keys() == held["stacked"].keys()
+    for name, array in held["stacked"].items():
+        np.testing.assert_array_equal(held["apart"][name], array)
