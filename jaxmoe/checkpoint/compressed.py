@@ -13,7 +13,10 @@ import msgspec
 import numpy as np
 
 from jaxmoe.checkpoint import files, hub
+from jaxmoe.checkpoint.families import decoder_config
 from jaxmoe.checkpoint.layout import plan_dense
+from jaxmoe.checkpoint.moe_layers import num_layers
+from jaxmoe.checkpoint.quantization import without_quantization
 from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.factored import Module, is_factored, read_spec
@@ -31,6 +34,7 @@ class CompressedCheckpoint:
         original: the configuration of the dense model that it stands for.
         records: what the config says of each compressed layer, by the path of its experts' module.
         tensors: every tensor on disk by name.
+        notes: what a user should know about how the checkpoint was read, one sentence each.
     """
 
     folder: Path
@@ -38,6 +42,7 @@ class CompressedCheckpoint:
     original: Mapping[str, Any]
     records: Mapping[str, Module] = field(repr=False)
     tensors: Mapping[str, TensorEntry] = field(repr=False)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, source: str | Path, revision: str | None = None) -> "CompressedCheckpoint":
@@ -52,8 +57,10 @@ class CompressedCheckpoint:
             raise JaxmoeError(
                 f"{folder} holds no factored experts (model_type {config['model_type']}): it is dense already"
             )
+        weights = files.read_weights(folder)
         try:
             original, records = read_spec(config)
+            weights.require(num_layers(decoder_config(original)))
         except JaxmoeError as error:
             raise JaxmoeError(f"{folder}: {error}") from None
         opened = cls(
@@ -61,7 +68,8 @@ class CompressedCheckpoint:
             config=config,
             original=original,
             records=records,
-            tensors=files.read_tensors(folder),
+            tensors=weights.tensors,
+            notes=weights.notes,
         )
         for module in opened.modules:
             opened.abstract_layer(module)
@@ -157,7 +165,7 @@ class CompressedCheckpoint:
 
     def dense_config(self) -> dict[str, Any]:
         """Return the configuration of the dense model, as `Checkpoint` does."""
-        return dict(self.original)
+        return without_quantization(self.original)
 
     def layouts(self) -> dict[str, Any] | None:
         """Return how the dense experts lay on disk, as `Checkpoint` does; None where the record does not say."""

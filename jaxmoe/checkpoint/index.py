@@ -10,7 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from jaxmoe.checkpoint.names import layer_number
 from jaxmoe.checkpoint.tensor_file import TensorEntry, listing
+from jaxmoe.errors import JaxmoeError
 
 _SAMPLES, _SAMPLE_BYTES = 16, 4096
 _ENDS = re.compile(
@@ -25,16 +27,21 @@ class Weights(NamedTuple):
     absent: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def missing(self, layers: int | None) -> list[str]:
-        """Return the absent names that a model of so many layers has a place for, experts' aside, who are counted."""
+    def require(self, layers: int | None) -> "Weights":
+        """Return self, or raise if a model of so many layers has a place for absent names; experts count their own."""
         kinds = {kind(name) for name in self.tensors}
-        numbers = {name: re.search(r"\.(?:layers|blocks|h)\.(\d{1,6})\.", name) for name in self.absent}
-        return [
+        missing = [
             name
-            for name, number in numbers.items()
+            for name in self.absent
             if (("expert" not in name and kind(name) in kinds) or _ENDS.search(name))
-            and (layers is None or number is None or int(number[1]) < layers)
+            and (layers is None or (at := layer_number(name)) is None or at[1] < layers)
         ]
+        if missing:
+            raise JaxmoeError(
+                "the index names tensors that no file holds: fetch the checkpoint again, or the index if it is of"
+                f" another version. {listing(missing)}"
+            )
+        return self
 
 
 def kind(name: str) -> str:

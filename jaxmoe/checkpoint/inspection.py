@@ -71,5 +71,5 @@ def _compressed(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
         ],
         "main_experts": max((main.count for main in checkpoint.main.values()), default=None),
         "exports": [] if checkpoint.main else ["dense"],
-        "notes": [f"compressed by jaxmoe {checkpoint.config['jaxmoe'].get('version')}"],
+        "notes": [f"compressed by jaxmoe {checkpoint.config['jaxmoe'].get('version')}", *checkpoint.notes],
     }

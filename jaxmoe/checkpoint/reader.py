@@ -19,7 +19,7 @@ from jaxmoe.checkpoint.formats import format_name
 from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.moe_layers import num_layers
 from jaxmoe.checkpoint.quantization import Matrix, assemble, quantization_config, without_quantization
-from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry, listing
+from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS
 
@@ -87,11 +87,7 @@ class Checkpoint:
             if family is not None and family.expert_biases:
                 matrices = join_biases(matrices, interleaved=family.interleaved)
             found = find_experts(matrices, config, family)
-            if missing := weights.missing(num_layers(decoder_config(config))):
-                raise JaxmoeError(
-                    f"{files.INDEX} names tensors that no file holds: fetch the checkpoint again, or the index if it is"
-                    f" of another version. {listing(missing)}"
-                )
+            weights.require(num_layers(decoder_config(config)))
         except JaxmoeError as error:
             raise JaxmoeError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from error
         mtp = tuple(part.name for name in found.mtp for part in matrices[name].parts)

@@ -44,7 +44,8 @@ def convert(
     from jaxmoe.export.orbax import to_orbax, to_safetensors
 
     write = {Form.dense: densify, Form.orbax: to_orbax, Form.safetensors: to_safetensors}[to]
-    emit(write(checkpoint, output), as_json, f"written: {output}")
+    record = write(checkpoint, output)
+    emit(record, as_json, f"written: {output}", *(f"note: {note}" for note in record.get("notes", ())))
 
 
 @command

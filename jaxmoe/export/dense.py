@@ -22,7 +22,8 @@ def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
         output: the folder to create; it gets its name when it is complete.
 
     Returns:
-        `{"output", "stored": {"parameters", "bytes"}, "run"}`, also written to `report.json`.
+        `{"output", "stored": {"parameters", "bytes"}, "notes", "run"}`, also written to `report.json`; the notes say how
+        the source was read.
 
     Raises:
         JaxmoeError: the source is not factored or damaged, or the output exists.
@@ -48,12 +49,12 @@ def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
             workspace.folder,
             layers=files,
             copied=opened.copied(),
-            config=opened.original,
+            config=opened.dense_config(),
             code={},
             beside={name: path for name, path in side_files(opened.folder).items() if name not in code},
         )
         check_written(workspace.folder, opened, meant)
-        report = {"output": str(output), "stored": stored, "run": run}
+        report = {"output": str(output), "stored": stored, "notes": list(opened.notes), "run": run}
         write_bytes(workspace.folder / "report.json", dump(report))
         workspace.publish()
     return report

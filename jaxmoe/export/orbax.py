@@ -66,18 +66,20 @@ def to_orbax(source: str | Path, output: str | Path) -> dict[str, Any]:
         output: the folder to create; it gets its name when it is complete.
 
     Returns:
-        `{"output", "stored": {"parameters", "bytes"}}`.
+        `{"output", "stored": {"parameters", "bytes"}, "notes"}`; the notes say how the source was read.
 
     Raises:
         JaxmoeError: the source cannot be read, or the output exists.
     """
     folder = hub.resolve(source)
     files.read_config(folder)
-    tensors = files.read_tensors(folder)
+    weights = files.read_weights(folder)
+    tensors = weights.tensors
     output, made = output_folder(output, [folder]), files.fingerprint(folder, tensors)
+    report = {**_report(output, tensors.values()), "notes": list(weights.notes)}
     if output.exists() and _made(output) == made:
         sweep(output)
-        return _report(output, tensors.values())
+        return report
     stored: dict[str, dict[str, Any]] = {}
     sums: list[dict[str, str]] = []
     with _workspace(output, {"convert": "orbax", "source": made}) as place:
@@ -91,7 +93,7 @@ def to_orbax(source: str | Path, output: str | Path) -> dict[str, Any]:
         record = {**_record(folder, tensors, stored), "parts": sums, "source": made}
         write_bytes(place / RECORD, dump(record))
         _check_parts(_Parts(place, _read_record(place)))
-    return _report(output, tensors.values())
+    return report
 
 
 def to_safetensors(source: str | Path, output: str | Path) -> dict[str, Any]:

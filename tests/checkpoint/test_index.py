@@ -7,11 +7,14 @@ import plain_checkpoint
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxmoe.checkpoint import Checkpoint
+from jaxmoe import compress, densify, make_plan, methods
+from jaxmoe.checkpoint import Checkpoint, Planned, read_header, write_tensors
+from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.files import INDEX, SINGLE, read_weights
 from jaxmoe.checkpoint.inspection import inspect
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.orbax import to_orbax
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 QUERY = "model.layers.0.self_attn.q_proj.weight"
@@ -125,3 +128,28 @@ def test_a_single_file_comes_before_an_index(parts):
     (folder / SINGLE).unlink()
     (folder / SINGLE).mkdir()
     assert {entry.file.name for entry in read_weights(folder).tensors.values()} == {"a.safetensors", "b.safetensors"}
+
+
+def test_a_factored_checkpoint_has_notes_too(tmp_path):
+    source = Checkpoint.open(plain_checkpoint.write(tmp_path / "source"))
+    recipe = methods.get("svd")
+    compress(source, tmp_path / "factored", make_plan(source, recipe, recipe.settings(), ratio=0.3))
+    path = tmp_path / "factored" / INDEX
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.leftover"] = next(iter(index["weight_map"].values()))
+    path.write_text(json.dumps(index))
+    said = "1 names in the index belong to no tensor in any file, and are ignored: model.leftover."
+    assert said in inspect(tmp_path / "factored")["notes"]
+    assert densify(tmp_path / "factored", tmp_path / "dense")["notes"] == [said]
+    assert to_orbax(tmp_path / "factored", tmp_path / "orbax")["notes"] == [said]
+    # A name that the model needs is missed at once.
+    for name in ("model.norm.weight", "model.layers.0.self_attn.q_proj.weight"):
+        (tmp_path / name).mkdir()
+        held = read_header(tmp_path / "factored" / index["weight_map"][name])
+        arrays = [Planned(n, x.dtype, x.shape, x.read) for n, x in held.items() if n != name]
+        for file in (tmp_path / "factored").iterdir():
+            if file.name != index["weight_map"][name] and file.is_file():
+                (tmp_path / name / file.name).write_bytes(file.read_bytes())
+        write_tensors(tmp_path / name / index["weight_map"][name], arrays)
+        with pytest.raises(JaxmoeError, match=f"the index names tensors that no file holds.*{name}"):
+            CompressedCheckpoint.open(tmp_path / name)
