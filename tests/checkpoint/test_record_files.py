@@ -68,3 +68,11 @@ def test_refuses_what_is_too_large_to_be_one(tmp_path):
         file.truncate(1 << 33)
     with pytest.raises(JaxmoeError, match="something else"):
         read_bytes(path)
+
+
+def test_json_as_python_writes_it_is_read(tmp_path):
+    path = tmp_path / "record.json"
+    path.write_text('{"3": [Infinity, -1e400], "4": [NaN]}')
+    found = read_record(path, dict[int, list[float]], "write it again")
+    assert found[3] == [float("inf"), float("-inf")]
+    assert found[4][0] != found[4][0]
