@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxmoe.checkpoint.records import open_regular, unreadable
-from jaxmoe.errors import JaxmoeError
+from jaxmoe.errors import StorageError
 
 _BOUNDARY = 64
 
@@ -37,7 +37,7 @@ class Shard:
         """Return some of the bytes, `[end - begin]`, as an array of its own that cannot be written to.
 
         Raises:
-            JaxmoeError: the file is gone, cannot be read, or was written to since its header was read.
+            StorageError: the file is gone, cannot be read, or was written to since its header was read.
         """
         values = aligned_bytes(end - begin)
         with open_regular(self.path) as file:
@@ -48,7 +48,7 @@ class Shard:
             except OSError as error:
                 raise unreadable(self.path, error) from None
         if got < len(values) or (status.st_size, status.st_mtime_ns) != (self.size, self.changed):
-            raise JaxmoeError(
+            raise StorageError(
                 f"{self.path} was changed while it was in use (it had {self.size} bytes, now {status.st_size}): wait"
                 " until whatever writes it is done, then run the same command again"
             )

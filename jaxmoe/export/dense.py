@@ -22,8 +22,8 @@ def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
         output: the folder to create; it gets its name when it is complete.
 
     Returns:
-        `{"output", "stored": {"parameters", "bytes"}, "notes", "run"}`, also written to `report.json`; the notes say how
-        the source was read.
+        `{"output", "stored": {"parameters", "bytes"}, "notes", "run"}`, also written to `report.json`; the notes say
+        how the source was read.
 
     Raises:
         JaxmoeError: the source is not factored or damaged, or the output exists.
