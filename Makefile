@@ -5,6 +5,7 @@
 #   make lint        format, lint, types, spelling, import rules
 #   make docs        the documentation, into docs/_build/html
 #   make notebooks   notebooks/*.ipynb anew from notebooks/*.py, with their outputs
+#   make fuzz        the readers of untrusted files, guided by coverage: SECONDS=600 for each of three
 #   make bench       the benchmarks (pinned to one core; the better part of an hour)
 #
 # make PYTHON=python3.12 ...    another interpreter (for a new .venv)
@@ -18,6 +19,7 @@ INSTALLED := $(VENV)/.installed
 DOCUMENTING := $(VENV)/.documenting
 WORKERS ?= 2
 PYTEST_ARGS ?=
+SECONDS ?= 600
 
 # The newest Python on the path or among pyenv's; empty where there is none beside the default.
 PYENV_ROOT ?= $(HOME)/.pyenv
@@ -33,7 +35,7 @@ test test-slow: export OMP_NUM_THREADS = 1
 test test-slow: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.jax_cache
 test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 
-.PHONY: demo test test-slow test-newest lint format docs notebooks bench clean
+.PHONY: demo test test-slow test-newest lint format docs notebooks fuzz bench clean
 
 demo: $(INSTALLED)
 	$(BIN)/jaxmoe demo
@@ -64,6 +66,12 @@ docs: $(DOCUMENTING)
 
 notebooks: $(DOCUMENTING)
 	JAX_PLATFORMS=cpu $(BIN)/python scripts/notebooks.py
+
+fuzz: export JAX_PLATFORMS = cpu
+fuzz: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[fuzz]"
+	for target in safetensors config record; do \
+	  $(BIN)/python scripts/fuzz/run.py $$target --seconds $(SECONDS) || exit 1; done
 
 bench: $(INSTALLED)
 	for name in svd closed_form conversion basis_learning base_once compressed_experts forward calibration training; do \

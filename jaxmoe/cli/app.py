@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -109,6 +110,9 @@ def _say(message: str, as_json: bool) -> None:
 
 def run() -> None:
     """Run the program to its exit code."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        # Names of files need not be text, and are printed all the same.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # What is printed outside of commands, such as help, can fail too.
         with guard():

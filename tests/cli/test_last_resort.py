@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -107,6 +108,14 @@ def test_a_full_standard_output():
     assert done.stderr.count(b"error: ") == 1
     assert b"No space left" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+def test_a_name_that_is_no_text(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/\xff"
+    shutil.copytree(os.fsencode(demo_checkpoint()), folder)
+    done = subprocess.run([*command("inspect"), folder], env=ENVIRONMENT, capture_output=True, check=False, timeout=100)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\udcff" in done.stdout
 
 
 def test_a_closed_standard_output():
