@@ -151,7 +151,7 @@ class Cell:
         return shlex.join(words + (["--revision", revision] if revision else []))
 
 
-def check_written(checkpoint: Checkpoint, contenders: Sequence[Contender]) -> None:
+def check_forms(checkpoint: Checkpoint, contenders: Sequence[Contender]) -> None:
     """Raise if the checkpoints of a contender could not be written, so that nothing is calibrated in vain."""
     for contender in contenders:
         if isinstance(contender.method, MainMethod):

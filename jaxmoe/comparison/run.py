@@ -23,7 +23,7 @@ from jaxmoe.checkpoint.atomic import write_bytes
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import fingerprint
-from jaxmoe.comparison.cells import Cell, Contender, cells, check_written, with_baselines
+from jaxmoe.comparison.cells import Cell, Contender, cells, check_forms, with_baselines
 from jaxmoe.comparison.costs import forget_peak, token_costs
 from jaxmoe.comparison.diagnostics import routing, spectra
 from jaxmoe.comparison.folder import ComparisonFolder
@@ -90,7 +90,7 @@ def compare(
     """
     opened = Checkpoint.open(str(source), revision=revision, ignore_config_keys=ignore_config_keys)
     report = output_folder(report, [opened.folder, *texts, *(calibration_texts or ())], beside=(), into=True)
-    check_written(opened, contenders)
+    check_forms(opened, contenders)
     factored = "factored" in exports(opened.model_type)
     everyone = with_baselines(contenders, calibrated=calibration_texts is not None, factored=factored)
     model = StoredModel(opened.folder, ignore_config_keys=opened.ignored)
