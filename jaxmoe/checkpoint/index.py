@@ -68,13 +68,13 @@ def reconcile(weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, T
     if len(holders) == len(weight_map) and all(holders.get(name) == [file] for name, file in weight_map.items()):
         return Weights({name: entry for header in shards.values() for name, entry in header.items()})
     kinds = {kind(name) for name in weight_map if name in holders}
-    chosen, unnamed, moved, several, differing = {}, [], [], [], []
-    without_place = [name for name in holders if name not in weight_map and not _has_place(name, kinds)]
+    chosen, unnamed, moved, several, differing, dropped = {}, [], [], [], [], []
     for name, files in holders.items():
         named = weight_map.get(name)
         file = chosen[name] = named if named in files else files[-1]
         if named is None:
-            unnamed.append(f"{name} in {file}")
+            has_place = kind(name) in kinds or _ENDS.search(name)
+            (unnamed if has_place else dropped).append(name)
         elif named != file:
             moved.append(f"{name} in {file}, not {named}")
         if len(files) > 1:
@@ -82,8 +82,6 @@ def reconcile(weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, T
             several.append(f"{name} of {file}, not of {' and '.join(other for other in files if other != file)}")
             if not all(_equal(copies[-1], copy) for copy in copies):
                 differing.append(f"{name} in {files[-1]}")
-    dropped = set(without_place)
-    read = [text for text in unnamed if text.split(" in ")[0] not in dropped]
     absent = tuple(name for name in weight_map if name not in holders)
     notes = [
         _note(several, "tensors lie in more than one file, and the index decides which is read"),
@@ -91,23 +89,18 @@ def reconcile(weight_map: Mapping[str, str], shards: Mapping[str, Mapping[str, T
             differing, "tensors have other values in the last file that holds them, which is what transformers reads"
         ),
         _note(moved, "tensors lie in another file than the index says, and are read there"),
-        _note(read, "tensors are read that the index does not name, since the model has a place for them"),
-        _note(
-            without_place, "tensors are ignored, since neither the index names them nor the model has a place for them"
-        ),
+        _note(unnamed, "tensors are read that the index does not name, since the model has a place for them"),
+        _note(dropped, "tensors are ignored, since neither the index names them nor the model has a place for them"),
         _note(absent, "names in the index belong to no tensor in any file, and are ignored"),
     ]
+    ignored = set(dropped)
     tensors = {
         name: entry
         for file, header in shards.items()
         for name, entry in header.items()
-        if chosen[name] == file and name not in dropped
+        if chosen[name] == file and name not in ignored
     }
     return Weights(tensors, absent, tuple(filter(None, notes)))
-
-
-def _has_place(name: str, kinds: set[str]) -> bool:
-    return kind(name) in kinds or _ENDS.search(name) is not None
 
 
 def _note(which: Sequence[str], what: str) -> str:

@@ -156,12 +156,9 @@ class Checkpoint:
     def dense_config(self) -> dict[str, Any]:
         """Return the config of what `dense_tensors` and `copied` write: the source's, without any quantisation."""
         config = without_quantization(self.config)
-        text = config.get("text_config")
-        for part in (
-            (config, text) if self.quantized and isinstance(text, dict) else (config,) if self.quantized else ()
-        ):
+        for part in (config, config.get("text_config")) if self.quantized else ():
             for key in ("dtype", "torch_dtype"):
-                if key in part:
+                if isinstance(part, dict) and key in part:
                     part[key] = "bfloat16"
         return config
 

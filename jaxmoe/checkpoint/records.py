@@ -110,9 +110,16 @@ def read_record(path: str | Path, kind: type[Record], mend: str) -> Record:
         if _SURROGATE.search(content):
             # Half a letter is none: nothing could write, print or compare such text.
             json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise _half(error, str(path), mend) from None
     except (ValueError, RecursionError) as error:
         raise StorageError(f"{path} is not JSON ({error}): {mend}") from None
     return as_record(value, kind, str(path), mend)
+
+
+def _half(error: UnicodeEncodeError, where: str, mend: str) -> StorageError:
+    half = f"{error.object[error.start]!a} is half a character"
+    return StorageError(f"{where} does not hold what it should ({half}): {mend}")
 
 
 def as_record(value: Any, kind: type[Record], where: str, mend: str) -> Record:
@@ -137,8 +144,7 @@ def as_record(value: Any, kind: type[Record], where: str, mend: str) -> Record:
         # Keys of JSON are text, also where a type wants numbers.
         return msgspec.convert(value, kind, str_keys=True)
     except UnicodeEncodeError as error:
-        half = f"{error.object[error.start]!a} is half a character"
-        raise StorageError(f"{where} does not hold what it should ({half}): {mend}") from None
+        raise _half(error, where, mend) from None
     except (msgspec.ValidationError, RecursionError) as error:
         raise StorageError(f"{where} does not hold what it should ({error}): {mend}") from None
 
