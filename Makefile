@@ -6,6 +6,7 @@
 #   make docs        the documentation, into docs/_build/html
 #   make notebooks   notebooks/*.ipynb anew from notebooks/*.py, with their outputs
 #   make fuzz        the readers of untrusted files, guided by coverage: SECONDS=600 for each of three
+#   make kills       two hundred runs killed at random moments and resumed; half an hour or more
 #   make bench       the benchmarks (pinned to one core; the better part of an hour)
 #
 # make PYTHON=python3.12 ...    another interpreter (for a new .venv)
@@ -35,7 +36,7 @@ test test-slow: export OMP_NUM_THREADS = 1
 test test-slow: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.jax_cache
 test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 
-.PHONY: demo test test-slow test-newest lint format docs notebooks fuzz bench clean
+.PHONY: demo test test-slow test-newest lint format docs notebooks fuzz bench kills clean
 
 demo: $(INSTALLED)
 	$(BIN)/jaxmoe demo
@@ -76,6 +77,9 @@ fuzz: $(INSTALLED)
 bench: $(INSTALLED)
 	for name in svd closed_form conversion basis_learning base_once compressed_experts forward calibration training; do \
 	  echo "== $$name"; $(BIN)/python scripts/benchmarks/$$name.py || exit 1; done
+
+kills: $(INSTALLED)
+	$(BIN)/python scripts/kills.py
 
 clean:
 	rm -rf $(VENV) .venv-newest .jax_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache docs/_build

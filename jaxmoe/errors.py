@@ -1,5 +1,7 @@
 """The exceptions that a user is meant to read, and what keeps their messages readable."""
 
+import re
+
 
 class JaxmoeError(ValueError):
     """Something that the user can mend: the message names the offender, the reason and the mend.
@@ -25,6 +27,16 @@ class StorageError(JaxmoeError):
         ...
         jaxmoe.errors.StorageError: out is a file: remove it, or choose another output folder
     """
+
+
+def readable(message: str) -> str:
+    """Return a message with its longest words shortened: names and values may have thousands of letters.
+
+    Example:
+        >>> len(readable(f"--method {'x' * 5_000}: there is no such method"))
+        248
+    """
+    return re.sub(r"\S{300,}", lambda word: shortened(word.group()), message)
 
 
 def shortened(text: str, most: int = 200) -> str:

@@ -17,7 +17,7 @@ from rich.console import Console
 import jaxmoe
 from jaxmoe.cli.arguments import import_module
 from jaxmoe.cli.last_resort import explain
-from jaxmoe.errors import JaxmoeError
+from jaxmoe.errors import JaxmoeError, readable
 
 app = typer.Typer(
     help="Compress the experts of Mixture-of-Experts language models.",
@@ -101,6 +101,7 @@ def guard(*, as_json: bool = False, resumes: bool = False) -> Iterator[None]:
 
 
 def _say(message: str, as_json: bool) -> None:
+    message = readable(message)
     if as_json:
         # Standard output may be what failed.
         with suppress(OSError):

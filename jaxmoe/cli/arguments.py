@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+import traceback
 from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
@@ -121,6 +122,12 @@ CalibrationOption = Annotated[
 GradientsOption = Annotated[
     Gradients | None,
     typer.Option("--gradients", help="keep the Fisher information too, of each sequence's or each token's loss"),
+]
+SeedOption = Annotated[
+    int,
+    typer.Option(
+        "--seed", min=0, max=2**32 - 1, metavar="NUMBER", help="of everything random: the order of data, starts"
+    ),
 ]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit of a hub id")]
 IgnoreOption = Annotated[
@@ -242,6 +249,13 @@ def import_module(name: str) -> None:
         spec.loader.exec_module(module)
     except ImportError as error:
         raise JaxmoeError(f"--import {name}: {error}; give an installed module or a Python file") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # Code of others, which may raise and even exit as it likes.
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise JaxmoeError(
+            f"--import {name}: {type(error).__name__}: {error} ({place.filename}, line {place.lineno}); mend the module"
+        ) from error
 
 
 def named_contenders(names: str, setting: Settings, given: list[str] | None):

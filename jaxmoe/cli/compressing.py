@@ -26,6 +26,7 @@ from jaxmoe.cli.arguments import (
     RatioOption,
     RevisionOption,
     Scope,
+    SeedOption,
     SetOption,
     Setting,
     SettingOption,
@@ -109,7 +110,7 @@ def compress(
         bool, typer.Option("--sequential", help="with --text: calibrate each layer behind the compressed ones")
     ] = False,
     export: ExportOption = None,
-    seed: Annotated[int, typer.Option("--seed", help="of everything random")] = 0,
+    seed: SeedOption = 0,
     layers: Annotated[str | None, typer.Option("--layers", metavar="A:B", help="work on layers A to B-1 only")] = None,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="go on with an unfinished run")] = True,
     revision: RevisionOption = None,

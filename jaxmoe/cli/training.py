@@ -16,6 +16,7 @@ from jaxmoe.cli.arguments import (
     LengthOption,
     OutputArgument,
     Schedule,
+    SeedOption,
     loss_weights,
     mesh_sizes,
     names,
@@ -67,7 +68,7 @@ def recover(
     rematerialize: Annotated[
         bool, typer.Option("--rematerialize", help="compute layers again in the backward pass, to save memory")
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", help="of the order of the data")] = 0,
+    seed: SeedOption = 0,
     save_every: Annotated[int, typer.Option("--save-every", help="steps between saved states")] = 50,
     keep: Annotated[int, typer.Option("--keep", help="saved states that remain")] = 2,
     mesh: Annotated[

@@ -59,7 +59,7 @@ def evaluate_checkpoint(
     if original is not None:
         window_length(original.longest, length)
     new = _generated(model) if generate is None else generate
-    if new < 0:
+    if not 0 <= new < 2**31:
         raise JaxmoeError(f"{new} tokens to generate: give a number of tokens, or 0 for none")
     cut = text_windows(texts, tokenizer, length=length, count=sequences)
     result = evaluate(model, cut, against=original, work=work, on_event=on_event)

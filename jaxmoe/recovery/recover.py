@@ -98,6 +98,8 @@ def recover(
             exists, or the disk is full.
     """
     training = training or Training()
+    if save_every < 1 or keep < 1:
+        raise JaxmoeError(f"saved every {save_every} steps, {keep} kept: give at least 1 of both")
     begun = time.perf_counter()
     model = StoredModel(source, ignore_config_keys=ignore_config_keys)
     output = output_folder(output, [model.folder, teacher, *texts, *instructions])

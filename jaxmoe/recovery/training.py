@@ -65,8 +65,8 @@ class Training:
     def __post_init__(self):
         check_weights(self.weights)
         for name in ("steps", "rows", "accumulate"):
-            if getattr(self, name) < 1:
-                raise JaxmoeError(f"{name} {getattr(self, name)}: give at least 1")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise JaxmoeError(f"{name} {getattr(self, name)}: give at least 1, at most 2147483647")
         if self.rows % self.accumulate:
             raise JaxmoeError(f"{self.rows} rows cannot be cut into {self.accumulate} equal parts: give a divisor")
         for name in ("learning_rate", "clip", "temperature"):

@@ -1,10 +1,9 @@
 """Runs that are killed, shared, repeated or changed: nothing is lost, and the bytes are those of one quiet run."""
 
 import json
-import random
-import signal
 import subprocess
-import time
+import sys
+from pathlib import Path
 
 import plain_checkpoint
 import pytest
@@ -28,51 +27,20 @@ def quiet(tmp_path):
     return source, checksums(tmp_path / "quiet")
 
 
-def kill(arguments, seconds) -> int:
-    """Start a run, kill it after so many seconds, and return its exit code."""
-    process = subprocess.Popen(command(*arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return process.returncode
-
-
-def hammer(tmp_path, quiet, kills, seed):
-    """Kill a run `kills` times at random moments, finishing and starting over where it was faster than the killer."""
-    source, expected = quiet
-    output, partial = tmp_path / "output", tmp_path / "output.partial"
-    arguments = ("compress", source, output, *MOBE)
-    start = time.perf_counter()
-    jaxmoe("compress", source, tmp_path / "timing", *MOBE)
-    length = time.perf_counter() - start
-    moments = random.Random(seed)
-    killed = 0
-    while killed < kills:
-        code = kill(arguments, moments.uniform(0.2, 0.9) * length)
-        if code == -signal.SIGKILL:
-            killed += 1
-        if output.exists():
-            # Complete under its final name, or not there at all.
-            assert checksums(output) == expected or (output / ".jaxmoe").exists()
-            assert jaxmoe(*arguments).returncode == 0
-            assert checksums(output) == expected
-            subprocess.run(["rm", "-r", output], check=True)
-        else:
-            assert code == -signal.SIGKILL
-    done = jaxmoe(*arguments)
-    assert done.returncode == 0, done.stderr
-    assert checksums(output) == expected
-    assert not partial.exists()
-
-
 @pytest.mark.slow
-def test_killed_three_times(tmp_path, quiet):
-    hammer(tmp_path, quiet, 3, seed=0)
-
-
-@pytest.mark.slow
-def test_killed_twenty_five_times(tmp_path, quiet):
-    hammer(tmp_path, quiet, 25, seed=1)
+def test_killed_at_random_moments():
+    """A small number of what `make kills` does."""
+    script = Path(__file__).parents[2] / "scripts" / "kills.py"
+    some = "mobe,sequential,reap+svd,compare,recover,convert --to dense"
+    done = subprocess.run(
+        [sys.executable, script, "--kills", "12", "--seed", "1", "--only", some],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1_500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_finished_layers_are_kept_and_corrupt_ones_are_not(tmp_path, quiet):
