@@ -21,7 +21,7 @@ from jaxmoe.factors.merged import Merged
 from jaxmoe.factors.shared import Shared
 from jaxmoe.factors.shared_basis import SharedBasis
 from jaxmoe.factors.sparse import Sparse
-from jaxmoe.factors.stored import Size, Stored, read_spec
+from jaxmoe.factors.stored import Size, Stored, as_spec
 from jaxmoe.factors.term import EVERY, Count, Term, per_expert, pytree
 
 PROJECTIONS = ("gate", "up", "down")
@@ -214,7 +214,7 @@ class CompressedLayer:
         """
         terms: dict[str, tuple[Term, ...]] = {}
         left = set(tensors)
-        for target, entries in read_spec(spec, dict[str, list[dict[str, Any]]], "the terms").items():
+        for target, entries in as_spec(spec, dict[str, list[dict[str, Any]]], "the terms").items():
             if target not in TARGETS:
                 raise JaxmoeError(f"unknown target {target!r}: the targets are {', '.join(TARGETS)}")
             rebuilt = []

@@ -30,7 +30,7 @@ Number = Annotated[int, msgspec.Meta(ge=0, le=LARGEST)]
 """A number of things of which there may be none."""
 
 
-def read_spec(value: Any, kind: type, where: str) -> Any:
+def as_spec(value: Any, kind: type, where: str) -> Any:
     """Return a record of decoded JSON as a type, for the core, which knows no files.
 
     Args:
@@ -42,7 +42,7 @@ def read_spec(value: Any, kind: type, where: str) -> Any:
         JaxmoeError: the value does not fit; the message names the place.
 
     Example:
-        >>> read_spec({"rank": -1}, dict[str, Size], "down.0")
+        >>> as_spec({"rank": -1}, dict[str, Size], "down.0")
         Traceback (most recent call last):
             ...
         jaxmoe.errors.JaxmoeError: down.0: Expected `int` >= 1 - at `$[...]`
@@ -121,7 +121,7 @@ class Stored:
         Raises:
             JaxmoeError: the spec, a tensor's name, shape or dtype, or a whole number among them is not what it must be.
         """
-        expected = cls.planned(read_spec(spec, cls.Spec, "its record"), shape)
+        expected = cls.planned(as_spec(spec, cls.Spec, "its record"), shape)
         wanted = expected.arrays()
         names = {name: cls.named.get(name, name) for name in wanted}
         faults = [f"there is no {names[name]}" for name in wanted if names[name] not in tensors]

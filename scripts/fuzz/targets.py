@@ -5,8 +5,6 @@ The first byte says how the rest is meant: as the input itself, or as a list of 
 """
 
 import json
-import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -167,10 +165,3 @@ TARGETS: dict[str, Callable[[], Safetensors | Config | Record]] = {
     "config": Config,
     "record": Record,
 }
-
-
-def clear(target: Safetensors | Config | Record) -> None:
-    """Remove what a target wrote."""
-    if not isinstance(target, Record):
-        shutil.rmtree(target.folder if isinstance(target, Safetensors) else target.folder.parent, ignore_errors=True)
-    os.sync()
