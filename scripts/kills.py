@@ -44,8 +44,18 @@ for _name in jaxmoe.__all__:
 LIMIT = 300
 """Seconds after which a run counts as hung."""
 
-TIMES = {"seconds", "layer_seconds", "peak_bytes", "tokens_per_second", "output", "command", "statistics", "folder"}
-"""Keys of reports that differ from run to run; the last four name the folder of the output."""
+TIMES = {
+    "seconds",
+    "layer_seconds",
+    "peak_bytes",
+    "tokens_per_second",
+    "output",
+    "command",
+    "commands",
+    "statistics",
+    "folder",
+}
+"""Keys of reports that differ from run to run; the last five name the folder of the output."""
 
 KILLED = -signal.SIGKILL
 
