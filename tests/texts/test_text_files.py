@@ -46,7 +46,7 @@ def test_files_folders_and_json_lines(tmp_path):
         ("latin.txt", "abc\n\u00e9".encode("latin-1"), "not UTF-8 at byte 4 (line 2)"),
         ("surrogate.txt", b"abc \xed\xa0\x80", "not UTF-8 at byte 4 (line 1)"),
         ("windows.txt", "plain text".encode("utf-16"), "is UTF-16: give text in UTF-8"),
-        ("zipped.txt", gzip.compress(b"plain text"), "is compressed by gzip"),
+        ("zipped.txt", gzip.compress(b"plain text", mtime=0), "is compressed by gzip"),
         ("table.jsonl", b"PAR1\x15\x04\xff", "is a Parquet table"),
         ("no_json.jsonl", '{"text": "a"}\nplain\n', "line 2: no JSON"),
         (
