@@ -28,6 +28,8 @@ from jaxmoe.model.spec import DecoderSpec, ExpertBlock, LayerSpec
 LOSSES = ("next_token", "distillation", "outputs", "balance")
 TAUGHT = ("distillation", "outputs")
 """The losses that need a teacher."""
+_LARGEST = 1e6
+"""Weight that a loss can have, far above what is of use."""
 
 LOGITS = 1 << 24
 """Numbers of logits that are formed at a time."""
@@ -60,8 +62,8 @@ def check_weights(weights: Mapping[str, float]) -> None:
     for name, weight in weights.items():
         if name not in LOSSES:
             raise JaxmoeError(f"loss {name!r}: give some of {', '.join(LOSSES)}")
-        if not 0 < weight < float("inf"):
-            raise JaxmoeError(f"loss {name}={weight}: give a positive weight")
+        if not 0 < weight <= _LARGEST:
+            raise JaxmoeError(f"loss {name}={weight}: give a positive weight, at most {_LARGEST:g}")
     if not weights.keys() - {"balance"}:
         raise JaxmoeError(f"nothing to learn from: give some of {', '.join(LOSSES[:-1])}")
 

@@ -23,6 +23,8 @@ from jaxmoe.recovery.trainable import merge
 
 SCHEDULES = ("cosine", "stable")
 DTYPES = ("float32", "bfloat16")
+_LARGEST = {"learning_rate": 1e12, "clip": 1e12, "temperature": 1e4}
+"""Far above what is of use, and far below where float32 ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +71,18 @@ class Training:
                 raise JaxmoeError(f"{name} {getattr(self, name)}: give at least 1, at most 2147483647")
         if self.rows % self.accumulate:
             raise JaxmoeError(f"{self.rows} rows cannot be cut into {self.accumulate} equal parts: give a divisor")
-        for name in ("learning_rate", "clip", "temperature"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise JaxmoeError(f"{name} {getattr(self, name)}: give a positive number")
+        for name, most in _LARGEST.items():
+            if not 0 < getattr(self, name) <= most:
+                raise JaxmoeError(f"{name} {getattr(self, name)}: give a positive number, at most {most:g}")
         if not 0 <= self.warmup < 1:
             raise JaxmoeError(f"warmup {self.warmup}: give a fraction of the steps, at least 0 and below 1")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise JaxmoeError(f"weight_decay {self.weight_decay}: give a number that is not negative")
+        # The part of a matrix that a step takes away.
+        if not 0 <= self.weight_decay * self.learning_rate < 1:
+            raise JaxmoeError(
+                f"weight_decay {self.weight_decay}: give a number that is not negative and below"
+                f" {1 / self.learning_rate:g}, with which a step at learning_rate {self.learning_rate:g} takes all of a"
+                " matrix away"
+            )
         for name, known in (("schedule", SCHEDULES), ("dtype", DTYPES)):
             if getattr(self, name) not in known:
                 raise JaxmoeError(f"{name} {getattr(self, name)!r}: give {' or '.join(known)}")
