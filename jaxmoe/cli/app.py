@@ -13,13 +13,40 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 import jaxmoe
 from jaxmoe.cli.arguments import import_module
 from jaxmoe.cli.last_resort import explain
 from jaxmoe.errors import JaxmoeError, readable
 
+# What all errors of usage are; from where it can be imported differs between typer's versions.
+_Usage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+class _Commands(TyperGroup):
+    """The commands, whose errors of usage are as short as all others: values may have thousands of letters."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _shortened_usage():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _shortened_usage():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _shortened_usage() -> Iterator[None]:
+    try:
+        yield
+    except _Usage as error:
+        error.__dict__["message"] = readable(str(error))
+        raise
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Compress the experts of Mixture-of-Experts language models.",
     no_args_is_help=True,
     add_completion=False,
@@ -31,8 +58,6 @@ if sys.stdout is None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 200)
 _debug = ContextVar("debug", default=False)
-# What all errors of usage are; from where it can be imported differs between typer's versions.
-_Usage: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 
 def _version(value: bool) -> None:

@@ -42,10 +42,15 @@ def test_seeds(tmp_path, words, seed):
         ((*RECOVER, "--steps", 10**23), "at most"),
         ((*RECOVER, "--save-every", 0), "give at least 1"),
         ((*RECOVER, "--keep", -1), "give at least 1"),
-        ((*RECOVER, "--learning-rate", "nan"), "give a positive number"),
+        *(
+            ((*RECOVER, f"--{name.replace('_', '-')}", value), f"error: {name} {value}: give a")
+            for name in ("learning_rate", "clip", "temperature", "weight_decay")
+            for value in ("1e+23", "inf", "nan", "-1.0")
+        ),
+        ((*RECOVER, "--loss", "next_token=1e39"), "give a positive weight, at most"),
         ((*EVALUATE, "--generate", 10**23), "tokens to generate"),
     ],
-    ids=lambda given: str(given)[-30:],
+    ids=lambda given: str(given)[-40:],
 )
 def test_values(tmp_path, words, said):
     done = run(*words)
@@ -53,6 +58,24 @@ def test_values(tmp_path, words, said):
     assert done.stderr.count("error: ") == 1
     assert said in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        (*COMPRESS, "--seed", "x" * 5_000),
+        (*COMPRESS, "--export", "x" * 5_000),
+        (*COMPRESS, f"--{'x' * 5_000}"),
+        (f"--{'x' * 5_000}", *COMPRESS),
+        ("x" * 5_000,),
+        ("inspect", demo_checkpoint(), "x" * 5_000),
+    ],
+    ids=lambda words: str(max(words, key=lambda word: len(str(word))))[:6],
+)
+def test_errors_of_usage_are_short(words):
+    done = run(*words)
+    assert done.exit_code == 2
+    assert "letters" in done.stderr
 
 
 @pytest.mark.parametrize(
