@@ -31,7 +31,7 @@ from jaxmoe.export.architectures import architecture
 from jaxmoe.export.card import model_card
 from jaxmoe.export.checking import Answers, answers, check_written, first_and_last
 from jaxmoe.export.factored import factored_config, remote_code
-from jaxmoe.export.folder import complete_folder, dump, side_files
+from jaxmoe.export.folder import complete_folder, side_files, write_report
 from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense
 from jaxmoe.factors.error import relative_errors
 from jaxmoe.methods import Outcome
@@ -396,9 +396,8 @@ def publish(
     if size is not None and stored["bytes"] != size:
         raise RuntimeError(f"the files hold {stored}, the terms counted {size}: a defect of jaxmoe")
     check_written(workspace.folder, checkpoint, meant)
-    report = {**report, "stored": stored}
+    report = write_report(workspace.folder, {**report, "stored": stored})
     write_bytes(workspace.folder / "README.md", model_card(report).encode())
-    write_bytes(workspace.folder / "report.json", dump(report))
     workspace.publish()
     on_event({"event": "complete", "output": str(workspace.output)})
     return report

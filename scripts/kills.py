@@ -54,8 +54,9 @@ TIMES = {
     "commands",
     "statistics",
     "folder",
+    "seal",
 }
-"""Keys of reports that differ from run to run; the last five name the folder of the output."""
+"""Keys of reports that differ from run to run: times, what names the folder of the output, and the seal over them."""
 
 KILLED = -signal.SIGKILL
 

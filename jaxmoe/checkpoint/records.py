@@ -158,7 +158,7 @@ class Sealed(msgspec.Struct):
 
 def sealed(record: Mapping[str, Any]) -> bytes:
     """Return the content of a file that holds a record and its seal, for `read_sealed`."""
-    return json.dumps({"seal": _seal(record), "record": record}).encode()
+    return json.dumps({"seal": seal(record), "record": record}).encode()
 
 
 def read_sealed(path: str | Path, mend: str) -> dict[str, Any]:
@@ -172,10 +172,11 @@ def read_sealed(path: str | Path, mend: str) -> dict[str, Any]:
         StorageError: the file is not regular, holds something else, or was changed.
     """
     found = read_record(path, Sealed, mend)
-    if found.seal != _seal(found.record):
+    if found.seal != seal(found.record):
         raise StorageError(f"{path} was changed since it was written: {mend}")
     return found.record
 
 
-def _seal(record: Mapping[str, Any]) -> str:
+def seal(record: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a record's JSON text, the same before it was written and after it was read."""
     return sha256(json.dumps(record).encode()).hexdigest()

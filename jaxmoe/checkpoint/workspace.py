@@ -25,10 +25,10 @@ from filelock import FileLock, Timeout
 
 from jaxmoe.checkpoint.atomic import remove, sync_folder, unwritten, write_bytes
 from jaxmoe.checkpoint.output import MEND, PARTIAL
-from jaxmoe.checkpoint.records import file_kind, open_regular, read_bytes, read_record, read_sealed, sealed
+from jaxmoe.checkpoint.records import file_kind, open_regular, read_record, read_sealed, seal, sealed
 from jaxmoe.errors import StorageError, shortened
 
-JOURNAL = ".jaxmoe"
+JOURNAL, REPORT = ".jaxmoe", "report.json"
 START_OVER = "remove it, or start over with --no-resume"
 
 
@@ -210,19 +210,21 @@ def finished(output: Path, run: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the report of an output that this very run has completed before, None where there is no output.
 
     Raises:
-        StorageError: the output is another run's, or none that jaxmoe wrote.
+        StorageError: the output is another run's, or none that jaxmoe wrote; or its report was changed.
     """
     if not output.exists():
         return None
+    mend = f"remove it, or {MEND}"
     try:
-        report = json.loads(read_bytes(output / "report.json"))
-        same = report["run"] == json.loads(json.dumps(run))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        same = False
-    if not same:
-        raise StorageError(f"{output} exists and holds something else: remove it, or {MEND}")
+        report = read_record(output / REPORT, dict[str, Any], mend)
+    except StorageError:
+        report = {}
+    if report.get("run") != json.loads(json.dumps(run)):
+        raise StorageError(f"{output} exists and holds something else: {mend}")
+    if report.pop("seal", None) != (own := seal(report)):
+        raise StorageError(f"{output} exists, and its {REPORT} was changed since it was written: {mend}")
     sweep(output)
-    return report
+    return {**report, "seal": own}
 
 
 def sweep(output: Path) -> None:

@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import jaxmoe
-from jaxmoe.checkpoint.atomic import write_bytes
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, finished, layer_file
 from jaxmoe.export.checking import answers, check_written, first_and_last
 from jaxmoe.export.factored import layer_index, remote_code
-from jaxmoe.export.folder import complete_folder, dump, side_files
+from jaxmoe.export.folder import complete_folder, side_files, write_report
 
 
 def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
@@ -22,8 +21,8 @@ def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
         output: the folder to create; it gets its name when it is complete.
 
     Returns:
-        `{"output", "stored": {"parameters", "bytes"}, "notes", "run"}`, also written to `report.json`; the notes say
-        how the source was read.
+        `{"output", "stored": {"parameters", "bytes"}, "notes", "run", "seal"}`, also written to `report.json`; the
+        notes say how the source was read.
 
     Raises:
         JaxmoeError: the source is not factored or damaged, or the output exists.
@@ -55,6 +54,6 @@ def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
         )
         check_written(workspace.folder, opened, meant)
         report = {"output": str(output), "stored": stored, "notes": list(opened.notes), "run": run}
-        write_bytes(workspace.folder / "report.json", dump(report))
+        report = write_report(workspace.folder, report)
         workspace.publish()
     return report

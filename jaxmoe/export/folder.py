@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jaxmoe.checkpoint.atomic import atomic_file, write_bytes
-from jaxmoe.checkpoint.records import open_regular
+from jaxmoe.checkpoint.records import open_regular, seal
 from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry, read_header, write_tensors
+from jaxmoe.checkpoint.workspace import REPORT
 
 T = TypeVar("T", Planned, TensorEntry)
 
@@ -21,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".index.json")
 TEMPLATES = "additional_chat_templates"
 """The one folder in a checkpoint's that belongs to it: chat templates beside the default one."""
-REWRITTEN = ("config.json", "README.md", "report.json")
+REWRITTEN = ("config.json", "README.md", REPORT)
 OF_QUANTIZATION = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quant_strategy.json")
 """Files in which tools say how they quantised the weights: nothing that is written is quantised."""
 
@@ -49,6 +50,16 @@ def copy_file(source: Path, target: Path) -> None:
 def dump(record: Mapping[str, Any]) -> bytes:
     """Return JSON as the hub's files have it: two spaces, a final newline, letters as they are."""
     return (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def write_report(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Write what a run has to say into its folder, with a seal, and return that.
+
+    The same command reads it again where it meets the finished folder, and has to know that it is whole.
+    """
+    whole = {**report, "seal": seal(report)}
+    write_bytes(folder / REPORT, dump(whole))
+    return whole
 
 
 def parts(tensors: Iterable[T], limit: int) -> Iterator[list[T]]:

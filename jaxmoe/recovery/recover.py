@@ -23,9 +23,9 @@ from jaxmoe.checkpoint.atomic import write_bytes
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.records import read_bytes, read_record
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, make_folder
+from jaxmoe.checkpoint.workspace import REPORT, Workspace, fingerprint, finished, make_folder
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.folder import dump
+from jaxmoe.export.folder import write_report
 from jaxmoe.export.trained import write_trained
 from jaxmoe.recovery.losses import TAUGHT, Side
 from jaxmoe.recovery.run import METRICS, train
@@ -46,7 +46,7 @@ from jaxmoe.texts import (
 )
 from jaxmoe.texts.chat_template import chat_template
 
-REPORT, CARD = "report.json", "README.md"
+CARD = "README.md"
 
 
 def recover(
@@ -148,7 +148,7 @@ def recover(
         report = _report(model, original, output, sets, training, rows, length, result, stored)
         report |= {"seed": seed, "command": command, "seconds": time.perf_counter() - begun, "run": run}
         report |= {"ignored_config_keys": list(model.ignored)} if model.ignored else {}
-        write_bytes(workspace.folder / REPORT, dump(report))
+        report = write_report(workspace.folder, report)
         write_bytes(workspace.folder / CARD, _card(model.folder, report).encode())
         workspace.publish()
     on_event({"event": "complete", "output": str(output)})

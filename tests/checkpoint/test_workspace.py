@@ -11,6 +11,7 @@ import pytest
 from jaxmoe.checkpoint.atomic import write_bytes
 from jaxmoe.checkpoint.workspace import Workspace, finished, layer_file
 from jaxmoe.errors import StorageError
+from jaxmoe.export.folder import write_report
 
 RUN = {"source": "abc", "seed": 0}
 KEY = "key"
@@ -180,4 +181,29 @@ def test_outputs_of_others(tmp_path, content):
     elif content is not None:
         report.write_text(content)
     with pytest.raises(StorageError, match="exists and holds something else"):
+        finished(output, RUN)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda report: report.pop("layers"),
+        lambda report: report.update(layers=None),
+        lambda report: report["stored"].update(bytes="many"),
+        lambda report: report.update(seconds=2.0),
+        lambda report: report.update(note="mine"),
+        lambda report: report.pop("seal"),
+        lambda report: report.update(seal=[1]),
+    ],
+)
+def test_report_that_was_changed(tmp_path, change):
+    output = tmp_path / "out"
+    output.mkdir()
+    record = {"run": RUN, "layers": [{"losses": [float("nan"), 1e-9]}], "stored": {"bytes": 3}, "seconds": 1.5, "ä": {}}
+    written = write_report(output, record)
+    assert json.dumps(finished(output, RUN)) == json.dumps(written)
+    report = json.loads((output / "report.json").read_text())
+    change(report)
+    (output / "report.json").write_text(json.dumps(report))
+    with pytest.raises(StorageError, match=r"out exists, and its report\.json was changed .*: remove it, or choose"):
         finished(output, RUN)

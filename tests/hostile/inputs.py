@@ -27,6 +27,7 @@ from jaxmoe.checkpoint.workspace import Workspace, finished
 from jaxmoe.cli import app
 from jaxmoe.data import demo_checkpoint
 from jaxmoe.export.factored import factored_config
+from jaxmoe.export.folder import write_report
 from jaxmoe.export.orbax import to_orbax, to_safetensors
 from jaxmoe.factors import CompressedLayer, Dense, Grouped, LayerShape, SharedBasis
 from jaxmoe.recovery.states import States
@@ -87,7 +88,7 @@ def build(folder: Path) -> None:
         )
         workspace.finish(0, "key", sha256, {"layer": 0})
     (folder / "done").mkdir()
-    (folder / "done" / "report.json").write_text(json.dumps({"run": RUN, "layers": [{"layer": 0}]}))
+    write_report(folder / "done", {"run": RUN, "layers": [{"layer": 0}]})
 
 
 def _factored(folder: Path) -> None:
