@@ -63,7 +63,6 @@ def test_values(tmp_path, words, said):
 @pytest.mark.parametrize(
     "words",
     [
-        (*COMPRESS, "--seed", "x" * 5_000),
         (*COMPRESS, "--export", "x" * 5_000),
         (*COMPRESS, f"--{'x' * 5_000}"),
         (f"--{'x' * 5_000}", *COMPRESS),
