@@ -1,0 +1,18 @@
+"""What holds for all tests: compiled programs are let go of before there are too many."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+MAPPINGS = 20_000
+"""Of a process's memory. Every compiled program adds some, Linux allows 65,530, and XLA ends the process beyond."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Forget all compiled programs where they have become many; those still needed come from the cache on disk."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAPPINGS:
+        jax.clear_caches()
