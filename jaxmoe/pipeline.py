@@ -29,7 +29,7 @@ from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, layer_
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.architectures import architecture
 from jaxmoe.export.card import model_card
-from jaxmoe.export.checking import Answers, answers, check_written, first_and_last
+from jaxmoe.export.checking import Answers, answers, check_written, dense_answers, first_and_last
 from jaxmoe.export.factored import factored_config, remote_code
 from jaxmoe.export.folder import complete_folder, side_files, write_report
 from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense
@@ -231,7 +231,7 @@ def _compress_layer(checkpoint, plan, planned, export, seed, statistics, workspa
         "projections": projections,
         "outcomes": [{"layer": source.index, **outcome._asdict()} for outcome in outcomes],
         "losses": histories,
-        **({"answers": answers(layer)} if checked else {}),
+        **({"answers": _meant(layer, export)} if checked else {}),
         "seconds": time.perf_counter() - start,
         "peak_bytes": peak_bytes(),
     }
@@ -300,6 +300,11 @@ def fit_layer(
             thin = max(1, len(fit.losses) // 50)
             histories[target] = [float(x) for x in (*fit.losses[::thin], fit.losses[-1])]
     return CompressedLayer(terms=terms, sizes=source.shape).check(), outcomes, histories
+
+
+def _meant(layer: CompressedLayer, export: str) -> Answers:
+    """Return what a layer is to answer as exported; a sparse term that masks every batch anew is none when dense."""
+    return dense_answers(layer.materialize, layer.sizes) if export == "dense" else answers(layer)
 
 
 def _materialized(layer: CompressedLayer, projection: str) -> np.ndarray:

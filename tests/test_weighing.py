@@ -36,6 +36,8 @@ class Recorded:
     def __init__(self, seed=0, **changes):
         self.seed, self.changes, self.asked, self.followed = seed, changes, [], []
 
+    reads = ()
+
     @property
     def keeps(self):
         return frozenset(vars(layer(self.seed, **self.changes)))
@@ -110,7 +112,9 @@ def test_compression_serves_the_calibrated_inputs(tmp_path, name, settings):
     assert aware["run"]["statistics"] == "seed 0"
     assert plain["run"]["statistics"] is None
     assert aware["predicted_peak_bytes"] > plain["predicted_peak_bytes"]
-    assert {x["kind"] for x in aware["outcomes"]} == {"never_routed", "starved"}
+    # What a descent did on its way depends on the weights, not on what is tested here.
+    kinds = {x["kind"] for x in aware["outcomes"]} - {"descent_returned", "lower_rate"}
+    assert kinds == {"never_routed", "starved"}
     for mine, other in zip(aware["layers"], plain["layers"], strict=True):
         for projection, record in mine["projections"].items():
             assert 0 < record["weighted_error"] < record["error"]

@@ -17,7 +17,7 @@ from jaxmoe.errors import StorageError
 PARTIAL = ".partial"
 """What the name of a folder ends in while it is being made."""
 
-MEND = "choose another output folder"
+MEND = "choose another folder"
 _BENEATH = 256
 """Letters of the longest path within an output folder, with room to spare."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.errors import JaxmoeError
+from jaxmoe.errors import JaxmoeError, StorageError
 from jaxmoe.evaluation.evaluate import evaluate
 from jaxmoe.evaluation.generation import IN_MEMORY
 from jaxmoe.evaluation.probe import probe
@@ -54,7 +54,10 @@ def evaluate_checkpoint(
     if original is not None:
         check_same(tokenizer, Tokenizer.open(original.folder))
     if work is not None and not os.path.isdir(work):
-        work = output_folder(work, [model.folder, against, *texts], beside=())
+        try:
+            work = output_folder(work, [model.folder, against, *texts], beside=())
+        except StorageError as error:
+            raise StorageError(f"the working folder: {error}") from None
     length = window_length(model.longest, length)
     if original is not None:
         window_length(original.longest, length)

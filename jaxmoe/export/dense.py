@@ -8,7 +8,7 @@ from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, finished, layer_file
-from jaxmoe.export.checking import answers, check_written, first_and_last
+from jaxmoe.export.checking import check_written, dense_answers, first_and_last
 from jaxmoe.export.factored import layer_index, remote_code
 from jaxmoe.export.folder import complete_folder, side_files, write_report
 
@@ -42,7 +42,8 @@ def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
             files.append(workspace.folder / layer_file(index))
             write_tensors(files[-1], opened.dense_tensors(module))
             if index in first_and_last(map(layer_index, opened.modules)):
-                meant[index] = answers(opened.layer(module))
+                layer = opened.layer(module)
+                meant[index] = dense_answers(layer.materialize, layer.sizes)
         code = remote_code(opened.config)
         stored = complete_folder(
             workspace.folder,

@@ -184,7 +184,7 @@ def test_every_command_asks(workplace, monkeypatch, command, output):
     done = CliRunner().invoke(app, [output if word is ... else str(word) for word in WRITING[command]])
     assert done.exit_code == 1, done.output
     assert done.stderr.count("error: ") == 1, done.stderr
-    assert any(mend in done.stderr for mend in ("choose another output folder", "give a shorter name", "to create"))
+    assert any(mend in done.stderr for mend in ("choose another folder", "give a shorter name", "to create"))
     assert isinstance(done.exception, SystemExit), done.exception
     assert sorted(workplace.rglob("*")) == before
 

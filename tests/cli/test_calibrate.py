@@ -167,9 +167,12 @@ def test_a_tokenizer_that_does_not_match(tmp_path):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 5000, "content": "<odd>"})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    done = jaxmoe("calibrate", folder, tmp_path / "s", "--text", TEXT, *QUICK)
+    text = tmp_path / "odd.txt"
+    text.write_text(demo_texts()[0].read_text(encoding="utf-8").replace(" the ", " <odd> "), encoding="utf-8")
+    done = jaxmoe("calibrate", folder, tmp_path / "s", "--text", text, *QUICK)
     assert done.returncode == 1
-    assert "the tokenizer does not match the model" in done.stderr
+    assert all(word in done.stderr for word in ("odd.txt", "'<odd>'", "embeddings of 4096 only")), done.stderr
+    assert not (tmp_path / "s").exists()
 
 
 def test_an_attribute_that_nobody_knows(tmp_path):
