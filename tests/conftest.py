@@ -1,6 +1,10 @@
-"""What holds for all tests: compiled programs are let go of before there are too many."""
+"""What holds for all tests: no hub, no accelerator, and compiled programs are let go of before there are too many."""
 
+import os
 from pathlib import Path
+
+# Read when the libraries are imported.
+os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
 
 import jax
 import pytest

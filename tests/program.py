@@ -1,10 +1,14 @@
-"""Run the command line as a user does: in a process of its own."""
+"""Run the command line as a user does, in a process of its own, or in this one, which takes seconds less."""
 
 import hashlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from typer.testing import CliRunner
+
+from jaxmoe.cli import app
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "COLUMNS": "200"}
 
@@ -18,6 +22,15 @@ def jaxmoe(*arguments, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300, **options
     )
+
+
+def call(*arguments) -> subprocess.CompletedProcess:
+    """Run the program within this process; what escapes its last resort is raised."""
+    words = [str(argument) for argument in arguments]
+    done = CliRunner().invoke(app, words)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
 
 
 def checksums(folder: Path, leave_out=("report.json", "README.md")) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import plain_checkpoint
 import pytest
-from program import checksums, jaxmoe
+from program import call, checksums, jaxmoe
 from safetensors.numpy import load_file, save_file
 
 from jaxmoe import StoredModel, calibrate
@@ -261,7 +261,7 @@ def run(tmp_path, case: Case, method: str = "svd"):
     before = checksums(source, ())
     output = tmp_path / "output"
     good = ("compress", source, output, "--method", method, "--ratio", "0.4")
-    done = jaxmoe(*good, *case.arguments)
+    done = call(*good, *case.arguments)
     assert done.returncode == case.code, done.stderr
     assert all(word in done.stderr for word in case.words), done.stderr
     assert "Traceback" not in done.stderr
@@ -299,7 +299,7 @@ def test_d2moe_with_statistics_that_lack_what_it_needs(tmp_path):
     calibrate(StoredModel(source), [text], tmp_path / "statistics", moments="pooled")
     before = checksums(source, ())
     options = ("--setting", "paper", "--statistics", tmp_path / "statistics")
-    done = jaxmoe("compress", source, tmp_path / "output", "--method", "d2moe", "--ratio", "0.4", *options)
+    done = call("compress", source, tmp_path / "output", "--method", "d2moe", "--ratio", "0.4", *options)
     assert done.returncode == 1, done.stderr
     assert "lack fisher_up, fisher_down, input_moments, intermediate_moments" in done.stderr
     assert all(mend in done.stderr for mend in ("--gradients sequence", "--moments expert", "--set delta=plain"))
@@ -308,14 +308,14 @@ def test_d2moe_with_statistics_that_lack_what_it_needs(tmp_path):
 
 
 def test_no_such_checkpoint(tmp_path):
-    done = jaxmoe("inspect", tmp_path / "nowhere")
+    done = call("inspect", tmp_path / "nowhere")
     assert done.returncode == 1
     assert "nowhere" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_json_errors_are_objects(tmp_path):
-    done = jaxmoe("inspect", tmp_path / "nowhere", "--json")
+    done = call("inspect", tmp_path / "nowhere", "--json")
     assert done.returncode == 1
     assert "nowhere" in json.loads(done.stdout)["error"]
 
@@ -325,7 +325,7 @@ def test_output_with_other_content_is_left_alone(tmp_path):
     output = tmp_path / "output"
     output.mkdir()
     (output / "thesis.txt").write_text("mine")
-    done = jaxmoe("compress", source, output, "--method", "svd", "--ratio", "0.4")
+    done = call("compress", source, output, "--method", "svd", "--ratio", "0.4")
     assert done.returncode == 1
     assert str(output) in done.stderr
     assert [path.name for path in output.iterdir()] == ["thesis.txt"]
@@ -336,7 +336,7 @@ def test_foreign_work_folder_is_left_alone(tmp_path):
     partial = tmp_path / "output.partial"
     partial.mkdir()
     (partial / "thesis.txt").write_text("mine")
-    done = jaxmoe("compress", source, tmp_path / "output", "--method", "svd", "--ratio", "0.4")
+    done = call("compress", source, tmp_path / "output", "--method", "svd", "--ratio", "0.4")
     assert done.returncode == 1
     assert "output.partial" in done.stderr
     assert [path.name for path in partial.iterdir()] == ["thesis.txt"]
@@ -363,15 +363,15 @@ def test_no_space_left(tmp_path):
 def test_compressed_checkpoints_where_originals_are_needed(tmp_path):
     source = plain_checkpoint.write(tmp_path / "source")
     small = tmp_path / "small"
-    assert jaxmoe("compress", source, small, "--method", "svd", "--ratio", "0.4").returncode == 0
-    twice = jaxmoe("compress", small, tmp_path / "twice", "--method", "svd", "--ratio", "0.4")
+    assert call("compress", source, small, "--method", "svd", "--ratio", "0.4").returncode == 0
+    twice = call("compress", small, tmp_path / "twice", "--method", "svd", "--ratio", "0.4")
     assert twice.returncode == 1
     assert "--to dense" in twice.stderr
-    stock = jaxmoe("convert", source, tmp_path / "dense", "--to", "dense")
+    stock = call("convert", source, tmp_path / "dense", "--to", "dense")
     assert stock.returncode == 1
     assert "factored" in stock.stderr
     config(jaxmoe={**json.loads((small / "config.json").read_text())["jaxmoe"], "format_version": 99})(small)
-    newer = jaxmoe("convert", small, tmp_path / "dense", "--to", "dense")
+    newer = call("convert", small, tmp_path / "dense", "--to", "dense")
     assert newer.returncode == 1
     assert "99" in newer.stderr
     assert not (tmp_path / "dense").exists()

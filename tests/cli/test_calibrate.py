@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from program import ENVIRONMENT, checksums, command, jaxmoe
+from program import ENVIRONMENT, call, checksums, command, jaxmoe
 
 from jaxmoe.data import demo_checkpoint, demo_texts
 
@@ -30,7 +30,7 @@ def statistics(tmp_path_factory) -> Path:
 
 
 def compress(output: Path, *options):
-    return jaxmoe("compress", demo_checkpoint(), output, "--method", "svd", "--ratio", "0.4", *options, "--json")
+    return call("compress", demo_checkpoint(), output, "--method", "svd", "--ratio", "0.4", *options, "--json")
 
 
 def report(done) -> dict:
@@ -109,7 +109,7 @@ BACKWARD = ("states/hidden00002.f32", "*-layer00003.json", "*-layer00001.json")
 )
 def test_a_killed_calibration_goes_on(gradients, stops, tmp_path):
     options = ("--text", TEXT, *QUICK, *gradients)
-    whole = jaxmoe("calibrate", demo_checkpoint(), tmp_path / "whole", *options)
+    whole = call("calibrate", demo_checkpoint(), tmp_path / "whole", *options)
     assert whole.returncode == 0, whole.stderr
     expected = checksums(tmp_path / "whole")
     output = tmp_path / "s"
@@ -122,9 +122,9 @@ def test_a_killed_calibration_goes_on(gradients, stops, tmp_path):
         assert found == (expected if output.exists() else {})
         assert hits[-1] or found, "a run that was not killed publishes"
     assert any(hits)
-    assert jaxmoe(*arguments).returncode == 0
+    assert call(*arguments).returncode == 0
     assert checksums(output) == expected
-    again = jaxmoe(*arguments, "--json")
+    again = call(*arguments, "--json")
     assert again.returncode == 0
     assert again.stderr == "", "a finished calibration is only shown"
 
@@ -169,7 +169,7 @@ def test_a_tokenizer_that_does_not_match(tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     text = tmp_path / "odd.txt"
     text.write_text(demo_texts()[0].read_text(encoding="utf-8").replace(" the ", " <odd> "), encoding="utf-8")
-    done = jaxmoe("calibrate", folder, tmp_path / "s", "--text", text, *QUICK)
+    done = call("calibrate", folder, tmp_path / "s", "--text", text, *QUICK)
     assert done.returncode == 1
     assert all(word in done.stderr for word in ("odd.txt", "'<odd>'", "embeddings of 4096 only")), done.stderr
     assert not (tmp_path / "s").exists()
@@ -177,14 +177,14 @@ def test_a_tokenizer_that_does_not_match(tmp_path):
 
 def test_an_attribute_that_nobody_knows(tmp_path):
     folder = edited(tmp_path, lambda config: {**config, "shiny_new_trick": 2, "another_one": "x"})
-    done = jaxmoe("calibrate", folder, tmp_path / "s", "--text", TEXT, *QUICK)
+    done = call("calibrate", folder, tmp_path / "s", "--text", TEXT, *QUICK)
     assert done.returncode == 1
     assert "another_one ('x'), shiny_new_trick (2)" in done.stderr
 
 
 def test_statistics_that_do_not_serve(statistics, tmp_path):
     other = edited(tmp_path, lambda config: {**config, "rms_norm_eps": 1e-5})
-    done = jaxmoe("compress", other, tmp_path / "o", "--method", "svd", "--ratio", "0.4", "--statistics", statistics)
+    done = call("compress", other, tmp_path / "o", "--method", "svd", "--ratio", "0.4", "--statistics", statistics)
     assert done.returncode == 1
     assert "is of another model than" in done.stderr
     both = compress(tmp_path / "o", "--statistics", statistics, "--text", TEXT)
@@ -192,7 +192,7 @@ def test_statistics_that_do_not_serve(statistics, tmp_path):
     none = compress(tmp_path / "o", "--statistics", tmp_path / "none")
     assert "has no statistics.json" in json.loads(none.stdout)["error"]
     part = tmp_path / "part"
-    assert jaxmoe("calibrate", demo_checkpoint(), part, "--text", TEXT, *QUICK, "--layers", "0:2").returncode == 0
+    assert call("calibrate", demo_checkpoint(), part, "--text", TEXT, *QUICK, "--layers", "0:2").returncode == 0
     missing = compress(tmp_path / "o", "--statistics", part)
     assert "has no layer 2, 3" in json.loads(missing.stdout)["error"]
     alone = compress(tmp_path / "o", "--sequential")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import ml_dtypes  # noqa: F401  numpy learns bfloat16
 import numpy as np
 import pytest
-from program import ENVIRONMENT, checksums, command, jaxmoe
+from program import ENVIRONMENT, call, checksums, command, jaxmoe
 from safetensors.numpy import load_file, save_file
 
 from jaxmoe.data import demo_checkpoint, demo_texts
@@ -24,7 +24,7 @@ EXPERT = "model.layers.2.mlp.experts.5.down_proj.weight"
 
 def test_what_it_prints(tmp_path):
     small = tmp_path / "small"
-    assert jaxmoe("compress", demo_checkpoint(), small, "--method", "svd", "--ratio", "0.6").returncode == 0
+    assert call("compress", demo_checkpoint(), small, "--method", "svd", "--ratio", "0.6").returncode == 0
     arguments = ("evaluate", small, "--text", TEXT, "--text", demo_texts()[1], "--against", demo_checkpoint())
     arguments += ("--length", "64", "--sequences", "3", "--generate", "5")
     done = jaxmoe(*arguments, "--json")
@@ -148,12 +148,13 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_bad_input(tmp_path, case):
+def test_bad_input(tmp_path, monkeypatch, case):
     shutil.copytree(demo_checkpoint(), tmp_path / "copy")
     arguments = case.make(tmp_path)
     before = checksums(tmp_path, ())
     given = () if "strange.txt" in str(arguments) else ("--text", TEXT)
-    done = jaxmoe("evaluate", tmp_path / "copy", *given, *SMALL, *arguments, cwd=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    done = call("evaluate", tmp_path / "copy", *given, *SMALL, *arguments)
     assert done.returncode == case.code, done.stderr
     assert all(word in done.stderr for word in case.words), done.stderr
     assert "Traceback" not in done.stderr
@@ -164,13 +165,13 @@ def test_bad_input(tmp_path, case):
 
 
 def test_no_text_at_all():
-    done = jaxmoe("evaluate", demo_checkpoint())
+    done = call("evaluate", demo_checkpoint())
     assert done.returncode == 2
     assert "--text" in done.stderr
 
 
 def test_json_errors_are_objects():
-    done = jaxmoe("evaluate", demo_checkpoint(), "--text", "nowhere.txt", "--json")
+    done = call("evaluate", demo_checkpoint(), "--text", "nowhere.txt", "--json")
     assert done.returncode == 1
     assert "nowhere.txt" in json.loads(done.stdout)["error"]
 
@@ -179,7 +180,7 @@ def test_a_tokenizer_in_another_layout_is_the_same(tmp_path):
     shutil.copytree(demo_checkpoint(), tmp_path / "copy")
     arguments = tokenizer(lambda content: content.update(padding=None, truncation=None))(tmp_path)
     assert (tmp_path / "copy" / "tokenizer.json").read_bytes() != (demo_checkpoint() / "tokenizer.json").read_bytes()
-    done = jaxmoe("evaluate", tmp_path / "copy", "--text", TEXT, *SMALL, *arguments, "--json")
+    done = call("evaluate", tmp_path / "copy", "--text", TEXT, *SMALL, *arguments, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["top1_agreement"] == 1
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import plain_checkpoint
 import pytest
 from filelock import FileLock
-from program import ENVIRONMENT, checksums, command, jaxmoe
+from program import ENVIRONMENT, call, checksums, command, jaxmoe
 
 SVD = ("--method", "svd", "--ratio", "0.4")
 MOBE = ("--method", "mobe", "--ratio", "0.4", "--set", "steps=300")
@@ -82,13 +82,13 @@ def test_disjoint_layers_complete_one_checkpoint(tmp_path, quiet):
 def test_second_run_is_kept_out(tmp_path):
     source = source_of(tmp_path, layers=2)
     output = tmp_path / "output"
-    assert jaxmoe("compress", source, output, *SVD, "--layers", "0:1").returncode == 0
+    assert call("compress", source, output, *SVD, "--layers", "0:1").returncode == 0
     with FileLock(tmp_path / "output.partial" / ".jaxmoe" / "layer00001.lock"):
         for options in ((), ("--no-resume",)):
-            done = jaxmoe("compress", source, output, *SVD, *options)
+            done = call("compress", source, output, *SVD, *options)
             assert done.returncode == 1
             assert "another run is working on layer00001" in done.stderr
-    assert jaxmoe("compress", source, output, *SVD).returncode == 0
+    assert call("compress", source, output, *SVD).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -103,13 +103,13 @@ def test_second_run_is_kept_out(tmp_path):
 def test_other_settings_are_refused(tmp_path, changed, word):
     source = source_of(tmp_path, layers=2)
     output = tmp_path / "output"
-    assert jaxmoe("compress", source, output, *SVD, "--layers", "0:1").returncode == 0
-    done = jaxmoe("compress", source, output, *SVD, *changed)
+    assert call("compress", source, output, *SVD, "--layers", "0:1").returncode == 0
+    done = call("compress", source, output, *SVD, *changed)
     assert done.returncode == 1
     assert "other settings" in done.stderr
     assert word in done.stderr
-    assert jaxmoe("compress", source, output, *SVD, *changed, "--no-resume").returncode == 0
-    finished = jaxmoe("compress", source, output, *SVD)
+    assert call("compress", source, output, *SVD, *changed, "--no-resume").returncode == 0
+    finished = call("compress", source, output, *SVD)
     assert finished.returncode == 1
     assert "something else" in finished.stderr
 
@@ -117,10 +117,10 @@ def test_other_settings_are_refused(tmp_path, changed, word):
 def test_changed_source_is_noticed(tmp_path):
     source = source_of(tmp_path, layers=2)
     output = tmp_path / "output"
-    assert jaxmoe("compress", source, output, *SVD, "--layers", "0:1").returncode == 0
+    assert call("compress", source, output, *SVD, "--layers", "0:1").returncode == 0
     subprocess.run(["rm", "-r", source], check=True)
     plain_checkpoint.write(source, shards=2, seed=1)
-    done = jaxmoe("compress", source, output, *SVD)
+    done = call("compress", source, output, *SVD)
     assert done.returncode == 1
     assert "source" in done.stderr
 
@@ -128,10 +128,10 @@ def test_changed_source_is_noticed(tmp_path):
 def test_finished_run_is_left_as_it_is(tmp_path):
     source = source_of(tmp_path, layers=2)
     output = tmp_path / "output"
-    assert jaxmoe("compress", source, output, *SVD).returncode == 0
+    assert call("compress", source, output, *SVD).returncode == 0
     before = checksums(output, ())
     (output / ".jaxmoe").mkdir()
-    again = jaxmoe("compress", source, output, *SVD, "--json")
+    again = call("compress", source, output, *SVD, "--json")
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["complete"]
     assert checksums(output, ()) == before

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from program import checksums, jaxmoe
+from program import call, checksums
 
 from jaxmoe import Checkpoint, calibrate, evaluate_checkpoint, methods
 from jaxmoe.calibration.folder import Statistics
@@ -124,7 +124,7 @@ BAD = {
 def test_what_it_does_not_take_is_refused_before_calibration(tmp_path):
     for option in (("--sequential",), ("--export", "dense"), ("--layers", "0:2")):
         text = ("--text", demo_texts()[0], *option)
-        run = jaxmoe("compress", demo_checkpoint(), tmp_path / "out", "-m", "reap", "-r", 0.25, *text)
+        run = call("compress", demo_checkpoint(), tmp_path / "out", "-m", "reap", "-r", 0.25, *text)
         assert run.returncode == 1
         assert "leave out --layers, --sequential and --export" in run.stderr
         assert not list(tmp_path.iterdir())
@@ -134,7 +134,7 @@ def test_what_it_does_not_take_is_refused_before_calibration(tmp_path):
 def test_bad_input(what, tmp_path, statistics):
     options, message = BAD[what]
     given = () if what == "no statistics" else ("--statistics", statistics.folder)
-    run = jaxmoe("compress", demo_checkpoint(), tmp_path / "out", "-m", "reap", "-r", 0.25, *given, *options)
+    run = call("compress", demo_checkpoint(), tmp_path / "out", "-m", "reap", "-r", 0.25, *given, *options)
     assert run.returncode == 1
     assert message in run.stderr
     assert len(run.stderr.strip().splitlines()) == 1
@@ -142,7 +142,7 @@ def test_bad_input(what, tmp_path, statistics):
 
 
 def test_slim_is_no_export_of_factors(tmp_path):
-    run = jaxmoe("compress", demo_checkpoint(), tmp_path / "out", "-m", "svd", "-r", 0.25, "--export", "slim")
+    run = call("compress", demo_checkpoint(), tmp_path / "out", "-m", "svd", "-r", 0.25, "--export", "slim")
     assert run.returncode == 1
     assert "svd removes no experts" in run.stderr
 
@@ -150,7 +150,7 @@ def test_slim_is_no_export_of_factors(tmp_path):
 def test_command_line_writes_what_pytorch_runs(tmp_path, statistics):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     options = ("-m", "nystrom", "-r", 0.25, "--statistics", statistics.folder, "--json")
-    run = jaxmoe("compress", demo_checkpoint(), tmp_path / "small", *options)
+    run = call("compress", demo_checkpoint(), tmp_path / "small", *options)
     report = json.loads(run.stdout)
     assert report["kept"] == {"channels": 48}
     assert "any program that runs the original architecture" in (tmp_path / "small" / "README.md").read_text()
