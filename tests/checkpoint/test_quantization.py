@@ -104,7 +104,8 @@ def fp8_checkpoint(source, folder, block=(16, 32)):
             arrays[name] = exact[name] = values
             continue
         grid = [-(-size // b) for size, b in zip(values.shape, block)]
-        scale = RNG.lognormal(-3, 1, grid).astype("float32")
+        # Smaller ones would take weights beyond the largest number of the format, which becomes NaN.
+        scale = np.maximum(RNG.lognormal(-3, 1, grid), 0.01).astype("float32")
         wide = np.kron(scale, np.ones(block))[: values.shape[0], : values.shape[1]]
         arrays[name] = (values.astype("float32") / wide).astype(FP8)
         arrays[name + "_scale_inv"] = scale
