@@ -26,7 +26,7 @@ from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import fingerprint, finished
 from jaxmoe.compression import carry_out, check_form, plan_compression
 from jaxmoe.errors import JaxmoeError, StorageError
-from jaxmoe.methods import AnyMethod, SlimMethod
+from jaxmoe.methods import AnyMethod, PruningMethod
 from jaxmoe.methods.method import needs_gradients
 from jaxmoe.pipeline import reads, where
 from jaxmoe.plan import SCOPES
@@ -54,9 +54,9 @@ class Chain(NamedTuple):
     steps: tuple[AnyMethod, ...]
 
     @property
-    def slimming(self) -> tuple[SlimMethod, ...]:
+    def slimming(self) -> tuple[PruningMethod, ...]:
         """All steps but the last."""
-        return tuple(step for step in self.steps[:-1] if isinstance(step, SlimMethod))
+        return tuple(step for step in self.steps[:-1] if isinstance(step, PruningMethod))
 
     def requires(self, settings: "ChainSettings") -> Mapping[str, str]:
         """Return the statistics that its steps need, as for `Method`."""
@@ -107,10 +107,10 @@ def find(name: str) -> AnyMethod | Chain:
     steps = [methods.get(part) for part in name.removeprefix(PREFIX).split("+")]
     if len(steps) == 1:
         return steps[0]
-    if wrong := [step.name for step in steps[:-1] if not isinstance(step, SlimMethod)]:
+    if wrong := [step.name for step in steps[:-1] if not isinstance(step, PruningMethod)]:
         raise JaxmoeError(
             f"{name}: {', '.join(wrong)} stores factors, on which no further step can work; let it be the last one,"
-            f" after methods that remove experts or channels: {methods.slimming()}"
+            f" after methods that remove experts or channels: {methods.pruning_methods()}"
         )
     return Chain("+".join(step.name for step in steps), tuple(steps))
 
@@ -302,7 +302,7 @@ class _Budget:
         if self.removed >= self.experts:
             raise JaxmoeError(f"ratio {ratio} of {of} is more than all routed experts: choose a smaller one")
 
-    def slim(self, found: Checkpoint, method: SlimMethod, settings: ChainSettings, position: int) -> SlimPlan:
+    def slim(self, found: Checkpoint, method: PruningMethod, settings: ChainSettings, position: int) -> SlimPlan:
         """Plan a step but the last on what it finds."""
         ratio = 1 - (1 - self.removed / self.experts) ** settings.share(position)
         return make_slim_plan(found, method, settings.steps[position], ratio=ratio, nearest=True)

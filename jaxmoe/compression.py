@@ -7,7 +7,7 @@ from typing import Any
 from jaxmoe import pipeline
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.methods import AnyMethod, SlimMethod, slimming
+from jaxmoe.methods import AnyMethod, PruningMethod, pruning_methods
 from jaxmoe.pipeline import Amend, unchanged
 from jaxmoe.plan import Plan, make_plan
 from jaxmoe.slimming import SlimPlan, make_slim_plan, slim
@@ -33,7 +33,7 @@ def check_form(
         layers: some layers alone.
         sequential: whether every layer is calibrated behind the compressed ones.
     """
-    if isinstance(method, SlimMethod):
+    if isinstance(method, PruningMethod):
         if layers is not None or sequential or export not in (None, "slim"):
             raise JaxmoeError(
                 f"{method.name} goes through all layers at once and writes a checkpoint of the original architecture:"
@@ -41,7 +41,9 @@ def check_form(
             )
         return
     if export == "slim":
-        raise JaxmoeError(f"--export slim: {method.name} removes no experts and no channels; these do: {slimming()}")
+        raise JaxmoeError(
+            f"--export slim: {method.name} removes no experts and no channels; these do: {pruning_methods()}"
+        )
     pipeline.check_export(checkpoint, export or "factored")
 
 
@@ -61,7 +63,7 @@ def plan_compression(
     Raises:
         JaxmoeError: the ratio is out of reach, or the method does not take an argument.
     """
-    if isinstance(method, SlimMethod):
+    if isinstance(method, PruningMethod):
         if allocation not in (None, "uniform"):
             raise JaxmoeError(f"--allocation {allocation}: {method.name} keeps the same number in every layer")
         return make_slim_plan(checkpoint, method, settings, ratio=ratio, of=of)

@@ -291,7 +291,7 @@ def fit_layer(
         outcomes += [outcome._replace(target=target) for outcome in fit.outcomes]
         if all(outcome.kind != REORDERED for outcome in fit.outcomes):
             behind = behind_svd(weight, fit.terms, known.moment, target)
-            yields = behind is not None and plan.method.yields and plan.settings.setting == "improved"
+            yields = behind is not None and plan.method.falls_back_to_svd and plan.settings.setting == "improved"
             if behind is not None and yields and (closer := svd_instead(weight, fit.terms, known)) is not None:
                 terms[target] = closer
                 behind = behind._replace(kind="svd_instead", detail=f"{behind.detail}; it is stored instead")

@@ -201,9 +201,9 @@ def compress(
 def _forms(checkpoint, method) -> tuple[list[str], list[str]]:
     """Return the forms in which a result can be written, and what a user must be told of them."""
     from jaxmoe.export.architectures import exports
-    from jaxmoe.methods import SlimMethod
+    from jaxmoe.methods import PruningMethod
 
-    forms = ["slim"] if isinstance(method, SlimMethod) else exports(checkpoint.model_type)
+    forms = ["slim"] if isinstance(method, PruningMethod) else exports(checkpoint.model_type)
     if forms != ["dense"]:
         return forms, []
     kind = checkpoint.model_type

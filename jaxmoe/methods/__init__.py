@@ -14,12 +14,12 @@ from jaxmoe.methods.hc_smoe import HC_SMOE
 from jaxmoe.methods.method import Evidence, Fit, Method, Outcome, Slot
 from jaxmoe.methods.mobe import MOBE
 from jaxmoe.methods.nystrom import NYSTROM
+from jaxmoe.methods.pruning import PruningMethod
 from jaxmoe.methods.reap import REAP
 from jaxmoe.methods.rfid import RFID
-from jaxmoe.methods.slimming import SlimMethod
 from jaxmoe.methods.svd import SVD
 
-AnyMethod = Method | SlimMethod
+AnyMethod = Method | PruningMethod
 """What a name may stand for: factors of the experts, or fewer and smaller ones."""
 
 METHODS: dict[str, AnyMethod] = {}
@@ -49,14 +49,14 @@ def get(name: str) -> AnyMethod:
     return METHODS[name]
 
 
-def slimming() -> str:
+def pruning_methods() -> str:
     """Return the names of the methods that remove experts or channels, for messages.
 
     Example:
-        >>> slimming()
+        >>> pruning_methods()
         'camera, frequency, nystrom, reap'
     """
-    return ", ".join(name for name, method in sorted(METHODS.items()) if isinstance(method, SlimMethod))
+    return ", ".join(name for name, method in sorted(METHODS.items()) if isinstance(method, PruningMethod))
 
 
 for _method in (SVD, MOBE, RFID, D2MOE, FREQUENCY, REAP, CAMERA, NYSTROM, HC_SMOE):
@@ -69,9 +69,9 @@ __all__ = [
     "Fit",
     "Method",
     "Outcome",
-    "SlimMethod",
+    "PruningMethod",
     "Slot",
     "get",
+    "pruning_methods",
     "register",
-    "slimming",
 ]

@@ -13,9 +13,9 @@ import numpy as np
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods.method import Evidence
-from jaxmoe.methods.slimming import ChannelSettings, Slimmed, SlimMethod, needs, statistic
+from jaxmoe.methods.pruning import ChannelSettings, Pruned, PruningMethod, needs, statistic
 from jaxmoe.scores import channel_energy
-from jaxmoe.solvers.slimming import keep_best
+from jaxmoe.solvers.channels import keep_best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +34,14 @@ class CameraSettings(ChannelSettings):
             raise JaxmoeError(f"rho={self.rho}: give a number from 0 to 1")
 
 
-def fit(evidence: Evidence, keep: int, settings: CameraSettings, *, groups: int = 1) -> Slimmed:
+def fit(evidence: Evidence, keep: int, settings: CameraSettings, *, groups: int = 1) -> Pruned:
     """Return every expert's channels of the largest weighted energy."""
     energies, peaks = (jnp.asarray(statistic(evidence, name)) for name in ("channel_energies", "channel_peaks"))
     score = channel_energy(evidence.weight("down"), energies, peaks, settings.rho)
-    return Slimmed(keep_best(np.asarray(score), keep))
+    return Pruned(keep_best(np.asarray(score), keep))
 
 
-CAMERA = SlimMethod(
+CAMERA = PruningMethod(
     "camera",
     "drop the intermediate channels that add the least",
     CameraSettings,

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxmoe.factors import LayerShape, Merged
 from jaxmoe.methods.method import REORDERED, Evidence, Fit, Method, Outcome, Slot, check_setting
-from jaxmoe.methods.slimming import MEND, statistic
+from jaxmoe.methods.pruning import MEND, statistic
 from jaxmoe.solvers.alignment import align, neuron_matrix
 from jaxmoe.solvers.clustering import cluster, merge
 

@@ -136,7 +136,7 @@ class Method(NamedTuple):
         requires: `(settings) -> {statistic: mend}`: arrays of the statistics without which it cannot run, and what the
             user can do instead.
         allocation: the rule by which `--setting improved` shares the budget where the statistics allow it, see `plan`.
-        yields: whether `--setting improved` stores truncated SVD where that is closer at equal size, see `rivalry`.
+        falls_back_to_svd: whether `--setting improved` stores truncated SVD where that is closer at equal size.
     """
 
     name: str
@@ -148,7 +148,7 @@ class Method(NamedTuple):
     working_bytes: Callable[[tuple[Any, ...]], int]
     requires: Callable[[Any], Mapping[str, str]] = no_requirements
     allocation: str = "uniform"
-    yields: bool = False
+    falls_back_to_svd: bool = False
 
 
 def needs_gradients(requires: Mapping[str, str]) -> bool:

@@ -168,5 +168,5 @@ MOBE = Method(
     fit,
     working_bytes,
     allocation="importance",
-    yields=True,
+    falls_back_to_svd=True,
 )

@@ -1,4 +1,4 @@
-"""Nyström channel slimming: drop intermediate channels and let down make the best of the others.
+"""Nyström channel pruning: drop intermediate channels and refit down to the others.
 
     paper      C = sum_t h h',  S = channels of the largest ridge leverage diag((C + r I)^-1 C)
     improved   C = sum_t w^2 h h' shrunk towards all experts' and floored,  S chosen one after another, each time the
@@ -16,13 +16,13 @@ import numpy as np
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods.method import Evidence
-from jaxmoe.methods.slimming import ChannelSettings, Slimmed, SlimMethod, needs, statistic
-from jaxmoe.solvers.slimming import damped, greedy_channels, keep_best, nystrom_down, ridge_leverage
+from jaxmoe.methods.pruning import ChannelSettings, Pruned, PruningMethod, needs, statistic
+from jaxmoe.solvers.channels import damped, greedy_channels, keep_best, nystrom_down, ridge_leverage
 
 
 @dataclass(frozen=True, kw_only=True)
 class NystromSettings(ChannelSettings):
-    """Settings of the Nyström slimming.
+    """Settings of Nyström pruning.
 
     Args:
         ridge: r of the setting "paper", as a fraction of the mean of C's diagonal.
@@ -36,7 +36,7 @@ class NystromSettings(ChannelSettings):
             raise JaxmoeError(f"ridge={self.ridge}: give a number between 0 and 1")
 
 
-def fit(evidence: Evidence, keep: int, settings: NystromSettings, *, groups: int = 1) -> Slimmed:
+def fit(evidence: Evidence, keep: int, settings: NystromSettings, *, groups: int = 1) -> Pruned:
     """Return the channels that stay and the new down projection, computed in float64."""
     with jax.enable_x64(True):
         down = jnp.asarray(evidence.weight("down"), jnp.float64)
@@ -50,10 +50,10 @@ def fit(evidence: Evidence, keep: int, settings: NystromSettings, *, groups: int
             moment = jnp.broadcast_to(moment, (len(down), *moment.shape[-2:]))
             kept = greedy_channels(down, moment, keep=keep)
         found = nystrom_down(down, moment, kept)
-        return Slimmed(np.asarray(kept), {"down": np.asarray(found, np.float32)})
+        return Pruned(np.asarray(kept), {"down": np.asarray(found, np.float32)})
 
 
-NYSTROM = SlimMethod(
+NYSTROM = PruningMethod(
     "nystrom",
     "drop intermediate channels and refit down to the others",
     NystromSettings,

@@ -9,21 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.methods.method import Evidence
-from jaxmoe.methods.slimming import Slimmed, SlimMethod, SlimSettings, needs, statistic
+from jaxmoe.methods.pruning import Pruned, PruningMethod, PruningSettings, needs, statistic
 from jaxmoe.scores import router_weighted_output_norm
-from jaxmoe.solvers.slimming import keep_best
+from jaxmoe.solvers.channels import keep_best
 
 
-def fit(evidence: Evidence, keep: int, settings: SlimSettings, *, groups: int = 1) -> Slimmed:
+def fit(evidence: Evidence, keep: int, settings: PruningSettings, *, groups: int = 1) -> Pruned:
     """Return the experts of the largest mean router-weighted output norm."""
     sums, counts = (jnp.asarray(statistic(evidence, name)) for name in ("weighted_output_norms", "counts"))
-    return Slimmed(keep_best(np.asarray(router_weighted_output_norm(sums, counts)), keep, groups))
+    return Pruned(keep_best(np.asarray(router_weighted_output_norm(sums, counts)), keep, groups))
 
 
-REAP = SlimMethod(
+REAP = PruningMethod(
     "reap",
     "drop the experts that add the least to their tokens",
-    SlimSettings,
+    PruningSettings,
     "experts",
     fit,
     needs("counts", "weighted_output_norms"),

@@ -411,5 +411,5 @@ RFID = Method(
     working_bytes,
     requires,
     allocation="importance",
-    yields=True,
+    falls_back_to_svd=True,
 )

@@ -14,7 +14,7 @@ from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.tensor_file import Planned
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
-from jaxmoe.methods.slimming import SlimMethod
+from jaxmoe.methods.pruning import PruningMethod
 from jaxmoe.model.keys import brief
 from jaxmoe.plan import SCOPES
 from jaxmoe.slimming.files import check_stock, slim_config, slim_copied, slim_edited, slim_shape
@@ -38,7 +38,7 @@ class SlimPlan:
         peak_bytes: predicted peak of memory beyond that of the idle program.
     """
 
-    method: SlimMethod
+    method: PruningMethod
     settings: Any
     requested: dict[str, Any]
     before: int
@@ -81,7 +81,7 @@ class SlimPlan:
 
 def make_slim_plan(
     checkpoint: Checkpoint,
-    method: SlimMethod,
+    method: PruningMethod,
     settings: Any,
     *,
     ratio: float,
@@ -276,7 +276,7 @@ def _peak(shape: LayerShape, itemsize: int, unit: str) -> int:
     return 2 * projection * (itemsize + 4) + moments
 
 
-def _out_of_reach(method: SlimMethod, multiple: int, ratio: float, of: str, extremes: list[SlimPlan]) -> str:
+def _out_of_reach(method: PruningMethod, multiple: int, ratio: float, of: str, extremes: list[SlimPlan]) -> str:
     if not extremes:
         return (
             f"ratio {ratio} of {of}: {method.name} can remove no {method.unit} from this model, of which it keeps a"

@@ -20,7 +20,7 @@ from jaxmoe.export.checking import dense_answers, first_and_last
 from jaxmoe.factors import CompressedLayer, Dense
 from jaxmoe.factors.slicing import slice_channels
 from jaxmoe.methods import Outcome
-from jaxmoe.methods.slimming import Slimmed
+from jaxmoe.methods.pruning import Pruned
 from jaxmoe.pipeline import Amend, check_statistics, measured_errors, peak_bytes, publish, reads, unchanged, where
 from jaxmoe.slimming.files import slim_config, slim_copied, slim_edited
 from jaxmoe.slimming.plan import SlimPlan
@@ -132,7 +132,7 @@ def _layer(checkpoint, plan: SlimPlan, layer: MoELayer, copied, sums: LayerSums 
     unit = plan.method.unit
     read = partial(checkpoint.projection, layer)
     known = evidence(sums, "down", lambda name: read(name).astype(np.float32))
-    found: Slimmed = plan.method.fit(known, plan.keep, plan.settings, groups=plan.groups)
+    found: Pruned = plan.method.fit(known, plan.keep, plan.settings, groups=plan.groups)
     _check(found, plan, layer)
     edited = slim_edited(checkpoint, layer, copied, unit, plan.keep, lambda: found.kept)
     rest = partial(_remaining, read, found, unit)
@@ -162,7 +162,7 @@ def _layer(checkpoint, plan: SlimPlan, layer: MoELayer, copied, sums: LayerSums 
     return workspace.finish(layer.index, key, checksum, record)
 
 
-def _check(found: Slimmed, plan: SlimPlan, layer: MoELayer) -> None:
+def _check(found: Pruned, plan: SlimPlan, layer: MoELayer) -> None:
     """Raise unless a method kept just so many, and gave numbers."""
     lead = () if plan.method.unit == "experts" else (layer.shape.experts,)
     if found.kept.shape != (*lead, plan.keep) or (np.diff(found.kept, axis=-1) <= 0).any():
@@ -175,7 +175,7 @@ def _check(found: Slimmed, plan: SlimPlan, layer: MoELayer) -> None:
             )
 
 
-def _remaining(read, found: Slimmed, unit: str, projection: str) -> np.ndarray:
+def _remaining(read, found: Pruned, unit: str, projection: str) -> np.ndarray:
     """Return a projection of what stays."""
     if projection in found.weights:
         return found.weights[projection]

@@ -10,7 +10,7 @@ from tiny_models import EXPERTS, FAMILIES, INTERMEDIATE, save_tiny
 from jaxmoe import Checkpoint
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.methods.slimming import ChannelSettings, Slimmed, SlimMethod, SlimSettings
+from jaxmoe.methods.pruning import ChannelSettings, Pruned, PruningMethod, PruningSettings
 from jaxmoe.slimming import make_slim_plan, slim
 
 torch = pytest.importorskip("torch")
@@ -37,19 +37,19 @@ def chosen(seed, groups, of, keep):
 
 def drop_experts(evidence, keep, settings, *, groups):
     seed = int(abs(evidence.weight("down")).sum() * 1000) % 1000
-    return Slimmed(chosen(seed, groups, EXPERTS, keep))
+    return Pruned(chosen(seed, groups, EXPERTS, keep))
 
 
 CHANNELS = np.stack([chosen(seed, 1, INTERMEDIATE, 16) for seed in range(EXPERTS)])
 
 
 def drop_channels(evidence, keep, settings, *, groups):
-    return Slimmed(CHANNELS)
+    return Pruned(CHANNELS)
 
 
 NOTHING = lambda settings: {}  # noqa: E731
-RANDOM_EXPERTS = SlimMethod("random", "", SlimSettings, "experts", drop_experts, NOTHING)
-RANDOM_CHANNELS = SlimMethod("random", "", ChannelSettings, "channels", drop_channels, NOTHING)
+RANDOM_EXPERTS = PruningMethod("random", "", PruningSettings, "experts", drop_experts, NOTHING)
+RANDOM_CHANNELS = PruningMethod("random", "", ChannelSettings, "channels", drop_channels, NOTHING)
 
 
 TWO_GROUPS = {"n_group": 2, "topk_group": 1}

@@ -9,11 +9,11 @@ from safetensors.numpy import save_file
 
 from jaxmoe import Checkpoint, methods
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.methods.slimming import Slimmed, SlimMethod, SlimSettings
+from jaxmoe.methods.pruning import Pruned, PruningMethod, PruningSettings
 from jaxmoe.slimming import make_slim_plan, slim
 
-FIRST = SlimMethod(
-    "first", "", SlimSettings, "experts", lambda e, keep, s, *, groups: Slimmed(np.arange(keep)), lambda settings: {}
+FIRST = PruningMethod(
+    "first", "", PruningSettings, "experts", lambda e, keep, s, *, groups: Pruned(np.arange(keep)), lambda settings: {}
 )
 
 
@@ -70,7 +70,9 @@ def test_groups_of_mamba_are_not_those_of_experts(tmp_path):
 
 def test_every_name_for_the_count_is_edited(tmp_path):
     checkpoint = write(tmp_path / "source", {"num_local_experts": 4})
-    slim(checkpoint, tmp_path / "small", make_slim_plan(checkpoint, FIRST, SlimSettings(), ratio=0.5), statistics=None)
+    slim(
+        checkpoint, tmp_path / "small", make_slim_plan(checkpoint, FIRST, PruningSettings(), ratio=0.5), statistics=None
+    )
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     assert (config["num_experts"], config["num_local_experts"]) == (2, 2)
     assert config["num_experts_per_tok"] == 2
@@ -82,7 +84,7 @@ def test_multi_token_prediction_is_left_out_and_said(tmp_path):
         made["mtp.layers.0.mlp.gate.weight"] = made["model.layers.0.mlp.gate.weight"]
 
     checkpoint = write(tmp_path / "source", {"num_nextn_predict_layers": 1}, predicting)
-    plan = make_slim_plan(checkpoint, FIRST, SlimSettings(), ratio=0.5)
+    plan = make_slim_plan(checkpoint, FIRST, PruningSettings(), ratio=0.5)
     report = slim(checkpoint, tmp_path / "small", plan, statistics=None)
     assert json.loads((tmp_path / "small" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     assert not [name for name in Checkpoint.open(tmp_path / "small").tensors if "mtp" in name]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.solvers import decompositions, group_spectra, mixture, shared_right, slimming, weighted_svd
+from jaxmoe.solvers import channels, decompositions, group_spectra, mixture, shared_right, weighted_svd
 from jaxmoe.solvers.decompositions import cholesky, eigh, eigvalsh, orthonormal, solve, solve_lower
 from jaxmoe.solvers.variable_projection import variable_projection
 
@@ -82,7 +82,7 @@ PROGRAMS = {
     "groups": (lambda w, c, r: group_spectra.group_spectra(w, size=2, moment=c, row_moment=r), WEIGHT, MOMENT, ROWS),
     "group energies": (lambda w, c: group_spectra.group_energies(w, size=2, moment=c), WEIGHT, MOMENT),
     "shared right": (lambda w, c: shared_right.shared_right(w, rank=3, moment=c), WEIGHT, MOMENT),
-    "leverage": (partial(slimming.ridge_leverage, ridge=0.1), MOMENT),
+    "leverage": (partial(channels.ridge_leverage, ridge=0.1), MOMENT),
     "inverse": (mixture.lower_inverse, np.tril(positive(4, side=40)).astype(np.float32)),
     "mixture": (
         lambda w, c, r: variable_projection(w, bases=2, rank=3, steps=4, trial=2, moment=c, row_moment=r),

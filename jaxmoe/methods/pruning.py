@@ -1,8 +1,8 @@
-"""What a slimming method is: it removes whole experts or intermediate channels, and the architecture stays what it was.
+"""What a pruning method is: it removes whole experts or intermediate channels, and the architecture stays what it was.
 
-Unlike the factors of a `Method`, what remains is a plain checkpoint with smaller numbers in its `config.json`, which
-any program loads that loads the original. Every layer, and every expert, keeps the same number: stock architectures
-know no other. A slimming method says which ones stay, and with what weights; `jaxmoe.slimming` does the rest.
+Unlike the factors of a `Method`, what remains is a plain checkpoint with smaller sizes in its `config.json`, which any
+program loads that loads the original. Every layer, and every expert, keeps the same number: stock architectures know no
+other. A pruning method says which ones stay, and with what weights; the engine does the rest.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ UNITS = ("experts", "channels")
 """What can be removed: whole experts, or intermediate channels of every expert."""
 
 
-class Slimmed(NamedTuple):
+class Pruned(NamedTuple):
     """What remains of one layer.
 
     kept: ascending indices, of experts `[keep]` or of every expert's channels `[expert, keep]`; weights: projections
@@ -30,15 +30,15 @@ class Slimmed(NamedTuple):
     outcomes: tuple[Outcome, ...] = ()
 
 
-class SlimMethod(NamedTuple):
+class PruningMethod(NamedTuple):
     """A method that removes experts or channels.
 
     Args:
         name: as the command line spells it.
         summary: one line for the help text.
-        settings: a frozen dataclass, `SlimSettings` or one that extends it.
+        settings: a frozen dataclass, `PruningSettings` or one that extends it.
         unit: what it removes, one of `UNITS`.
-        fit: `(evidence, keep, settings, *, groups) -> Slimmed` for one layer: `evidence.statistic(name)` and
+        fit: `(evidence, keep, settings, *, groups) -> Pruned` for one layer: `evidence.statistic(name)` and
             `evidence.weight(projection)` read what it wants, `evidence.moment` is the second moment of the intermediate
             activations; `groups` of the experts have to keep equal numbers.
         requires: `(settings) -> {statistic: mend}` as for `Method`.
@@ -49,14 +49,14 @@ class SlimMethod(NamedTuple):
     summary: str
     settings: type
     unit: str
-    fit: Callable[..., Slimmed]
+    fit: Callable[..., Pruned]
     requires: Callable[[Any], Mapping[str, str]]
     allocation: str = "uniform"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlimSettings:
-    """What methods can be told that remove experts.
+class PruningSettings:
+    """Settings of the methods that remove experts.
 
     Args:
         setting: "paper" or "improved".
@@ -73,8 +73,8 @@ class SlimSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChannelSettings(SlimSettings):
-    """What methods can be told that remove channels.
+class ChannelSettings(PruningSettings):
+    """Settings of the methods that remove channels.
 
     Args:
         multiple: what is kept is a multiple of this number. PyTorch multiplies the experts' matrices in one product
@@ -88,7 +88,7 @@ MEND = "calibrate with --text, or give --statistics"
 
 
 def needs(*names: str) -> Callable[[Any], Mapping[str, str]]:
-    """Return that a method needs some statistics, for `SlimMethod.requires`.
+    """Return that a method needs some statistics, for `PruningMethod.requires`.
 
     Example:
         >>> needs("counts")(None)

@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.slicing import slice_channels
-from jaxmoe.solvers.slimming import damped, greedy_channels, keep_best, nystrom_down, ridge_leverage
+from jaxmoe.solvers.channels import damped, greedy_channels, keep_best, nystrom_down, ridge_leverage
 
 EXPERTS, HIDDEN, CHANNELS, TOKENS = 3, 5, 7, 40
 
