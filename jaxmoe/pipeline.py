@@ -23,11 +23,11 @@ import jaxmoe
 from jaxmoe.checkpoint import Checkpoint, MoELayer
 from jaxmoe.checkpoint.atomic import write_bytes
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.families import architecture
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, layer_file
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.architectures import architecture
 from jaxmoe.export.card import model_card
 from jaxmoe.export.checking import Answers, answers, check_written, dense_answers, first_and_last
 from jaxmoe.export.factored import factored_config, remote_code

@@ -8,9 +8,9 @@ from tiny_models import FAMILIES, save_tiny
 
 from jaxmoe import Checkpoint, densify, inspect, make_plan, methods
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.families import ARCHITECTURES
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.architectures import ARCHITECTURES
 from jaxmoe.factors import CompressedLayer, LowRank
 from jaxmoe.pipeline import compress
 from jaxmoe.plan import PlannedLayer, assemble

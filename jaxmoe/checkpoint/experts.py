@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmoe.checkpoint.families import UNKNOWN, Family, decoder_config, lookup
+from jaxmoe.checkpoint.families.moe_layers import check_config, is_mtp, moe_layers, num_layers
 from jaxmoe.checkpoint.layout import Stack
-from jaxmoe.checkpoint.moe_layers import check_config, is_mtp, moe_layers, num_layers
 from jaxmoe.checkpoint.names import ExpertName, classify, layer_number
 from jaxmoe.checkpoint.quantization import Matrix
 from jaxmoe.checkpoint.tensor_file import DTYPES, listing

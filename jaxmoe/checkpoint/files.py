@@ -11,12 +11,12 @@ from typing import Annotated, Any
 
 import msgspec
 
+from jaxmoe.checkpoint.families.keys import EVERYWHERE, check_kinds
 from jaxmoe.checkpoint.hub_cache import blob_folders
 from jaxmoe.checkpoint.index import Weights, reconcile
 from jaxmoe.checkpoint.records import read_bytes, read_record
 from jaxmoe.checkpoint.tensor_file import TensorEntry, listing, read_header
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.model.keys import EVERYWHERE, check_kinds
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

@@ -6,9 +6,8 @@ from typing import Any
 
 from jaxmoe.checkpoint import files, hub
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
-from jaxmoe.checkpoint.families import decoder_config, lookup
+from jaxmoe.checkpoint.families import decoder_config, exports, lookup
 from jaxmoe.checkpoint.reader import Checkpoint
-from jaxmoe.export.architectures import exports
 from jaxmoe.export.factored import is_factored, layer_index
 
 

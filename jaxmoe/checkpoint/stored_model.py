@@ -25,7 +25,8 @@ from jaxmoe.checkpoint.decoder import (
     layer_pieces,
     read,
 )
-from jaxmoe.checkpoint.families import Family, decoder_config, find_family
+from jaxmoe.checkpoint.families import Family, decoder_config, decoder_spec, find_family
+from jaxmoe.checkpoint.families.keys import brief
 from jaxmoe.checkpoint.names import layer_number
 from jaxmoe.checkpoint.quantization import Matrix
 from jaxmoe.checkpoint.reader import Checkpoint
@@ -33,8 +34,6 @@ from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.factored import is_factored, layer_index
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, Term
 from jaxmoe.model.auxiliary import MainExperts, main_experts
-from jaxmoe.model.configuration import decoder_spec
-from jaxmoe.model.keys import brief
 from jaxmoe.model.spec import DecoderSpec, ExpertBlock
 
 if TYPE_CHECKING:

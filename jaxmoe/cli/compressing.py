@@ -200,7 +200,7 @@ def compress(
 
 def _forms(checkpoint, method) -> tuple[list[str], list[str]]:
     """Return the forms in which a result can be written, and what a user must be told of them."""
-    from jaxmoe.export.architectures import exports
+    from jaxmoe.checkpoint.families import exports
     from jaxmoe.methods import PruningMethod
 
     forms = ["slim"] if isinstance(method, PruningMethod) else exports(checkpoint.model_type)

@@ -16,10 +16,10 @@ from typing import Any
 
 from jaxmoe.chain import Chain
 from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.checkpoint.families import architecture
 from jaxmoe.compressed_experts import MainMethod
 from jaxmoe.compression import check_form
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.architectures import architecture
 from jaxmoe.methods import AnyMethod
 from jaxmoe.methods.frequency import FREQUENCY
 from jaxmoe.methods.method import needs_gradients

@@ -20,6 +20,7 @@ from jaxmoe.calibration.collect import calibrate
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.atomic import write_bytes
+from jaxmoe.checkpoint.families import exports
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import fingerprint
@@ -33,7 +34,6 @@ from jaxmoe.compressed_experts.plan import blocks
 from jaxmoe.errors import JaxmoeError, StorageError
 from jaxmoe.evaluation.evaluate import evaluate
 from jaxmoe.evaluation.windows import Walked, walk
-from jaxmoe.export.architectures import exports
 from jaxmoe.pipeline import where
 from jaxmoe.report.comparison import comparison_csv, comparison_markdown
 from jaxmoe.report.page import page

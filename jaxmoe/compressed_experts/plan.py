@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.families import architecture
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.compressed_experts.settings import METHOD
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.architectures import architecture
 from jaxmoe.factors import Count
 from jaxmoe.model.auxiliary import MainExperts, main_experts, vector_shapes
 from jaxmoe.model.spec import DecoderSpec, ExpertBlock

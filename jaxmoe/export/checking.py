@@ -18,7 +18,7 @@ import numpy as np
 from jaxmoe.checkpoint import files
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.families import find_family
-from jaxmoe.checkpoint.moe_layers import is_mtp
+from jaxmoe.checkpoint.families.moe_layers import is_mtp
 from jaxmoe.checkpoint.names import classify
 from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.checkpoint.stored_model import StoredModel

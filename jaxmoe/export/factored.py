@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import msgspec
 
 import jaxmoe
+from jaxmoe.checkpoint.families import architecture
 from jaxmoe.checkpoint.layout import Stack, check_layout
 from jaxmoe.checkpoint.records import as_record
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.architectures import architecture
 from jaxmoe.factors import LayerShape, ShapeRecord
 from jaxmoe.model.auxiliary import MainExperts
 

@@ -5,14 +5,13 @@
 
 from typing import TYPE_CHECKING
 
-from jaxmoe.model.configuration import decoder_spec
 from jaxmoe.model.decoder import embed, forward, head
 from jaxmoe.model.layer import attended, finish, layer
 
 if TYPE_CHECKING:
     from jaxmoe.model.nnx_decoder import Decoder
 
-__all__ = ["Decoder", "attended", "decoder_spec", "embed", "finish", "forward", "head", "layer"]
+__all__ = ["Decoder", "attended", "embed", "finish", "forward", "head", "layer"]
 
 
 def __getattr__(name: str):

@@ -1,7 +1,7 @@
 """What a decoder computes, as plain records: sizes and rules, no weights and no names.
 
 Everything is frozen and hashable, so that a spec can be a static argument of a jitted function: layers of equal spec
-share one compiled program. `configuration.py` builds the records from a checkpoint's config.
+share one compiled program. `jaxmoe.checkpoint.families` builds the records from a checkpoint's config.
 """
 
 from dataclasses import dataclass

@@ -15,13 +15,13 @@ import numpy as np
 
 from jaxmoe.checkpoint import Checkpoint, MoELayer
 from jaxmoe.checkpoint.decoder import check_fit, end_pieces, layer_pieces
-from jaxmoe.checkpoint.families import UNKNOWN, decoder_config, lookup
+from jaxmoe.checkpoint.families import UNKNOWN, decoder_config, decoder_spec, lookup
+from jaxmoe.checkpoint.families.decoders import BUILDERS
 from jaxmoe.checkpoint.names import classify
 from jaxmoe.checkpoint.tensor_file import Planned
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
 from jaxmoe.factors.slicing import slice_channels
-from jaxmoe.model.configuration import BUILDERS, decoder_spec
 
 _MTP_COUNTS = (
     "num_nextn_predict_layers",

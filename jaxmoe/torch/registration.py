@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from jaxmoe.export.architectures import ARCHITECTURES, architecture
+from jaxmoe.checkpoint.families import ARCHITECTURES, architecture
 from jaxmoe.export.factored import PREFIX, remote_code
 from jaxmoe.torch.runtime import Factored, copy_conversions
 

@@ -21,7 +21,7 @@ import tiny_models
 from hostile.edits import edit_json, edit_safetensors
 
 from jaxmoe.checkpoint import files
-from jaxmoe.checkpoint.families import decoder_config, find_family
+from jaxmoe.checkpoint.families import decoder_config, decoder_spec, find_family
 from jaxmoe.checkpoint.inspection import inspect
 from jaxmoe.checkpoint.tensor_file import file_metadata, read_header
 from jaxmoe.errors import JaxmoeError
@@ -38,7 +38,6 @@ from jaxmoe.factors import (
     SharedBasis,
     Sparse,
 )
-from jaxmoe.model.configuration import decoder_spec
 
 MEMORY = Path("/dev/shm")
 """A disk in memory, where there is one."""

@@ -9,8 +9,8 @@ import pytest
 
 from jaxmoe import Checkpoint, StoredModel, inspect, make_plan, methods
 from jaxmoe.checkpoint.families import FAMILIES
+from jaxmoe.checkpoint.families.keys import KINDS
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.model.keys import KINDS
 from jaxmoe.slimming import make_slim_plan
 
 HOSTILE = (

@@ -10,9 +10,8 @@ from tiny_models import EXPERTS, FAMILIES, HIDDEN, INTERMEDIATE, build, load_tin
 
 from jaxmoe.checkpoint import Checkpoint, Planned, read_header, write_tensors
 from jaxmoe.checkpoint.families import FAMILIES as RECORDS
-from jaxmoe.checkpoint.families import decoder_config, find_family, lookup
+from jaxmoe.checkpoint.families import decoder_config, decoder_spec, find_family, lookup
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.model import decoder_spec
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

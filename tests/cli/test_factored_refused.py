@@ -8,10 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.checkpoint.families import ARCHITECTURES
 from jaxmoe.cli import app
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.architectures import ARCHITECTURES
 from jaxmoe.methods import get
 from jaxmoe.pipeline import compress
 from jaxmoe.plan import make_plan

@@ -7,13 +7,12 @@ import pytest
 
 from jaxmoe import StoredModel
 from jaxmoe.checkpoint.decoder import end_pieces, layer_pieces
-from jaxmoe.checkpoint.families import find_family
+from jaxmoe.checkpoint.families import decoder_spec, find_family
 from jaxmoe.compressed_experts import make_main_plan
 from jaxmoe.data import demo_checkpoint
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank
 from jaxmoe.model.auxiliary import MainExperts, main_experts
-from jaxmoe.model.configuration import decoder_spec
 from jaxmoe.model.spec import ExpertBlock, Router
 from jaxmoe.model.work import Activity, activity, block_work
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import jaxmoe
+from jaxmoe.checkpoint.families import ARCHITECTURES
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.architectures import ARCHITECTURES
 from jaxmoe.export.factored import factored_config, is_factored, read_spec, remote_code
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank, SharedBasis
 

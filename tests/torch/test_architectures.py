@@ -7,8 +7,8 @@ from packaging.version import Version
 from tiny_models import FAMILIES, load_tiny, save_tiny
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, __version__
 
+from jaxmoe.checkpoint.families import ARCHITECTURES, architecture
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.architectures import ARCHITECTURES, architecture
 from jaxmoe.torch import factored_classes
 
 torch.set_num_threads(1)

@@ -8,8 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from jaxmoe.errors import JaxmoeError
-from jaxmoe.model.building import (
+from jaxmoe.checkpoint.families.building import (
     ATTENTION_KINDS,
     Shapes,
     build,
@@ -28,10 +27,11 @@ from jaxmoe.model.building import (
     softmax,
     where_used,
 )
-from jaxmoe.model.defaults import DEFAULTS
-from jaxmoe.model.keys import brief
-from jaxmoe.model.rotary import rope_type
-from jaxmoe.model.settings import Settings
+from jaxmoe.checkpoint.families.defaults import DEFAULTS
+from jaxmoe.checkpoint.families.keys import brief
+from jaxmoe.checkpoint.families.rotary import rope_type
+from jaxmoe.checkpoint.families.settings import Settings
+from jaxmoe.errors import JaxmoeError
 from jaxmoe.model.spec import Attention, DecoderSpec, Gate, Norm
 
 Builder = Callable[[Settings, Shapes], DecoderSpec]

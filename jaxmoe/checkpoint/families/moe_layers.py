@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxmoe.checkpoint.families import Family, lookup
+from jaxmoe.checkpoint.families.family import Family, lookup
+from jaxmoe.checkpoint.families.keys import brief, check_kinds
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.model.keys import brief, check_kinds
 
 _DEPTH = "num_hidden_layers|n_layers|num_layers"
 

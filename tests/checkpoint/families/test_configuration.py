@@ -4,9 +4,9 @@ import plain_checkpoint
 import published
 import pytest
 
+from jaxmoe.checkpoint.families import decoder_spec
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.model import decoder_spec
 from jaxmoe.model.spec import DenseBlock, ExpertBlock, LatentAttention
 
 # heads, key-value heads, head (or the latent ranks), dense layers, experts, top-k, shared size, tied

@@ -9,10 +9,10 @@ import published
 import pytest
 
 from jaxmoe import Checkpoint, StoredModel, evaluate, make_plan, methods
+from jaxmoe.checkpoint.families import decoder_spec
+from jaxmoe.checkpoint.families.harmless import HARMLESS, NEUTRAL
 from jaxmoe.cli.app import app
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.model import decoder_spec
-from jaxmoe.model.harmless import HARMLESS, NEUTRAL
 from jaxmoe.slimming import make_slim_plan
 from jaxmoe.texts import Windows
 

@@ -7,13 +7,13 @@ from functools import cache
 import pytest
 from tiny_models import EXPERTS, HIDDEN, INTERMEDIATE, configure
 
+from jaxmoe.checkpoint.families import decoder_spec
+from jaxmoe.checkpoint.families.decoders import BUILDERS
+from jaxmoe.checkpoint.families.defaults import DEFAULTS
+from jaxmoe.checkpoint.families.keys import KINDS
+from jaxmoe.checkpoint.families.settings import Settings
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
-from jaxmoe.model import decoder_spec
-from jaxmoe.model.configuration import BUILDERS
-from jaxmoe.model.defaults import DEFAULTS
-from jaxmoe.model.keys import KINDS
-from jaxmoe.model.settings import Settings
 
 transformers = pytest.importorskip("transformers")
 

@@ -7,13 +7,13 @@ import time
 import published
 import pytest
 
+from jaxmoe.checkpoint.families import decoder_spec, rotary
+from jaxmoe.checkpoint.families.decoders import BUILDERS
+from jaxmoe.checkpoint.families.defaults import DEFAULTS
+from jaxmoe.checkpoint.families.keys import KINDS, check_kinds
+from jaxmoe.checkpoint.families.settings import Settings
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
-from jaxmoe.model import decoder_spec, rotary
-from jaxmoe.model.configuration import BUILDERS
-from jaxmoe.model.defaults import DEFAULTS
-from jaxmoe.model.keys import KINDS, check_kinds
-from jaxmoe.model.settings import Settings
 from jaxmoe.model.spec import DecoderSpec
 
 HOSTILE = (

@@ -3,9 +3,9 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from jaxmoe.checkpoint.families.harmless import HARMLESS, NEUTRAL
+from jaxmoe.checkpoint.families.keys import FALSE_FOR_NONE, brief, check_kinds
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.model.harmless import HARMLESS, NEUTRAL
-from jaxmoe.model.keys import FALSE_FOR_NONE, brief, check_kinds
 
 _REQUIRED = object()
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from jaxmoe.checkpoint.families.rotary import mscale, rope_type, rotary
+from jaxmoe.checkpoint.families.settings import Settings
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
 from jaxmoe.model.experts import ACTIVATIONS
-from jaxmoe.model.rotary import mscale, rope_type, rotary
-from jaxmoe.model.settings import Settings
 from jaxmoe.model.spec import (
     Attention,
     DecoderSpec,
