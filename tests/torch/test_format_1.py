@@ -1,0 +1,74 @@
+"""Checkpoints of format 1, every kind of term, as earlier versions wrote them: they load everywhere and answer alike.
+
+`golden/format_1/README.md` says how they were made; the logits are those of PyTorch with the code of that time.
+"""
+
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from jaxmoe import StoredModel
+from jaxmoe.export.dense import densify
+from jaxmoe.factors.layer import KINDS
+from jaxmoe.model import forward
+from jaxmoe.torch import register
+
+torch.set_num_threads(1)
+GOLDEN = Path(__file__).parents[1] / "golden" / "format_1"
+EXPECTED = load_file(GOLDEN / "expected.safetensors")
+TOKENS = EXPECTED.pop("tokens")
+
+
+def close(name: str, logits) -> bool:
+    expected = EXPECTED[name].numpy()
+    return float(np.linalg.norm(np.asarray(logits) - expected)) < 1e-5 * float(np.linalg.norm(expected))
+
+
+def answers(folder: Path, **options) -> tuple[type, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+    with torch.no_grad():
+        return type(model), model(TOKENS, use_cache=False).logits
+
+
+def test_every_term_of_format_1_is_there():
+    terms = {"dense", "low_rank", "shared_basis", "grouped", "shared", "hashed", "sparse", "merged"}
+    assert terms | {"masked", "compressed_experts"} == EXPECTED.keys()
+    assert terms <= KINDS.keys()
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_loads_in_jax(name):
+    model = StoredModel(GOLDEN / name)
+    assert close(name, forward(jnp.asarray(TOKENS.numpy()), model.parameters(), model.spec))
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_loads_in_pytorch_with_its_own_code(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
+    folder = shutil.copytree(GOLDEN / name, tmp_path / name)
+    shutil.copytree(GOLDEN / "code", folder, dirs_exist_ok=True)
+    kind, logits = answers(folder, trust_remote_code=True)
+    assert kind.__module__.startswith("transformers_modules.")
+    assert close(name, logits)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_loads_in_pytorch_with_the_installed_package(name):
+    register()
+    kind, logits = answers(GOLDEN / name)
+    assert kind.__module__ == "jaxmoe.torch.registration"
+    assert close(name, logits)
+
+
+@pytest.mark.parametrize("name", EXPECTED.keys() - {"masked", "compressed_experts"})
+def test_becomes_dense(name, tmp_path):
+    densify(GOLDEN / name, tmp_path / "dense")
+    kind, logits = answers(tmp_path / "dense")
+    assert kind.__module__.startswith("transformers.models.")
+    assert close(name, logits)
