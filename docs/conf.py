@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jaxmoe
 from jaxmoe import methods
-from jaxmoe.compressed_experts import METHOD
+from jaxmoe.methods.compressed_experts import METHOD
 
 project = "jaxmoe"
 author = "The jaxmoe developers"

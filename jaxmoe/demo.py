@@ -7,7 +7,7 @@ from typing import Any
 from jaxmoe import methods
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.output import output_folder
-from jaxmoe.compression import carry_out, plan_compression
+from jaxmoe.compression.recipe import carry_out, plan_compression
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.evaluation import evaluate_checkpoint
 from jaxmoe.report.tables import table

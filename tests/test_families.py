@@ -10,10 +10,10 @@ from jaxmoe import Checkpoint, densify, inspect, make_plan, methods
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.families import ARCHITECTURES
 from jaxmoe.checkpoint.files import read_tensors
+from jaxmoe.compression.plan import PlannedLayer, assemble
+from jaxmoe.compression.run import compress
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, LowRank
-from jaxmoe.pipeline import compress
-from jaxmoe.plan import PlannedLayer, assemble
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

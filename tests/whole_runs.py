@@ -11,7 +11,7 @@ import numpy as np
 import plain_checkpoint
 
 from jaxmoe import Checkpoint, StoredModel, calibrate, methods
-from jaxmoe.compression import carry_out, plan_compression
+from jaxmoe.compression.recipe import carry_out, plan_compression
 from jaxmoe.texts import Windows
 
 SHAPES = {"small": (16, 128, 64), "narrow": (32, 256, 128), "wide": (8, 128, 256), "square": (8, 96, 96)}

@@ -6,6 +6,7 @@ quantised. Nothing is written to the source.
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxmoe.checkpoint.families.moe_layers import num_layers
 from jaxmoe.checkpoint.formats import format_name
 from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.quantization import Matrix, assemble, quantization_config, without_quantization
+from jaxmoe.checkpoint.shard import aligned_bytes
 from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS
@@ -134,6 +136,40 @@ class Checkpoint:
         raise JaxmoeError(
             f"layer {layer.index} has no {name}: its projections are {', '.join(layer.shape.projections)}"
         )
+
+    def target(self, layer: MoELayer, name: str) -> np.ndarray:
+        """Return a target's matrices as a fit reads them: float32, aligned, finite, `[expert, out, in]`.
+
+        One projection at most is held beside them.
+
+        Args:
+            layer: one of `layers`.
+            name: `gate`, `up`, `gate_up` or `down`.
+
+        Raises:
+            JaxmoeError: a weight is NaN or infinite; the message names the tensors.
+        """
+        shape = layer.shape.of(name)
+        weight = aligned_bytes(4 * prod(shape)).view(np.float32).reshape(shape)
+        start = 0
+        for projection in TARGETS[name]:
+            part = self.projection(layer, projection)
+            weight[:, start : start + part.shape[1]] = part
+            start += part.shape[1]
+        if not np.isfinite(weight).all():
+            raise JaxmoeError(self._not_finite(layer, name))
+        return weight
+
+    def _not_finite(self, layer: MoELayer, target: str) -> str:
+        named = []
+        for name in layer.names:
+            entry = self.tensors[name]
+            values = entry.read()
+            if values.dtype.kind not in "iu" and not np.isfinite(values.astype(np.float32)).all():
+                named.append(f"{name} in {entry.file}")
+        where = "; ".join(named[:8]) or f"layer {layer.index}, {target}"
+        more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+        return f"NaN or infinite weights in {where}{more}: the checkpoint is damaged, fetch or train it again"
 
     def dense_tensors(self, layer: MoELayer, produce: Callable[[str], np.ndarray]) -> list[Planned]:
         """Plan a layer's dense experts under the source's names and in its layout and dtype (unquantised).

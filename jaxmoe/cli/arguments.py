@@ -167,7 +167,7 @@ def method_settings(method, setting: Setting, given: list[str] | None):
 
 def chain_settings(chain, setting: Setting, given: list[str] | None):
     """Build the settings of a chain from `--setting` and `--set STEP.NAME=VALUE`; `STEP.share` is the chain's own."""
-    from jaxmoe.chain import ChainSettings
+    from jaxmoe.compression.chain import ChainSettings
 
     names = [step.name for step in chain.steps]
     own: dict[str, list[str]] = {name: [] for name in names}
@@ -260,9 +260,9 @@ def import_module(name: str) -> None:
 
 def named_contenders(names: str, setting: Settings, given: list[str] | None):
     """Build what `compare` compares from `--methods`, `--setting` and `--set METHOD[:SETTING]:NAME=VALUE`."""
-    from jaxmoe.chain import Chain, find
     from jaxmoe.comparison import Contender
-    from jaxmoe.compressed_experts import METHOD
+    from jaxmoe.compression.chain import Chain, find
+    from jaxmoe.methods.compressed_experts import METHOD
 
     recipes = [
         METHOD if name == METHOD.name else find(name)

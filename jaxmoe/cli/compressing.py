@@ -63,8 +63,8 @@ def plan(
         record, tables = fewer.plan(checkpoint, main_experts, setting, set_, revision, names(ignore_config_keys), other)
         emit(record, as_json, *tables)
         return
-    from jaxmoe.chain import Chain, find, plan_chain
-    from jaxmoe.compression import plan_compression
+    from jaxmoe.compression.chain import Chain, find, plan_chain
+    from jaxmoe.compression.recipe import plan_compression
     from jaxmoe.report.tables import plan_tables, size, steps_table
 
     ratio = _ratio(ratio, main_experts)
@@ -143,8 +143,8 @@ def compress(
         )
         emit(record, as_json, *tables)
         return
-    from jaxmoe.chain import Chain, find
-    from jaxmoe.compression import carry_out, check_form, plan_compression
+    from jaxmoe.compression.chain import Chain, find
+    from jaxmoe.compression.recipe import carry_out, check_form, plan_compression
     from jaxmoe.methods.method import needs_gradients
     from jaxmoe.report.progress import progress
     from jaxmoe.report.tables import error_table, size_tables, steps_table
@@ -218,8 +218,8 @@ def _refuse(name: str, given: dict[str, Any], instead: str) -> None:
 
 def _chain(opened, output, chain, settings, options, texts, gradients, export, as_json) -> dict[str, Any]:
     """Carry out a chain of methods on texts, `(paths, sequences, length)`."""
-    from jaxmoe.chain import compress_chain
     from jaxmoe.checkpoint.stored_model import StoredModel
+    from jaxmoe.compression.chain import compress_chain
     from jaxmoe.report.progress import progress
     from jaxmoe.texts import Tokenizer, text_windows, window_length
 

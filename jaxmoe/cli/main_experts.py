@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.cli.arguments import Setting, method_settings
-from jaxmoe.compressed_experts import METHOD, Settings, compress_experts, make_main_plan
+from jaxmoe.compression.fewer_experts import compress_experts
+from jaxmoe.compression.fewer_experts_plan import make_main_plan
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.methods.compressed_experts import METHOD, Settings
 from jaxmoe.model.auxiliary import MainExperts
 from jaxmoe.report.progress import progress
 from jaxmoe.report.tables import main_experts_table, size_tables

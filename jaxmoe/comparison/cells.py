@@ -14,13 +14,13 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from jaxmoe.chain import Chain
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.families import architecture
-from jaxmoe.compressed_experts import MainMethod
-from jaxmoe.compression import check_form
+from jaxmoe.compression.chain import Chain
+from jaxmoe.compression.recipe import check_form
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods import AnyMethod
+from jaxmoe.methods.compressed_experts import MainMethod
 from jaxmoe.methods.frequency import FREQUENCY
 from jaxmoe.methods.method import needs_gradients
 from jaxmoe.methods.reap import REAP

@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxmoe.calibration.folder import Statistics
-from jaxmoe.chain import Chain, compress_chain
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.comparison.cells import Cell
-from jaxmoe.compressed_experts import MainMethod, compress_experts, make_main_plan
-from jaxmoe.compression import carry_out, plan_compression
+from jaxmoe.compression.chain import Chain, compress_chain
+from jaxmoe.compression.fewer_experts import compress_experts
+from jaxmoe.compression.fewer_experts_plan import make_main_plan
+from jaxmoe.compression.recipe import carry_out, plan_compression
+from jaxmoe.compression.run import check_statistics
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.methods.compressed_experts import MainMethod
 from jaxmoe.model.auxiliary import MainExperts
-from jaxmoe.pipeline import check_statistics
 from jaxmoe.texts import Windows
 
 Event = Callable[[dict[str, Any]], None]

@@ -30,11 +30,11 @@ from jaxmoe.comparison.diagnostics import routing, spectra
 from jaxmoe.comparison.folder import ComparisonFolder
 from jaxmoe.comparison.making import Making, Texts
 from jaxmoe.comparison.summary import rows
-from jaxmoe.compressed_experts.plan import blocks
+from jaxmoe.compression.fewer_experts_plan import blocks
+from jaxmoe.compression.run import where
 from jaxmoe.errors import JaxmoeError, StorageError
 from jaxmoe.evaluation.evaluate import evaluate
 from jaxmoe.evaluation.windows import Walked, walk
-from jaxmoe.pipeline import where
 from jaxmoe.report.comparison import comparison_csv, comparison_markdown
 from jaxmoe.report.page import page
 from jaxmoe.texts import Tokenizer, Windows, text_windows, window_length

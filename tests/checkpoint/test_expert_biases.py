@@ -11,10 +11,10 @@ from jaxmoe import Checkpoint, calibrate, densify, make_plan, methods
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.compression import carry_out, plan_compression
+from jaxmoe.compression.recipe import carry_out, plan_compression
+from jaxmoe.compression.run import compress
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.trained import write_trained
-from jaxmoe.pipeline import compress
 from jaxmoe.recovery.trainable import merge, names, split
 from jaxmoe.texts import Windows
 

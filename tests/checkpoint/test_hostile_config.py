@@ -10,8 +10,8 @@ import pytest
 from jaxmoe import Checkpoint, StoredModel, inspect, make_plan, methods
 from jaxmoe.checkpoint.families import FAMILIES
 from jaxmoe.checkpoint.families.keys import KINDS
+from jaxmoe.compression.pruned_sizes import make_slim_plan
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.slimming import make_slim_plan
 
 HOSTILE = (
     *(None, True, False, 0, -1, 1, 3, 2**31, 2**63, 2**200, 0.5, 1e308, math.nan, math.inf, "", "2", "x" * 10_000),

@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.families import ARCHITECTURES
 from jaxmoe.cli import app
+from jaxmoe.compression.plan import make_plan
+from jaxmoe.compression.run import compress
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods import get
-from jaxmoe.pipeline import compress
-from jaxmoe.plan import make_plan
 
 KINDS = ["some_new_moe", "qwen3_vl_moe", "qwen3_5_moe", "bailing_moe"]
 TEXT = ("--text", str(demo_texts()[0]))

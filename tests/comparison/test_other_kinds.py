@@ -8,9 +8,9 @@ import pytest
 from program import checksums, jaxmoe
 from small_comparison import ASKED, contender, two_layers
 
-from jaxmoe.chain import ChainSettings, find
 from jaxmoe.comparison import Contender, compare
-from jaxmoe.compressed_experts import METHOD
+from jaxmoe.compression.chain import ChainSettings, find
+from jaxmoe.methods.compressed_experts import METHOD
 from jaxmoe.report.comparison import comparison_markdown
 
 

@@ -9,16 +9,18 @@ from jaxmoe import Checkpoint, calibrate, densify, make_plan, methods
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint import tensor_file
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.compressed_experts import METHOD, compress_experts, make_main_plan
-from jaxmoe.compression import carry_out, plan_compression
+from jaxmoe.compression.fewer_experts import compress_experts
+from jaxmoe.compression.fewer_experts_plan import make_main_plan
+from jaxmoe.compression.recipe import carry_out, plan_compression
+from jaxmoe.compression.run import compress
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export import orbax
 from jaxmoe.export.checking import answers, check_written, first_and_last
 from jaxmoe.export.orbax import to_orbax, to_safetensors
 from jaxmoe.export.trained import write_trained
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank
+from jaxmoe.methods.compressed_experts import METHOD
 from jaxmoe.model.auxiliary import MainExperts
-from jaxmoe.pipeline import compress
 from jaxmoe.recovery.trainable import select
 from jaxmoe.texts import Windows
 
@@ -106,7 +108,7 @@ def test_a_lost_tensor_is_not_published(source, factored, tmp_path, monkeypatch,
         return original([x for x in tensors if x.name != "model.layers.1.input_layernorm.weight"], *rest)
 
     monkeypatch.setattr(jaxmoe.export.folder, "shards", fewer)
-    monkeypatch.setattr("jaxmoe.pipeline.Workspace.publish", lambda workspace: pytest.fail("published"))
+    monkeypatch.setattr("jaxmoe.compression.run.Workspace.publish", lambda workspace: pytest.fail("published"))
     with pytest.raises((JaxmoeError, RuntimeError), match=r"input_layernorm\.weight is missing|a defect of jaxmoe"):
         WRITERS[writer](source, factored, tmp_path / "out")
 

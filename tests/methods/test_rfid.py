@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 from jaxmoe import Checkpoint, make_plan, methods
 from jaxmoe.allocation import water_fill
+from jaxmoe.compression.run import check_statistics
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import Grouped, Hashed, LayerShape, Sparse
 from jaxmoe.methods import Evidence
 from jaxmoe.methods.method import count
 from jaxmoe.methods.rfid import RFIDSettings, _Grouping, _ranks
-from jaxmoe.pipeline import check_statistics
 from jaxmoe.scores import effective_rank
 from jaxmoe.solvers.basis_learning import learn_basis
 from jaxmoe.solvers.group_spectra import group_energies

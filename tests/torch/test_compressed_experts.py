@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from jaxmoe import StoredModel
 from jaxmoe.checkpoint.files import read_tensors
-from jaxmoe.compressed_experts import Settings, compress_experts, make_main_plan
+from jaxmoe.compression.fewer_experts import compress_experts
+from jaxmoe.compression.fewer_experts_plan import make_main_plan
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.dense import densify
+from jaxmoe.methods.compressed_experts import Settings
 from jaxmoe.model import forward
 from jaxmoe.model.auxiliary import MainExperts
 

@@ -12,8 +12,8 @@ from jaxmoe import Checkpoint, StoredModel, evaluate, make_plan, methods
 from jaxmoe.checkpoint.families import decoder_spec
 from jaxmoe.checkpoint.families.harmless import HARMLESS, NEUTRAL
 from jaxmoe.cli.app import app
+from jaxmoe.compression.pruned_sizes import make_slim_plan
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.slimming import make_slim_plan
 from jaxmoe.texts import Windows
 
 LEFT = {

@@ -13,17 +13,15 @@ from typer.testing import CliRunner
 
 from jaxmoe import StoredModel, calibrate
 from jaxmoe.cli import app
-from jaxmoe.compressed_experts import Settings
-from jaxmoe.compressed_experts.distilling import distil
-from jaxmoe.compressed_experts.importance import importance
+from jaxmoe.compression.expert_vectors import Examples, distil, importance
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape
+from jaxmoe.methods.compressed_experts import Settings
 from jaxmoe.model.auxiliary import vector_shapes
 from jaxmoe.model.layer import routed
 from jaxmoe.model.routing import Routes
 from jaxmoe.model.spec import ExpertBlock, Router
-from jaxmoe.solvers.distillation import Examples
 from jaxmoe.texts import Tokenizer, text_windows
 
 TEXT = demo_texts()[0].parent

@@ -7,11 +7,11 @@ import pytest
 from plain_checkpoint import write
 
 from jaxmoe import Checkpoint, compress, make_plan, methods
+from jaxmoe.compression.evidence import moments, outcomes
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape
 from jaxmoe.factors.error import relative_errors
 from jaxmoe.solvers.second_moment import expert_moments
-from jaxmoe.weighing import moments, outcomes
 
 E, D, F = 4, 16, 8
 SHAPE = LayerShape(experts=E, hidden=D, intermediate=F)

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe import methods
+from jaxmoe.compression.plan import make_plan
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
 from jaxmoe.methods.method import count
 from jaxmoe.methods.mobe import MoBESettings
 from jaxmoe.methods.svd import SVDSettings
-from jaxmoe.plan import make_plan
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DEMO = LayerShape(experts=16, hidden=128, intermediate=64)

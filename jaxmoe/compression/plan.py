@@ -14,12 +14,12 @@ import numpy as np
 
 from jaxmoe.allocation import Shares, allocate, by_odds, kept_fractions, reachable
 from jaxmoe.checkpoint import Checkpoint, MoELayer
+from jaxmoe.compression.evidence import Sums
+from jaxmoe.compression.slot_costs import choose_rule, shares
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense, Grouped, Term
 from jaxmoe.factors.term import Abstract
-from jaxmoe.measuring import choose_rule, shares
 from jaxmoe.methods import Method, Slot
-from jaxmoe.weighing import Sums
 
 SCOPES = ("touched", "experts", "model")
 """What a ratio may be a fraction of: the matrices that the method replaces, all routed experts, the whole model."""

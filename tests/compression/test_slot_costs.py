@@ -9,12 +9,12 @@ import pytest
 from program import jaxmoe
 
 from jaxmoe import Checkpoint, make_plan, methods
+from jaxmoe.compression.evidence import moments
+from jaxmoe.compression.slot_costs import choose_rule, fisher_loss, shares, spectrum
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
-from jaxmoe.measuring import choose_rule, fisher_loss, shares, spectrum
 from jaxmoe.methods.svd import break_even
-from jaxmoe.weighing import moments
 
 E, D, F = 4, 16, 8
 SHAPE = LayerShape(experts=E, hidden=D, intermediate=F)

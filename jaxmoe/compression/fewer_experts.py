@@ -18,19 +18,16 @@ from jaxmoe.calibration.collect import make_record
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
 from jaxmoe.checkpoint.workspace import JOURNAL, Workspace, fingerprint, finished, layer_file
-from jaxmoe.compressed_experts.distilling import distil
-from jaxmoe.compressed_experts.importance import importance
-from jaxmoe.compressed_experts.observing import observe
-from jaxmoe.compressed_experts.plan import MainPlan
-from jaxmoe.compressed_experts.settings import METHOD, Settings
+from jaxmoe.compression.expert_vectors import Examples, Vectors, distil, importance, observe
+from jaxmoe.compression.fewer_experts_plan import MainPlan
+from jaxmoe.compression.plan import describe
+from jaxmoe.compression.run import peak_bytes, publish, where
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.checking import answers, first_and_last, vector_answers
 from jaxmoe.export.factored import factored_config, remote_code
+from jaxmoe.methods.compressed_experts import METHOD, Settings
 from jaxmoe.model.auxiliary import ones
 from jaxmoe.model.spec import ExpertBlock
-from jaxmoe.pipeline import peak_bytes, publish, where
-from jaxmoe.plan import describe
-from jaxmoe.solvers.distillation import Examples, Vectors
 from jaxmoe.streaming import HiddenStates, Prefetched, run_layer, start
 from jaxmoe.texts import Windows
 

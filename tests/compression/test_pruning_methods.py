@@ -9,7 +9,7 @@ from program import call, checksums
 from jaxmoe import Checkpoint, calibrate, evaluate_checkpoint, methods
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.compression import carry_out, plan_compression
+from jaxmoe.compression.recipe import carry_out, plan_compression
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.texts import Tokenizer, text_windows

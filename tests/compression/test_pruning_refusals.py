@@ -8,9 +8,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxmoe import Checkpoint, methods
+from jaxmoe.compression.prune import slim
+from jaxmoe.compression.pruned_sizes import make_slim_plan
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods.pruning import Pruned, PruningMethod, PruningSettings
-from jaxmoe.slimming import make_slim_plan, slim
 
 FIRST = PruningMethod(
     "first", "", PruningSettings, "experts", lambda e, keep, s, *, groups: Pruned(np.arange(keep)), lambda settings: {}

@@ -8,7 +8,7 @@ import pytest
 from jaxmoe import StoredModel
 from jaxmoe.checkpoint.decoder import end_pieces, layer_pieces
 from jaxmoe.checkpoint.families import decoder_spec, find_family
-from jaxmoe.compressed_experts import make_main_plan
+from jaxmoe.compression.fewer_experts_plan import make_main_plan
 from jaxmoe.data import demo_checkpoint
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank

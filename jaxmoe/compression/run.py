@@ -27,6 +27,10 @@ from jaxmoe.checkpoint.families import architecture
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, layer_file
+from jaxmoe.compression.evidence import LayerSums, Sums, evidence, moments
+from jaxmoe.compression.evidence import outcomes as weighing_outcomes
+from jaxmoe.compression.plan import Plan, PlannedLayer, describe
+from jaxmoe.compression.svd_fallback import behind_svd, svd_instead
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.card import model_card
 from jaxmoe.export.checking import Answers, answers, check_written, dense_answers, first_and_last
@@ -36,11 +40,6 @@ from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense
 from jaxmoe.factors.error import relative_errors
 from jaxmoe.methods import Outcome
 from jaxmoe.methods.method import REORDERED, count
-from jaxmoe.plan import Plan, PlannedLayer, describe
-from jaxmoe.reading import read_target
-from jaxmoe.rivalry import behind_svd, svd_instead
-from jaxmoe.weighing import LayerSums, Sums, evidence, moments
-from jaxmoe.weighing import outcomes as weighing_outcomes
 
 EXPORTS = ("factored", "dense")
 Event = Callable[[dict[str, Any]], None]
@@ -271,7 +270,7 @@ def fit_layer(
     terms, outcomes, histories = {}, weighing_outcomes(sums, planned.touched, source.shape), {}
 
     def read(target: str) -> jax.Array:
-        return jax.device_put(read_target(checkpoint, source, target), may_alias=True)
+        return jax.device_put(checkpoint.target(source, target), may_alias=True)
 
     for position, (target, abstract) in enumerate(template.terms.items()):
         if target not in planned.touched:

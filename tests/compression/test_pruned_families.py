@@ -9,9 +9,10 @@ from tiny_models import EXPERTS, FAMILIES, INTERMEDIATE, save_tiny
 
 from jaxmoe import Checkpoint
 from jaxmoe.checkpoint.files import read_tensors
+from jaxmoe.compression.prune import slim
+from jaxmoe.compression.pruned_sizes import make_slim_plan
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods.pruning import ChannelSettings, Pruned, PruningMethod, PruningSettings
-from jaxmoe.slimming import make_slim_plan, slim
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -15,16 +15,25 @@ from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, layer_file
+from jaxmoe.compression.evidence import LayerSums, Sums, evidence
+from jaxmoe.compression.pruned_sizes import SlimPlan
+from jaxmoe.compression.run import (
+    Amend,
+    check_statistics,
+    measured_errors,
+    peak_bytes,
+    publish,
+    reads,
+    unchanged,
+    where,
+)
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.checking import dense_answers, first_and_last
+from jaxmoe.export.pruned import slim_config, slim_copied, slim_edited
 from jaxmoe.factors import CompressedLayer, Dense
 from jaxmoe.factors.slicing import slice_channels
 from jaxmoe.methods import Outcome
 from jaxmoe.methods.pruning import Pruned
-from jaxmoe.pipeline import Amend, check_statistics, measured_errors, peak_bytes, publish, reads, unchanged, where
-from jaxmoe.slimming.files import slim_config, slim_copied, slim_edited
-from jaxmoe.slimming.plan import SlimPlan
-from jaxmoe.weighing import LayerSums, Sums, evidence
 
 Event = Callable[[dict[str, Any]], None]
 

@@ -7,13 +7,13 @@ from plain_checkpoint import write
 from safetensors.numpy import load_file, save_file
 
 from jaxmoe import Checkpoint, make_plan
+from jaxmoe.compression.run import compress
+from jaxmoe.compression.svd_fallback import TOLERANCE, behind_svd, svd_instead
 from jaxmoe.data import demo_checkpoint
 from jaxmoe.factors import Dense, LowRank, Sparse
 from jaxmoe.methods.method import Evidence, count
 from jaxmoe.methods.mobe import MOBE
 from jaxmoe.methods.svd import SVD
-from jaxmoe.pipeline import compress
-from jaxmoe.rivalry import TOLERANCE, behind_svd, svd_instead
 
 E, P, Q = 3, 8, 14
 WEIGHT = np.random.default_rng(0).normal(size=(E, P, Q)) * np.geomspace(1, 0.1, Q)

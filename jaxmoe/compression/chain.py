@@ -24,15 +24,15 @@ from jaxmoe.checkpoint.atomic import remove
 from jaxmoe.checkpoint.output import MEND, PARTIAL, output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import fingerprint, finished
-from jaxmoe.compression import carry_out, check_form, plan_compression
+from jaxmoe.compression.evidence import Sums
+from jaxmoe.compression.plan import SCOPES
+from jaxmoe.compression.pruned_sizes import SlimPlan, make_slim_plan, unwritten
+from jaxmoe.compression.recipe import carry_out, check_form, plan_compression
+from jaxmoe.compression.run import reads, where
 from jaxmoe.errors import JaxmoeError, StorageError
 from jaxmoe.methods import AnyMethod, PruningMethod
 from jaxmoe.methods.method import needs_gradients
-from jaxmoe.pipeline import reads, where
-from jaxmoe.plan import SCOPES
-from jaxmoe.slimming import SlimPlan, make_slim_plan, unwritten
 from jaxmoe.texts import Windows
-from jaxmoe.weighing import Sums
 
 Event = Callable[[dict[str, Any]], None]
 _STEP = re.compile(rf"\d+-\w+-[0-9a-f]{{8}}({re.escape(PARTIAL)})?")

@@ -13,11 +13,11 @@ from jaxmoe.checkpoint.families import GROUPS, KEPT_GROUPS, decoder_config
 from jaxmoe.checkpoint.families.keys import brief
 from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.tensor_file import Planned
+from jaxmoe.compression.plan import SCOPES
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.pruned import check_stock, slim_config, slim_copied, slim_edited, slim_shape
 from jaxmoe.factors import LayerShape
 from jaxmoe.methods.pruning import PruningMethod
-from jaxmoe.plan import SCOPES
-from jaxmoe.slimming.files import check_stock, slim_config, slim_copied, slim_edited, slim_shape
 
 
 @dataclass(frozen=True, kw_only=True)

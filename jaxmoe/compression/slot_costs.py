@@ -13,12 +13,11 @@ import numpy as np
 
 from jaxmoe.allocation import Shares, by_energy, by_loss, by_odds
 from jaxmoe.checkpoint import Checkpoint, MoELayer
+from jaxmoe.compression.evidence import LayerSums, Sums, moments
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS
 from jaxmoe.methods.svd import break_even
-from jaxmoe.reading import read_target
 from jaxmoe.solvers.weighted_svd import weighted_energies
-from jaxmoe.weighing import LayerSums, Sums, moments
 
 RULES = ("uniform", "importance", "spectral")
 """How a budget may be shared over the targets of all layers, see `allocation.shares`."""
@@ -82,7 +81,7 @@ def _measure(rule, checkpoint, targets, statistics) -> Iterator[tuple[float, np.
     for layer, own in zip(checkpoint.layers, targets, strict=True):
         sums = None if statistics is None else statistics.layer(layer.index)
         for target, weight in own.items():
-            matrices = read_target(checkpoint, layer, target)
+            matrices = checkpoint.target(layer, target)
             loss = fisher_loss(matrices, sums, target)
             loss = weight * matrices.size if loss is None else loss
             energies = spectrum(matrices, layer, target, sums, loss) if rule == "spectral" else np.zeros(0)

@@ -9,10 +9,10 @@ import pytest
 from program import checksums, jaxmoe
 
 from jaxmoe import Checkpoint, calibrate
-from jaxmoe.chain import ChainSettings, compress_chain, find, plan_chain
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.comparison import Contender
+from jaxmoe.compression.chain import ChainSettings, compress_chain, find, plan_chain
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.texts import Tokenizer, text_windows

@@ -7,9 +7,9 @@ from typing import Any
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.families import architecture
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.compressed_experts.settings import METHOD
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import Count
+from jaxmoe.methods.compressed_experts import METHOD
 from jaxmoe.model.auxiliary import MainExperts, main_experts, vector_shapes
 from jaxmoe.model.spec import DecoderSpec, ExpertBlock
 from jaxmoe.model.work import Activity, activity

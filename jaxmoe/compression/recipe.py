@@ -4,14 +4,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxmoe import pipeline
 from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.compression import run
+from jaxmoe.compression.evidence import Sums
+from jaxmoe.compression.plan import Plan, make_plan
+from jaxmoe.compression.prune import slim
+from jaxmoe.compression.pruned_sizes import SlimPlan, make_slim_plan
+from jaxmoe.compression.run import Amend, unchanged
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods import AnyMethod, PruningMethod, pruning_methods
-from jaxmoe.pipeline import Amend, unchanged
-from jaxmoe.plan import Plan, make_plan
-from jaxmoe.slimming import SlimPlan, make_slim_plan, slim
-from jaxmoe.weighing import Sums
 
 Event = Callable[[dict[str, Any]], None]
 
@@ -29,7 +30,7 @@ def check_form(
     Args:
         checkpoint: the source.
         method: any.
-        export: form of the result, "slim" or one of `pipeline.EXPORTS`; None for the method's own.
+        export: form of the result, "slim" or one of `run.EXPORTS`; None for the method's own.
         layers: some layers alone.
         sequential: whether every layer is calibrated behind the compressed ones.
     """
@@ -44,7 +45,7 @@ def check_form(
         raise JaxmoeError(
             f"--export slim: {method.name} removes no experts and no channels; these do: {pruning_methods()}"
         )
-    pipeline.check_export(checkpoint, export or "factored")
+    run.check_export(checkpoint, export or "factored")
 
 
 def plan_compression(
@@ -93,7 +94,7 @@ def carry_out(
     amend: Amend = unchanged,
     on_event: Event = lambda event: None,
 ) -> dict[str, Any]:
-    """Carry out a plan and return the report; the arguments are those of `pipeline.compress`.
+    """Carry out a plan and return the report; the arguments are those of `run.compress`.
 
     Args:
         checkpoint: the source.
@@ -115,4 +116,4 @@ def carry_out(
     shared = {"resume": resume, "command": command, "statistics": statistics, "amend": amend, "on_event": on_event}
     if isinstance(plan, SlimPlan):
         return slim(checkpoint, output, plan, **shared)
-    return pipeline.compress(checkpoint, output, plan, export=export or "factored", seed=seed, layers=layers, **shared)
+    return run.compress(checkpoint, output, plan, export=export or "factored", seed=seed, layers=layers, **shared)

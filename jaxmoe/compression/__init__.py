@@ -1,0 +1,1 @@
+"""Compression of a checkpoint: recipes, budgets, and the one engine that carries every step out."""
