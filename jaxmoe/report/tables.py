@@ -9,6 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from jaxmoe.report.events import span
+
 
 def size(count: float, unit: str = "") -> str:
     """Return a count in engineering notation.
@@ -31,16 +33,6 @@ def table(columns: Iterable[str], rows: Iterable[Iterable[Any]], title: str | No
     for row in rows:
         grid.add_row(*(escape(str(cell)) for cell in row))
     return grid
-
-
-def span(indices: list[int]) -> str:
-    """Return consecutive layer numbers as a range.
-
-    Example:
-        >>> span([3, 4, 5]), span([7])
-        ('3-5', '7')
-    """
-    return str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}"
 
 
 def term(spec: Mapping[str, Any]) -> str:
