@@ -14,6 +14,7 @@ from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.evaluation import evaluate_checkpoint
+from jaxmoe.report.events import Counted
 
 SHARD = "model.safetensors"
 
@@ -37,7 +38,7 @@ def changing(source, change):
     left = [change]
 
     def on_event(event):
-        if left and event["event"] in ("layer", "forward", "calibrated"):
+        if left and isinstance(event, Counted):
             left.pop()(source / SHARD)
 
     return on_event

@@ -6,7 +6,7 @@ take more than a bound, the layer runs several times, for some of its experts ea
 enter every layer are kept, and the layers are visited a second time from the last to the first.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,13 @@ from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import JOURNAL
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.model.spec import LayerSpec
+from jaxmoe.report.events import Calibrated, OnEvent, ignore
 from jaxmoe.streaming import TOKENS, HiddenStates, Prefetched, on_device, run_layer, start
 from jaxmoe.texts import Windows
 
 LEAST = 256 << 20
 """Bytes that the sums of a layer's experts may always take in memory."""
 
-Event = Callable[[dict[str, Any]], None]
 Sums = dict[str, np.ndarray]
 
 
@@ -50,7 +50,7 @@ def calibrate(
     resume: bool = True,
     tokens: int = TOKENS,
     limit: int | None = None,
-    on_event: Event = lambda event: None,
+    on_event: OnEvent = ignore,
 ) -> Statistics:
     """Gather the statistics of a model's routed experts on some texts.
 
@@ -130,7 +130,7 @@ class _Run:
     """One calibration: what its steps share."""
 
     def __init__(
-        self, model: StoredModel, texts, states: HiddenStates, counted, writer, limit: int | None, on_event: Event
+        self, model: StoredModel, texts, states: HiddenStates, counted, writer, limit: int | None, on_event: OnEvent
     ):
         self.model, self.states, self.counted = model, states, counted
         self.writer, self.limit, self.on_event = writer, limit, on_event
@@ -187,7 +187,7 @@ class _Run:
         if self.missing.pop(index, None) is not None:
             total = len(self.writer.record.layers)
             done = total - len(self.missing)
-            self.on_event({"event": "calibrated", "layer": index, "done": done, "total": total})
+            self.on_event(Calibrated(layer=index, done=done, total=total))
 
     def backward(self, mode: str) -> None:
         """Visit the layers from the last to the first, after a forward pass that keeps what enters every layer."""

@@ -1,6 +1,6 @@
 """Make the checkpoint of a cell: what its kind of method needs of the common calibration, and the run itself."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +17,8 @@ from jaxmoe.compression.run import check_statistics
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods.compressed_experts import MainMethod
 from jaxmoe.model.auxiliary import MainExperts
+from jaxmoe.report.events import OnEvent
 from jaxmoe.texts import Windows
-
-Event = Callable[[dict[str, Any]], None]
 
 
 class Texts(NamedTuple):
@@ -64,7 +63,7 @@ class Making:
     statistics: Statistics | None
     texts: Texts | None
     gradients: bool
-    on_event: Event
+    on_event: OnEvent
 
     def options(self, cell: Cell) -> list[str]:
         """Return the options by which the command line gives a cell its calibration and what all cells share."""

@@ -7,7 +7,7 @@ Everything that a cell depends on stands in its key, see `folder`.
 
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,9 @@ from jaxmoe.errors import JaxmoeError, StorageError
 from jaxmoe.evaluation.evaluate import evaluate
 from jaxmoe.evaluation.windows import Walked, walk
 from jaxmoe.report.comparison import comparison_csv, comparison_markdown
+from jaxmoe.report.events import CellDone, OnEvent, ignore, without_complete
 from jaxmoe.report.page import page
 from jaxmoe.texts import Tokenizer, Windows, text_windows, window_length
-
-Event = Callable[[dict[str, Any]], None]
 
 
 def compare(
@@ -59,7 +58,7 @@ def compare(
     keep: bool = False,
     revision: str | None = None,
     ignore_config_keys: Collection[str] = (),
-    on_event: Event = lambda event: None,
+    on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
     """Measure every contender at every ratio, and return everything that the folder knows of such cells.
 
@@ -113,7 +112,7 @@ def compare(
         for position, cell in enumerate(asked):
             record = run.cell(cell)
             write_tables(folder.path, run.result())
-            on_event({"event": "cell", "name": cell.name, "done": position + 1, "total": len(asked), **_said(record)})
+            on_event(CellDone(name=cell.name, done=position + 1, total=len(asked), **_said(record)))
         result = run.result()
         write_tables(folder.path, result)
         try:
@@ -154,11 +153,11 @@ class _Run:
         source: str,
         revision: str | None,
         keep: bool,
-        on_event: Event,
+        on_event: OnEvent,
     ):
         self.folder, self.checkpoint, self.model, self.texts = folder, checkpoint, model, texts
         self.source, self.revision, self.keep = source, revision, keep
-        self.on_event: Event = lambda event: None if event["event"] == "complete" else on_event(event)
+        self.on_event = without_complete(on_event)
         self.statistics: Statistics | None = None
         self.calibration: dict[str, Any] | None = None
         self.texts_seen: Texts | None = None

@@ -10,7 +10,7 @@ the budget exactly. Every step is calibrated on what it finds.
 import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -32,9 +32,9 @@ from jaxmoe.compression.run import reads, where
 from jaxmoe.errors import JaxmoeError, StorageError
 from jaxmoe.methods import AnyMethod, PruningMethod
 from jaxmoe.methods.method import needs_gradients
+from jaxmoe.report.events import Complete, OnEvent, ignore, without_complete
 from jaxmoe.texts import Windows
 
-Event = Callable[[dict[str, Any]], None]
 _STEP = re.compile(rf"\d+-\w+-[0-9a-f]{{8}}({re.escape(PARTIAL)})?")
 PREFIX = "prune:"
 """May stand before a chain, for the reader."""
@@ -172,7 +172,7 @@ def compress_chain(
     seed: int = 0,
     resume: bool = True,
     command: str = "",
-    on_event: Event = lambda event: None,
+    on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
     """Carry out a chain and write the compressed checkpoint.
 
@@ -217,7 +217,7 @@ def compress_chain(
         **where(),
     }
     if (done := finished(output, run)) is not None:
-        on_event({"event": "complete", "output": str(output)})
+        on_event(Complete(output=str(output)))
         return done
     plan_chain(checkpoint, chain, settings, ratio=ratio, of=of, weighted=True)
     folder = output.with_name(output.name + STEPS)
@@ -232,7 +232,7 @@ def compress_chain(
             known = _calibrated(found, texts, folder / f"{number}-statistics-{mark}", tokenizer, None, on_event)
         plan = budget.slim(found, method, settings, number - 1)
         step = folder / f"{number}-{method.name}-{mark}"
-        report = carry_out(found, step, plan, statistics=known, on_event=_quiet(on_event))
+        report = carry_out(found, step, plan, statistics=known, on_event=without_complete(on_event))
         reports.append({name: report[name] for name in _OF_A_STEP if name in report})
         found, known = Checkpoint.open(step, ignore_config_keys=checkpoint.ignored), None
     known = _calibrated(found, texts, folder / f"{len(chain.steps)}-statistics-{mark}", tokenizer, gradients, on_event)
@@ -348,8 +348,3 @@ def _experts(checkpoint: Checkpoint) -> int:
 def _calibrated(found: Checkpoint, texts, folder: Path, tokenizer: str | None, gradients: str | None, on_event) -> Sums:
     model = StoredModel(found.folder, ignore_config_keys=found.ignored)
     return calibrate(model, texts, folder, tokenizer=tokenizer, gradients=gradients, on_event=on_event).check(found)
-
-
-def _quiet(on_event: Event) -> Event:
-    """Return the same but for the word that something is complete: that is the last step's to say."""
-    return lambda event: None if event["event"] == "complete" else on_event(event)

@@ -6,7 +6,7 @@ the layer where it stopped, and ends with the same bytes.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ from jaxmoe.export.factored import factored_config, remote_code
 from jaxmoe.methods.compressed_experts import METHOD, Settings
 from jaxmoe.model.auxiliary import ones
 from jaxmoe.model.spec import ExpertBlock
+from jaxmoe.report.events import Complete, OnEvent, VectorsLearned, ignore
+from jaxmoe.report.records import Improvement
 from jaxmoe.streaming import HiddenStates, Prefetched, run_layer, start
 from jaxmoe.texts import Windows
-
-Event = Callable[[dict[str, Any]], None]
 
 
 def compress_experts(
@@ -44,7 +44,7 @@ def compress_experts(
     seed: int = 0,
     resume: bool = True,
     command: str = "",
-    on_event: Event = lambda event: None,
+    on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
     """Carry out a plan and write the checkpoint.
 
@@ -84,7 +84,7 @@ def compress_experts(
         **where(),
     }
     if (done := finished(output, run)) is not None:
-        on_event({"event": "complete", "output": str(output)})
+        on_event(Complete(output=str(output)))
         return done
     workspace = Workspace(output, run)
     with workspace.opened(sorted(plan.model.modules), resume=resume):
@@ -111,7 +111,7 @@ def compress_experts(
 class _Run:
     """One run: what its steps share."""
 
-    def __init__(self, plan: MainPlan, settings: Settings, workspace: Workspace, run, seed: int, on_event: Event):
+    def __init__(self, plan: MainPlan, settings: Settings, workspace: Workspace, run, seed: int, on_event: OnEvent):
         self.plan, self.settings, self.workspace, self.seed, self.on_event = plan, settings, workspace, seed, on_event
         self.model = plan.model
         self.keys = {index: fingerprint({"run": run, "layer": index}) for index in sorted(self.model.modules)}
@@ -188,8 +188,9 @@ class _Run:
         }
         self.entries[index] = self.workspace.finish(index, self.keys[index], checksum, record)
         done = len(self.entries) - len(self.missing())
-        told = {name: record.get(name) for name in ("layer", "error", "seconds")}
-        self.on_event({"event": "main_experts", "done": done, "total": len(self.entries), **told})
+        error = Improvement(**learned["error"]) if learned else None
+        told = {"layer": index, "error": error, "seconds": record["seconds"]}
+        self.on_event(VectorsLearned(done=done, total=len(self.entries), **told))
 
     def publish(self, report: dict[str, Any]) -> dict[str, Any]:
         """Complete the folder and return the report."""

@@ -1,7 +1,7 @@
 """Carry out a slim plan: one layer at a time, resumable, the output under its name only when complete."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from jaxmoe.compression.pruned_sizes import SlimPlan
 from jaxmoe.compression.run import (
     Amend,
     check_statistics,
+    layer_done,
     measured_errors,
     peak_bytes,
     publish,
@@ -34,8 +35,7 @@ from jaxmoe.factors import CompressedLayer, Dense
 from jaxmoe.factors.slicing import slice_channels
 from jaxmoe.methods import Outcome
 from jaxmoe.methods.pruning import Pruned
-
-Event = Callable[[dict[str, Any]], None]
+from jaxmoe.report.events import Complete, OnEvent, ignore
 
 
 def slim(
@@ -47,7 +47,7 @@ def slim(
     resume: bool = True,
     command: str = "",
     amend: Amend = unchanged,
-    on_event: Event = lambda event: None,
+    on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
     """Write the checkpoint that a plan describes.
 
@@ -82,7 +82,7 @@ def slim(
         **where(),
     }
     if (done := finished(output, run)) is not None:
-        on_event({"event": "complete", "output": str(output)})
+        on_event(Complete(output=str(output)))
         return done
     workspace = Workspace(output, run)
     copied = slim_copied(checkpoint)
@@ -96,9 +96,7 @@ def slim(
                 sums = None if statistics is None else statistics.layer(layer.index)
                 entry = _layer(checkpoint, plan, layer, copied, sums, workspace, key)
             entries.append(entry)
-            told = {name: entry[name] for name in ("layer", "seconds", "projections")}
-            total = len(checkpoint.layers)
-            on_event({"event": "layer", "done": position + 1, "total": total, "resumed": resumed, **told})
+            on_event(layer_done(entry, position + 1, len(checkpoint.layers), resumed=resumed))
         report = {
             "jaxmoe": jaxmoe.__version__,
             "source": str(checkpoint.folder),

@@ -1,6 +1,5 @@
 """Plan and carry out any method: factors of the experts, or fewer and smaller ones."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ from jaxmoe.compression.pruned_sizes import SlimPlan, make_slim_plan
 from jaxmoe.compression.run import Amend, unchanged
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods import AnyMethod, PruningMethod, pruning_methods
-
-Event = Callable[[dict[str, Any]], None]
+from jaxmoe.report.events import OnEvent, ignore
 
 
 def check_form(
@@ -92,7 +90,7 @@ def carry_out(
     command: str = "",
     statistics: Sums | None = None,
     amend: Amend = unchanged,
-    on_event: Event = lambda event: None,
+    on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
     """Carry out a plan and return the report; the arguments are those of `run.compress`.
 

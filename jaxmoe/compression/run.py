@@ -40,9 +40,10 @@ from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense
 from jaxmoe.factors.error import relative_errors
 from jaxmoe.methods import Outcome
 from jaxmoe.methods.method import REORDERED, count
+from jaxmoe.report.events import Complete, LayerDone, OnEvent, Waiting, ignore
+from jaxmoe.report.records import Projection
 
 EXPORTS = ("factored", "dense")
-Event = Callable[[dict[str, Any]], None]
 Amend = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -63,7 +64,7 @@ def compress(
     command: str = "",
     statistics: Sums | None = None,
     amend: Amend = unchanged,
-    on_event: Event = lambda event: None,
+    on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
     """Carry out a plan and write the compressed checkpoint.
 
@@ -94,7 +95,7 @@ def compress(
     check_statistics(plan, statistics)
     run = _run_record(checkpoint, plan, export, seed, statistics)
     if (done := finished(output, run)) is not None:
-        on_event({"event": "complete", "output": str(output)})
+        on_event(Complete(output=str(output)))
         return done
     mine = _selected(plan, layers)
     workspace = Workspace(output, run)
@@ -106,17 +107,7 @@ def compress(
             resumed = entry is not None
             if entry is None:
                 entry = _compress_layer(checkpoint, plan, planned, export, seed, statistics, workspace, keys[index])
-            on_event(
-                {
-                    "event": "layer",
-                    "layer": index,
-                    "done": position + 1,
-                    "total": len(mine),
-                    "resumed": resumed,
-                    "seconds": entry["seconds"],
-                    "projections": entry["projections"],
-                }
-            )
+            on_event(layer_done(entry, position + 1, len(mine), resumed=resumed))
         entries = {index: workspace.entry(index, key) for index, key in keys.items()}
         report = _report(checkpoint, output, plan, export, seed, command, entries, time.perf_counter() - begun)
         report["calibration"] = None if statistics is None else statistics.describe()
@@ -124,10 +115,17 @@ def compress(
             # Another run may have finished the last layer and published while this one was still counting.
             if (done := finished(output, run)) is not None:
                 return done
-            on_event({"event": "waiting", "layers": report["missing_layers"]})
+            on_event(Waiting(layers=report["missing_layers"]))
             return report
         with workspace.exclusive("publish"):
             return _publish(checkpoint, plan, export, workspace, entries, amend({**report, "run": run}), on_event)
+
+
+def layer_done(entry: Mapping[str, Any], done: int, total: int, *, resumed: bool) -> LayerDone:
+    """Return the event for a layer whose entry in the journal is written."""
+    projections = {name: Projection.read(own) for name, own in entry["projections"].items()}
+    told = {"layer": entry["layer"], "seconds": entry["seconds"], "projections": projections}
+    return LayerDone(done=done, total=total, resumed=resumed, **told)
 
 
 def check_export(checkpoint: Checkpoint, export: str) -> None:
@@ -365,7 +363,7 @@ def publish(
     code: Mapping[str, str],
     size: int | None,
     meant: Mapping[int, Answers],
-    on_event: Event = lambda event: None,
+    on_event: OnEvent = ignore,
     *,
     copied: Sequence[Planned] | None = None,
 ) -> dict[str, Any]:
@@ -403,7 +401,7 @@ def publish(
     report = write_report(workspace.folder, {**report, "stored": stored})
     write_bytes(workspace.folder / "README.md", model_card(report).encode())
     workspace.publish()
-    on_event({"event": "complete", "output": str(workspace.output)})
+    on_event(Complete(output=str(workspace.output)))
     return report
 
 

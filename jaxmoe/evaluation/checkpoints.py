@@ -12,7 +12,7 @@ from jaxmoe.evaluation.evaluate import evaluate
 from jaxmoe.evaluation.generation import IN_MEMORY
 from jaxmoe.evaluation.probe import probe
 from jaxmoe.evaluation.records import Evaluation
-from jaxmoe.evaluation.windows import Event
+from jaxmoe.report.events import OnEvent, ignore
 from jaxmoe.texts import Tokenizer, check_same, text_windows, window_length
 
 GENERATED = 32
@@ -29,7 +29,7 @@ def evaluate_checkpoint(
     work: Path | None = None,
     revision: str | None = None,
     ignore_config_keys: Collection[str] = (),
-    on_event: Event = lambda event: None,
+    on_event: OnEvent = ignore,
 ) -> Evaluation:
     """Evaluate a checkpoint, original or compressed, on text files.
 

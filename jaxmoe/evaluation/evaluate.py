@@ -15,7 +15,8 @@ from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.evaluation.clock import Clock
 from jaxmoe.evaluation.records import Evaluation, TextEvaluation
-from jaxmoe.evaluation.windows import Event, Walked, compare_windows, score_windows, walk
+from jaxmoe.evaluation.windows import Walked, compare_windows, score_windows, walk
+from jaxmoe.report.events import OnEvent, ignore
 from jaxmoe.texts import Windows
 
 
@@ -25,7 +26,7 @@ def evaluate(
     *,
     against: StoredModel | Walked | None = None,
     work: Path | None = None,
-    on_event: Event = lambda event: None,
+    on_event: OnEvent = ignore,
 ) -> Evaluation:
     """Measure the perplexity of a model, and against its original also KL divergence and top-1 agreement.
 

@@ -18,12 +18,11 @@ from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.evaluation.nameless import NamelessStates
 from jaxmoe.evaluation.scoring import Comparison, Scores, Side, compare, compare_block, score, score_block
+from jaxmoe.report.events import Forward, OnEvent, ignore
 from jaxmoe.streaming import TOKENS, stream
 
 ROWS = 1024
 """Tokens that the head is applied to together."""
-
-Event = Callable[[dict[str, Any]], None]
 
 
 class Walked(NamedTuple):
@@ -33,7 +32,7 @@ class Walked(NamedTuple):
     x: np.ndarray
 
 
-def walk(model: StoredModel, ids: np.ndarray, *, work: Path | None = None, on_event: Event = lambda e: None) -> Walked:
+def walk(model: StoredModel, ids: np.ndarray, *, work: Path | None = None, on_event: OnEvent = ignore) -> Walked:
     """Move windows of tokens through all layers of a model.
 
     Args:
@@ -52,7 +51,7 @@ def walk(model: StoredModel, ids: np.ndarray, *, work: Path | None = None, on_ev
     total = len(model.spec.layers)
     for index, step in stream(model, states):
         if step.windows.stop == len(filled):
-            on_event({"event": "forward", "model": model.folder.name, "done": index + 1, "total": total})
+            on_event(Forward(model=model.folder.name, done=index + 1, total=total))
     return Walked(model, states.open(total)[: len(ids)])
 
 

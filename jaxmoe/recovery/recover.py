@@ -6,7 +6,7 @@ at any moment; the same command goes on, and ends with the same bytes.
 
 import platform
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -32,6 +32,7 @@ from jaxmoe.recovery.run import METRICS, train
 from jaxmoe.recovery.sharding import training_mesh
 from jaxmoe.recovery.trainable import merge, select
 from jaxmoe.recovery.training import Training
+from jaxmoe.report.events import Complete, OnEvent, ignore
 from jaxmoe.texts import (
     Document,
     Rows,
@@ -67,7 +68,7 @@ def recover(
     resume: bool = True,
     command: str = "",
     ignore_config_keys: Collection[str] = (),
-    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
     """Train a checkpoint and write the result.
 
@@ -122,7 +123,7 @@ def recover(
     if clock is not None:
         run["clock"] = clock.isoformat()
     if (done := finished(output, run)) is not None:
-        on_event({"event": "complete", "output": str(output)})
+        on_event(Complete(output=str(output)))
         return done
     parameters = model.parameters()
     chosen = select(parameters, sets)
@@ -151,7 +152,7 @@ def recover(
         report = write_report(workspace.folder, report)
         write_bytes(workspace.folder / CARD, _card(model.folder, report).encode())
         workspace.publish()
-    on_event({"event": "complete", "output": str(output)})
+    on_event(Complete(output=str(output)))
     return report
 
 

@@ -9,7 +9,7 @@ the state a run goes on from are written again.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from jaxmoe.recovery.sharding import place_batch, place_parameters, shardings
 from jaxmoe.recovery.states import States
 from jaxmoe.recovery.trainable import merge, names, split
 from jaxmoe.recovery.training import State, Training, batch_rows, begin, train_step
+from jaxmoe.report.events import Damaged, OnEvent, TrainingStep, ignore
 from jaxmoe.texts.packing import Rows
 
 METRICS, STATES = "metrics.jsonl", "states"
@@ -44,7 +45,7 @@ def train(
     save_every: int = 50,
     keep: int = 2,
     mesh: Any = None,
-    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+    on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
     """Train, and return `trained` (arrays in float32 by name), `metrics` of all steps and `damaged` (see `Found`).
 
@@ -83,7 +84,7 @@ def train(
         state = jax.tree.unflatten(jax.tree.structure(state), [found.arrays[name] for name in _flat(state)])
     damaged = () if found is None else found.damaged
     for reason in damaged:
-        on_event({"event": "damaged", "reason": reason, "instead": f"going on from step {int(state.step)}"})
+        on_event(Damaged(reason=reason, instead=f"going on from step {int(state.step)}"))
     del metrics[int(state.step) :]
     # Metrics that are newer than the state are written again.
     write_bytes(folder / METRICS, "".join(_line(own) for own in metrics).encode())
@@ -100,7 +101,7 @@ def train(
             metrics.append(line)
             if (number + 1) % save_every == 0 or number + 1 == training.steps:
                 states.save(number + 1, _flat(state))
-            on_event({"event": "step", "done": number + 1, "total": training.steps, **line})
+            on_event(TrainingStep(done=number + 1, total=training.steps, metrics=line))
     arrays = {name: np.asarray(array) for name, array in state.trained.items()}
     return {"trained": arrays, "metrics": metrics, "damaged": damaged}
 

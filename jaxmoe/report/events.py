@@ -10,7 +10,7 @@ from jaxmoe.errors import JaxmoeError
 from jaxmoe.report.records import Improvement, Projection, Record
 
 
-class Event(Record, tag_field="event"):
+class Event(Record, tag_field="event", frozen=True, kw_only=True):
     """What all events have in common.
 
     Example:
@@ -27,14 +27,14 @@ def ignore(event: Event) -> None:
     """Take no notice."""
 
 
-class Counted(Event):
+class Counted(Event, frozen=True, kw_only=True):
     """One of `total` equal steps is done: what moves a progress bar."""
 
     done: int
     total: int
 
 
-class LayerDone(Counted, tag="layer"):
+class LayerDone(Counted, tag="layer", frozen=True, kw_only=True):
     """A layer is compressed, or was by an earlier run."""
 
     layer: int
@@ -49,7 +49,7 @@ class LayerDone(Counted, tag="layer"):
         return f"layer {self.layer} ({self.done} of {self.total}, {how}){told}"
 
 
-class VectorsLearned(Counted, tag="main_experts"):
+class VectorsLearned(Counted, tag="main_experts", frozen=True, kw_only=True):
     """The vectors of a layer's experts that do not run are found; `error` is None where no text was given."""
 
     layer: int
@@ -62,7 +62,7 @@ class VectorsLearned(Counted, tag="main_experts"):
         return f"layer {self.layer} ({self.done} of {self.total}, {self.seconds:.1f} s){learned}"
 
 
-class Calibrated(Counted, tag="calibrated"):
+class Calibrated(Counted, tag="calibrated", frozen=True, kw_only=True):
     """The statistics of a layer are gathered."""
 
     layer: int
@@ -71,7 +71,7 @@ class Calibrated(Counted, tag="calibrated"):
         return f"layer {self.layer} calibrated ({self.done} of {self.total})"
 
 
-class Forward(Counted, tag="forward"):
+class Forward(Counted, tag="forward", frozen=True, kw_only=True):
     """All texts went through a layer of a model."""
 
     model: str
@@ -80,7 +80,7 @@ class Forward(Counted, tag="forward"):
         return f"{self.model}: forward through layer {self.done} of {self.total}"
 
 
-class TrainingStep(Counted, tag="step"):
+class TrainingStep(Counted, tag="step", frozen=True, kw_only=True):
     """An update of a training is done; the JSON has its `metrics` beside the other keys.
 
     Example:
@@ -104,7 +104,7 @@ class TrainingStep(Counted, tag="step"):
         return f"step {self.done} of {self.total}: loss {self.metrics['loss']:.4f}"
 
 
-class Damaged(Event, tag="damaged"):
+class Damaged(Event, tag="damaged", frozen=True, kw_only=True):
     """Something of an earlier run cannot be used."""
 
     reason: str
@@ -114,7 +114,7 @@ class Damaged(Event, tag="damaged"):
         return f"{self.reason}: {self.instead}"
 
 
-class CellDone(Event, tag="cell"):
+class CellDone(Event, tag="cell", frozen=True, kw_only=True):
     """A cell of a comparison is measured, or has a `reason` why it cannot be."""
 
     name: str
@@ -129,7 +129,7 @@ class CellDone(Event, tag="cell"):
         return f"{self.name} ({self.done} of {self.total}): {found}"
 
 
-class Waiting(Event, tag="waiting"):
+class Waiting(Event, tag="waiting", frozen=True, kw_only=True):
     """The layers of this run are done, and others' are not."""
 
     layers: list[int]
@@ -138,7 +138,7 @@ class Waiting(Event, tag="waiting"):
         return f"this run's layers are done; layers {span(self.layers)} are still to come from other runs"
 
 
-class Complete(Event, tag="complete"):
+class Complete(Event, tag="complete", frozen=True, kw_only=True):
     """The output is complete.
 
     Example:

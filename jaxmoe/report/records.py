@@ -1,4 +1,4 @@
-"""What a plan and a run say of themselves, as typed records: one writer of their JSON, `as_json`, and one reader, `read`.
+"""What a plan and a run say of themselves, as typed records: `as_json` writes their JSON, and `read` reads it.
 
 Recipes differ in what there is to say. A field whose default is None is left out of the JSON where it is None; a field
 without a default is always there, as `null` where it is None. Reading leaves unknown keys out of account, so that a
@@ -38,7 +38,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise JaxmoeError(f"this is no record of the kind {cls.__name__} ({error})") from None
 
 
-class Change(Record):
+class Change(Record, frozen=True, kw_only=True):
     """A size before and after.
 
     Example:
@@ -50,7 +50,7 @@ class Change(Record):
     after: int
 
 
-class Requested(Record):
+class Requested(Record, frozen=True, kw_only=True):
     """The size that was asked for: a removed fraction, or how many of a token's experts run.
 
     Args:
@@ -74,7 +74,7 @@ class Requested(Record):
     renorm: str | None = None
 
 
-class Outcome(Record):
+class Outcome(Record, frozen=True, kw_only=True):
     """Something that a user should know of a run.
 
     Args:
@@ -90,7 +90,7 @@ class Outcome(Record):
     detail: str
 
 
-class Projection(Record):
+class Projection(Record, frozen=True, kw_only=True):
     """One projection of all experts of a layer.
 
     Args:
@@ -113,17 +113,17 @@ class Projection(Record):
     error: float | None = None
     worst_error: float | None = None
     worst_expert: int | None = None
-    weighted_error: float | None | msgspec.UnsetType = msgspec.UNSET
+    weighted_error: float | msgspec.UnsetType | None = msgspec.UNSET
 
 
-class Improvement(Record):
+class Improvement(Record, frozen=True, kw_only=True):
     """An error before and after something was learned."""
 
     before: float
     after: float
 
 
-class Layer(Record):
+class Layer(Record, frozen=True, kw_only=True):
     """One layer of a plan or a run.
 
     Args:
@@ -150,7 +150,7 @@ class Layer(Record):
     never_auxiliary: list[int] | None = None
 
 
-class Step(Record):
+class Step(Record, frozen=True, kw_only=True):
     """One step of a recipe of several, in terms of what it finds.
 
     Args:
@@ -176,7 +176,7 @@ class Step(Record):
     layer_seconds: float | None = None
 
 
-class PlanSummary(Record):
+class PlanSummary(Record, frozen=True, kw_only=True):
     """What a recipe will store, before anything runs.
 
     Args:
@@ -186,10 +186,10 @@ class PlanSummary(Record):
         achieved: removed fraction of "touched", "experts" and "model".
         parameters: of the whole model.
         bytes: of the whole model's tensors.
+        peak_bytes: predicted peak of memory beyond that of the idle program; None where nothing predicts it.
+        layers: what every layer stores.
         allocation: the rule that shared the budget over layers and targets.
         kept: how many "experts", or "channels" of every expert, stay.
-        peak_bytes: predicted peak of memory beyond that of the idle program.
-        layers: what every layer stores.
         steps: of a recipe of several.
         exports: forms in which the result can be written.
         experts_per_token: that run.
@@ -198,15 +198,15 @@ class PlanSummary(Record):
     """
 
     method: str
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any]
     requested: Requested
     achieved: dict[str, float]
     parameters: Change
     bytes: Change
+    peak_bytes: int | None
+    layers: list[Layer]
     allocation: str | None = None
     kept: dict[str, int] | None = None
-    peak_bytes: int | None = None
-    layers: list[Layer] | None = None
     steps: list[Step] | None = None
     exports: list[str] | None = None
     experts_per_token: Change | None = None
@@ -214,7 +214,7 @@ class PlanSummary(Record):
     operations_per_token: Change | None = None
 
 
-class Calibration(Record):
+class Calibration(Record, frozen=True, kw_only=True):
     """What a run was calibrated on.
 
     Args:
@@ -230,14 +230,14 @@ class Calibration(Record):
     moments: str | None = None
 
 
-class Stored(Record):
+class Stored(Record, frozen=True, kw_only=True):
     """What the files of a checkpoint hold."""
 
     parameters: int
     bytes: int
 
 
-class Report(PlanSummary):
+class Report(PlanSummary, frozen=True, kw_only=True):
     """What a run did: the keys of its plan as they came true, and what it took.
 
     Args:
@@ -268,10 +268,8 @@ class Report(PlanSummary):
     command: str
     seed: int
     export: str
-    layers: list[Layer]
     outcomes: list[Outcome]
     calibration: Calibration | None
-    peak_bytes: int
     layer_seconds: float
     seconds: float
     complete: bool

@@ -156,7 +156,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
         seen = []
 
         def stop(event, seen=seen):
-            seen.append(event["layer"])
+            seen.append(event.layer)
             raise KeyboardInterrupt
 
         folder = tmp_path / f"cut-{gradients}"
@@ -167,7 +167,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
             Statistics.open(folder)
         again = []
         found = calibrate(model, [text], folder, gradients=gradients, on_event=lambda e, again=again: again.append(e))
-        assert [event["layer"] for event in again] == [index for index in found.layers if index not in seen]
+        assert [event.layer for event in again] == [index for index in found.layers if index not in seen]
         for index in whole.layers:
             close(found.layer(index), whole.layer(index), 1e-12)
         assert not list(folder.rglob("*.f32"))

@@ -12,6 +12,7 @@ from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.compression.recipe import carry_out, plan_compression
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.report.events import LayerDone
 from jaxmoe.texts import Tokenizer, text_windows
 
 SLIM = ("frequency", "reap", "camera", "nystrom")
@@ -92,7 +93,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path, statistics):
     assert not (tmp_path / "stopped").exists()
     seen = []
     carry_out(checkpoint, tmp_path / "stopped", plan, statistics=statistics, on_event=seen.append)
-    assert [event["resumed"] for event in seen if event["event"] == "layer"] == [True, True, False, False]
+    assert [event.resumed for event in seen if isinstance(event, LayerDone)] == [True, True, False, False]
     assert checksums(tmp_path / "stopped") == checksums(tmp_path / "whole")
 
 

@@ -15,6 +15,7 @@ from jaxmoe.comparison import Contender
 from jaxmoe.compression.chain import ChainSettings, compress_chain, find, plan_chain
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.report.events import Calibrated, Complete, LayerDone
 from jaxmoe.texts import Tokenizer, text_windows
 
 TOKENIZER = Tokenizer.open(demo_checkpoint())
@@ -94,7 +95,7 @@ def test_a_stopped_chain_goes_on_to_the_same_bytes(tmp_path):
 
     def stop(event):
         seen.append(event)
-        if sum(event["event"] == "layer" for event in seen) == 6:
+        if sum(isinstance(event, LayerDone) for event in seen) == 6:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -102,15 +103,15 @@ def test_a_stopped_chain_goes_on_to_the_same_bytes(tmp_path):
     assert not (tmp_path / "stopped").exists()
     seen.clear()
     run(tmp_path / "stopped", on_event=seen.append)
-    layers = [event["resumed"] for event in seen if event["event"] == "layer"]
+    layers = [event.resumed for event in seen if isinstance(event, LayerDone)]
     # The first step is complete and is not gone through again; of the second, two layers were.
     assert layers == [True, True, False, False]
-    assert not [event for event in seen if event["event"] == "calibrated"]
+    assert not [event for event in seen if isinstance(event, Calibrated)]
     assert checksums(tmp_path / "stopped") == checksums(tmp_path / "whole")
     # And once more it is found finished.
     seen.clear()
     run(tmp_path / "stopped", on_event=seen.append)
-    assert [event["event"] for event in seen] == ["complete"]
+    assert [type(event) for event in seen] == [Complete]
     with pytest.raises(JaxmoeError, match="holds something else"):
         run(tmp_path / "stopped", ratio=0.5)
 
