@@ -1,1 +1,1 @@
-"""What a person reads: tables and progress."""
+"""What a run says, as records for programs and as tables, figures and progress for people."""
