@@ -155,6 +155,7 @@ def run_layer(
     part: slice = slice(None),
     observe: Observe | None = None,
     extra: np.ndarray | None = None,
+    reads: tuple[str, ...] = (),
 ) -> Iterator[Step]:
     """Move states through one layer, and yield after each batch what was observed in it.
 
@@ -169,6 +170,7 @@ def run_layer(
         observe: pure function of the layer's intermediates and of a batch of `extra`, itself a pytree; jitted with the
             layer.
         extra: an array with a row for every window, of which each batch goes to `observe`.
+        reads: of what attention's linear maps read, the names that `observe` looks at.
 
     Raises:
         JaxmoeError: hidden states are not finite; the message names the layer and the experts.
@@ -177,7 +179,7 @@ def run_layer(
     # Without the experts, whose shapes may differ from layer to layer: one program attends for all.
     attending = {name: array for name, array in parameters.items() if not name.startswith(("experts", "auxiliary"))}
     for windows in states.batches(part):
-        state = _attended(jnp.asarray(source[windows]), attending, spec=spec)
+        state = _attended(jnp.asarray(source[windows]), attending, spec=spec, reads=reads)
         given = None if extra is None else extra[windows]
         x, observed = _finish(state, parameters, given, observe, spec=spec, shape=block_shape(state, spec))
         x = np.asarray(x)
@@ -222,10 +224,11 @@ def embedded(ids, parameters, spec):
     return embed(ids, parameters, spec)
 
 
-@partial(jax.jit, static_argnames="spec")
-def _attended(x, parameters, spec):
+@partial(jax.jit, static_argnames=("spec", "reads"))
+def _attended(x, parameters, spec, reads):
     with jax.default_matmul_precision("float32"):
-        return attended(x, parameters, spec)
+        state = attended(x, parameters, spec)
+        return state._replace(reads={name: rows for name, rows in state.reads.items() if name in reads})
 
 
 @partial(jax.jit, static_argnames=("spec", "shape"))

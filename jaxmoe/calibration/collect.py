@@ -6,7 +6,7 @@ take more than a bound, the layer runs several times, for some of its experts ea
 enter every layer are kept, and the layers are visited a second time from the last to the first.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxmoe.calibration.fisher import layer_backward, loss_gradients
 from jaxmoe.calibration.folder import Statistics, layer_arrays
+from jaxmoe.calibration.inputs import kept_inputs
 from jaxmoe.calibration.record import Record, Source
 from jaxmoe.calibration.statistics import FIELDS, LayerStatistics, merge_arrays
 from jaxmoe.calibration.sums import POOLED, Summing
@@ -27,6 +28,7 @@ from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import JOURNAL
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.model.roles import check_offered, check_targets
 from jaxmoe.model.spec import LayerSpec
 from jaxmoe.report.events import Calibrated, OnEvent, ignore
 from jaxmoe.streaming import TOKENS, HiddenStates, Prefetched, on_device, run_layer, start
@@ -46,13 +48,14 @@ def calibrate(
     tokenizer: str | None = None,
     moments: str = "weighted",
     gradients: str | None = None,
+    targets: Collection[str] = ("experts",),
     layers: tuple[int, int] | None = None,
     resume: bool = True,
     tokens: int = TOKENS,
     limit: int | None = None,
     on_event: OnEvent = ignore,
 ) -> Statistics:
-    """Gather the statistics of a model's routed experts on some texts.
+    """Gather the statistics of a model's routed experts, and perhaps of its other linear maps, on some texts.
 
     Args:
         model: to calibrate.
@@ -61,6 +64,7 @@ def calibrate(
         tokenizer: fingerprint of what made the windows, None if unknown.
         moments: which second moments to keep: "none", "pooled", "expert" or "weighted".
         gradients: whether to keep the Fisher information, of each "sequence" or "token"; None for none.
+        targets: what beside "experts" is to have the second moments of its inputs kept: "attention", "shared", "dense".
         layers: `(first, end)`: keep the decoder layers first <= index < end only; None for all.
         resume: whether to go on with an unfinished run.
         tokens: that go through a layer together.
@@ -69,9 +73,10 @@ def calibrate(
         on_event: called with a small record after every layer.
 
     Raises:
-        JaxmoeError: the folder holds something else, activations are not finite, or no layer with experts is chosen.
+        JaxmoeError: the folder holds something else, activations are not finite, no layer with experts is chosen, or
+            the model lacks a target.
     """
-    record = make_record(model, texts, tokenizer, moments=moments, gradients=gradients, layers=layers)
+    record = make_record(model, texts, tokenizer, moments=moments, gradients=gradients, targets=targets, layers=layers)
     writer = StatisticsWriter(output_folder(folder, [model.folder]), record)
     if (done := writer.finished()) is not None:
         return done
@@ -90,6 +95,7 @@ def make_record(
     *,
     moments: str = "weighted",
     gradients: str | None = None,
+    targets: Collection[str] = ("experts",),
     layers: tuple[int, int] | None = None,
 ) -> Record:
     """Return what the statistics of these texts will say of themselves; the arguments are those of `calibrate`."""
@@ -98,6 +104,16 @@ def make_record(
     if not chosen:
         known = sorted(model.shapes)
         raise JaxmoeError(f"layers {first}:{end} hold no routed experts: they lie in layers {known[0]} to {known[-1]}")
+    others = tuple(name for name in check_targets(targets) if name != "experts")
+    if others and moments == "none":
+        raise JaxmoeError(
+            f"targets {', '.join(others)} ask for second moments, and moments is none: give pooled, expert or weighted"
+        )
+    check_offered(others, model.linear_targets)
+    inputs = {
+        index: kept_inputs(model.linear_sizes(index), others, experts=index in chosen)
+        for index in range(first, min(end, len(model.spec.layers)))
+    }
     if gradients is not None and any(len(text.ids[0]) < 2 for text in texts):
         raise JaxmoeError("windows of one token predict nothing: give a length of at least 2")
     if gradients is not None and isinstance(model.checkpoint, CompressedCheckpoint) and model.checkpoint.main:
@@ -123,6 +139,8 @@ def make_record(
         layers={index: model.shapes[index] for index in chosen},
         moments=moments,
         gradients=gradients,
+        targets=others,
+        inputs={index: own for index, own in inputs.items() if own},
     )
 
 
@@ -175,17 +193,17 @@ class _Run:
 
     def _write(self, domain: str, index: int, sums: Sums) -> None:
         record = self.writer.record
-        statistics = LayerStatistics(
-            shape=record.layers[index],
-            tokens=record.tokens(domain),
-            sequences=record.sequences(domain),
-            **sums,
-        )
-        self.writer.write(domain, index, statistics)
+        inputs = {name: array for name, array in sums.items() if name not in FIELDS}
+        statistics = None
+        if (shape := record.layers.get(index)) is not None:
+            own = {name: array for name, array in sums.items() if name in FIELDS}
+            tokens, sequences = record.tokens(domain), record.sequences(domain)
+            statistics = LayerStatistics(shape=shape, tokens=tokens, sequences=sequences, **own)
+        self.writer.write(domain, index, statistics, inputs)
 
     def _report(self, index: int) -> None:
         if self.missing.pop(index, None) is not None:
-            total = len(self.writer.record.layers)
+            total = len(self.writer.record.visited)
             done = total - len(self.missing)
             self.on_event(Calibrated(layer=index, done=done, total=total))
 
@@ -287,7 +305,10 @@ def gather(
     for position, summing in enumerate(_passes(record, index, limit)):
         arrays: Sums = {}
         written = out if position == 0 else None
-        for step in run_layer(index, parameters, spec, states, written, part=part, observe=summing, extra=counted):
+        steps = run_layer(
+            index, parameters, spec, states, written, part=part, observe=summing, extra=counted, reads=summing.inputs
+        )
+        for step in steps:
             _add(arrays, step.observed)
             # Before the next batch makes as much again.
             del step
@@ -297,7 +318,10 @@ def gather(
 
 def _passes(record: Record, index: int, limit: int | None) -> Iterator[Summing]:
     """Yield what to sum in each visit of a layer: everything, or the sums of some experts at a time."""
-    shape = record.layers[index]
+    inputs = tuple(record.inputs.get(index, {}))
+    if (shape := record.layers.get(index)) is None:
+        yield Summing(shape=None, names=(), experts=0, inputs=inputs)
+        return
     names = tuple(name for name in layer_arrays(record, index) if not name.startswith("fisher_"))
     own = tuple(name for name in names if name not in POOLED)
     each = sum(8 * int(np.prod(FIELDS[name].shape(shape)[1:])) for name in own)
@@ -306,7 +330,13 @@ def _passes(record: Record, index: int, limit: int | None) -> Iterator[Summing]:
     at_once = -(-shape.experts // visits)
     for first in range(0, shape.experts, at_once):
         some = min(at_once, shape.experts - first)
-        yield Summing(shape=shape, names=names if first == 0 else own, experts=some, first=first)
+        yield Summing(
+            shape=shape,
+            names=names if first == 0 else own,
+            experts=some,
+            first=first,
+            inputs=inputs if first == 0 else (),
+        )
 
 
 def _add(arrays: Sums, observed: dict[str, Any]) -> None:
@@ -315,16 +345,16 @@ def _add(arrays: Sums, observed: dict[str, Any]) -> None:
         if name in arrays:
             merge_arrays(name, arrays[name], np.asarray(array), out=arrays[name])
         else:
-            arrays[name] = np.asarray(array).astype(FIELDS[name].dtype)
+            arrays[name] = np.asarray(array).astype(FIELDS[name].dtype if name in FIELDS else "float64")
 
 
 def _place(sums: Sums, arrays: Sums, summing: Summing, folder: Path) -> None:
     """Put the rows of some experts where they belong; what does not fit into memory at once lies in mapped files."""
     for name, array in arrays.items():
-        whole = FIELDS[name].shape(summing.shape)
-        if array.shape == whole:
+        if summing.shape is None or name in summing.inputs or array.shape == FIELDS[name].shape(summing.shape):
             sums[name] = array
         else:
+            whole = FIELDS[name].shape(summing.shape)
             if name not in sums:
                 sums[name] = create_mapped(folder / f"{name}.sums", FIELDS[name].dtype, whole)
             sums[name][summing.first : summing.first + summing.experts] = array

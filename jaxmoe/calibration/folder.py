@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from jaxmoe.calibration.inputs import STORED, InputMoment
 from jaxmoe.calibration.record import Record
 from jaxmoe.calibration.statistics import FIELDS, LayerStatistics, kept, merge_arrays
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.tensor_file import CODES, TensorEntry, listing, read_header
 from jaxmoe.checkpoint.workspace import fingerprint
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.model.roles import BLOCK_INPUT
 from jaxmoe.texts import tokenizer_fingerprint
 
 RECORD = "statistics.json"
@@ -39,6 +41,16 @@ def layer_path(domain: str, index: int) -> str:
 def layer_arrays(record: Record, index: int) -> tuple[str, ...]:
     """Return the names of the arrays that a layer's files hold."""
     return kept(record.layers[index], moments=record.moments, gradients=record.gradients is not None)
+
+
+def stored_dtype(name: str) -> str:
+    """Return the dtype in which an array of a layer's file lies there, of the experts' or another input's moment.
+
+    Example:
+        >>> stored_dtype("counts"), stored_dtype("attention.input")
+        ('int64', 'float32')
+    """
+    return FIELDS[name].stored if name in FIELDS else STORED
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -141,6 +153,32 @@ class Statistics:
         parts = (self._part(domain, index, name, experts) for domain in chosen)
         return reduce(lambda a, b: merge_arrays(name, a, b), parts)
 
+    def inputs(self, index: int, name: str, domains: Iterable[str] | None = None) -> InputMoment | None:
+        """Return the second moment of what some linear maps of a layer read; None where it was not kept.
+
+        Args:
+            index: of the decoder layer.
+            name: of the activation, see `inputs.py`.
+            domains: whose tokens, all if None.
+
+        Raises:
+            JaxmoeError: there is no such domain, or a file is damaged.
+        """
+        chosen = self._chosen([], domains)
+        tokens = sum(map(self.record.tokens, chosen))
+        if name == BLOCK_INPUT and index in self.record.layers:
+            kept = "input_moment" in layer_arrays(self.record, index)
+            return InputMoment(self.read(index, "input_moment", chosen), tokens) if kept else None
+        if name not in self.record.inputs.get(index, {}):
+            return None
+        parts = [self._entries(domain, index)[name].read().astype("float64") for domain in chosen]
+        total = reduce(np.add, parts)
+        if not np.isfinite(total).all():
+            raise JaxmoeError(
+                f"{self.folder}: {name} of layer {index} is not finite: a file was damaged or edited, calibrate again"
+            )
+        return InputMoment(total, tokens)
+
     def _part(self, domain: str, index: int, name: str, experts: slice) -> np.ndarray:
         part = self._entries(domain, index)[name].read(experts).astype(FIELDS[name].dtype)
         # Row by row: the large ones are as large as memory allows.
@@ -182,6 +220,7 @@ class Statistics:
                 )
             if layers is None:
                 layers = [layer.index for layer in checkpoint.layers]
+        others = [index for index in self.record.visited if index not in self.record.layers]
         needed = list(self.layers if layers is None else layers)
         chosen = self._chosen(needed, domains)
         if checkpoint is not None:
@@ -190,7 +229,7 @@ class Statistics:
                 raise JaxmoeError(f"{self.folder} has other shapes than the model in layers {', '.join(wrong)}")
         problems = []
         for domain in chosen:
-            for index in needed:
+            for index in sorted({*needed, *others}):
                 try:
                     self._entries(domain, index)
                 except JaxmoeError as error:
@@ -215,9 +254,11 @@ class Statistics:
     def _entries(self, domain: str, index: int) -> dict[str, TensorEntry]:
         path = self.folder / layer_path(domain, index)
         entries = read_header(path)
-        shape = self.record.layers[index]
-        for name in layer_arrays(self.record, index):
-            code = CODES[np.dtype(FIELDS[name].stored)]
-            if name not in entries or (entries[name].dtype, entries[name].shape) != (code, FIELDS[name].shape(shape)):
+        shapes = {name: (size, size) for name, size in self.record.inputs.get(index, {}).items()}
+        if (sizes := self.record.layers.get(index)) is not None:
+            shapes |= {name: FIELDS[name].shape(sizes) for name in layer_arrays(self.record, index)}
+        for name, shape in shapes.items():
+            code = CODES[np.dtype(stored_dtype(name))]
+            if name not in entries or (entries[name].dtype, entries[name].shape) != (code, shape):
                 raise JaxmoeError(f"{path} does not hold {name} as {RECORD} says: calibrate again")
         return entries

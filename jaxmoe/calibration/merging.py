@@ -5,6 +5,8 @@ from functools import reduce
 from operator import add
 from pathlib import Path
 
+import numpy as np
+
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.calibration.record import Record, Source
 from jaxmoe.calibration.writer import StatisticsWriter
@@ -35,16 +37,26 @@ def merge(folders: Sequence[str | Path], output: str | Path, *, force: bool = Fa
         return done
     with writer.opened():
         for domain, index in writer.missing():
-            parts = (each.layer(index, [domain]) for each in opened if domain in each.domains)
-            writer.write(domain, index, reduce(add, parts))
+            own = [each for each in opened if domain in each.domains]
+            experts = reduce(add, (each.layer(index, [domain]) for each in own)) if index in record.layers else None
+            writer.write(domain, index, experts, _inputs(own, index, domain))
         return writer.publish()
+
+
+def _inputs(opened: Sequence[Statistics], index: int, domain: str) -> dict[str, np.ndarray]:
+    """Return the sums of a layer's further inputs, which all of the folders keep."""
+    found = {}
+    for name in opened[0].record.inputs.get(index, {}):
+        moments = (each.inputs(index, name, [domain]) for each in opened)
+        found[name] = reduce(np.add, (moment.sums for moment in moments if moment is not None))
+    return found
 
 
 def _merged(opened: Sequence[Statistics], force: bool) -> Record:
     first = opened[0].record
     problems = []
     for other in opened[1:]:
-        for name in ("model", "tokenizer", "layers", "moments", "gradients"):
+        for name in ("model", "tokenizer", "layers", "moments", "gradients", "targets", "inputs"):
             if getattr(other.record, name) != getattr(first, name):
                 problems.append(f"{opened[0].folder} and {other.folder} differ in {name}")
     if problems:
@@ -68,4 +80,6 @@ def _merged(opened: Sequence[Statistics], force: bool) -> Record:
         layers=first.layers,
         moments=first.moments,
         gradients=first.gradients,
+        targets=first.targets,
+        inputs=first.inputs,
     )

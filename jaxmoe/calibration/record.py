@@ -5,12 +5,16 @@
      "domains": {"code": [{"fingerprint": SHA-256, "sequences": 128, "length": 256, "tokens": 32640}]},
      "layers": {"3": {"experts": 64, "hidden": 2048, "intermediate": 1024, "gated": true}}}
 
+Where inputs of further linear maps were kept, schema 2 adds of which targets, and what every layer holds of them:
+
+     "targets": ["attention"], "inputs": {"3": {"attention.input": 2048, "attention.mixed": 4096}}
+
 The record is known before the first token runs, so it also tells whether an unfinished folder belongs to the same run.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,9 +25,11 @@ from jaxmoe.calibration.statistics import MOMENTS
 from jaxmoe.checkpoint.records import read_record
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape, ShapeRecord
+from jaxmoe.factors.stored import Size
+from jaxmoe.model.roles import LINEAR_TARGETS, ROLES
 
-SCHEMA = 1
-"""The layout of statistics folders that this version writes, and the newest that it reads."""
+SCHEMA = 2
+"""The newest layout of statistics folders that this version reads; what keeps routed experts alone is of the first."""
 
 TIES = "lowest index first"
 """How experts with equal router scores are chosen between."""
@@ -63,6 +69,9 @@ class _Version(msgspec.Struct):
     jaxmoe: str = "unknown"
 
 
+_Index = Annotated[str, msgspec.Meta(pattern=r"^(0|[1-9][0-9]{0,4})\Z")]
+
+
 class _Content(msgspec.Struct, forbid_unknown_fields=True):
     """What a `statistics.json` of this schema holds."""
 
@@ -74,7 +83,9 @@ class _Content(msgspec.Struct, forbid_unknown_fields=True):
     moments: str
     gradients: str | None
     domains: dict[str, Annotated[list[Source], msgspec.Meta(min_length=1)]]
-    layers: dict[Annotated[str, msgspec.Meta(pattern=r"^(0|[1-9][0-9]{0,4})\Z")], ShapeRecord]
+    layers: dict[_Index, ShapeRecord]
+    targets: list[str] = []
+    inputs: dict[_Index, dict[str, Size]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +99,8 @@ class Record:
         layers: shape of each layer by its index in the decoder.
         moments: which second moments were kept, one of `MOMENTS`.
         gradients: whether and how the Fisher information was kept, one of `GRADIENTS`.
+        targets: beside the routed experts, whose linear maps' inputs were kept, from `model.roles.LINEAR_TARGETS`.
+        inputs: for each layer the activations whose second moments its file holds, and their sizes, see `inputs.py`.
     """
 
     model: str
@@ -96,6 +109,8 @@ class Record:
     layers: Mapping[int, LayerShape]
     moments: str = "weighted"
     gradients: str | None = None
+    targets: tuple[str, ...] = ()
+    inputs: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.moments not in MOMENTS or self.gradients not in GRADIENTS:
@@ -104,6 +119,11 @@ class Record:
             )
         if not self.domains or not self.layers:
             raise JaxmoeError(f"{len(self.domains)} domains and {len(self.layers)} layers: statistics need one of each")
+        known = {role.reads for role in ROLES.values()}
+        if odd := sorted(
+            {*self.targets} - {*LINEAR_TARGETS} | {n for own in self.inputs.values() for n in own} - known
+        ):
+            raise JaxmoeError(f"unknown targets or inputs {', '.join(map(repr, odd))}")
         # They become names of folders.
         if wrong := [name for name in self.domains if not _can_be_name(name)]:
             raise JaxmoeError(f"{', '.join(map(repr, wrong))} cannot be the name of a domain: rename the text")
@@ -116,18 +136,25 @@ class Record:
         """Return how many sequences of a domain ran."""
         return sum(source.sequences for source in self.domains[domain])
 
+    @property
+    def visited(self) -> tuple[int, ...]:
+        """The layers of which something is kept, in ascending order."""
+        return tuple(sorted({*self.layers, *(index for index, own in self.inputs.items() if own)}))
+
     def describe(self) -> dict[str, Any]:
         """Return in few words what a report says of the statistics: tokens of each domain, and in all."""
         return {
             "domains": {name: self.tokens(name) for name in self.domains},
             "tokens": sum(map(self.tokens, self.domains)),
             "moments": self.moments,
+            **({"targets": ["experts", *self.targets]} if self.targets else {}),
         }
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of `statistics.json`."""
+        inputs = {str(index): dict(own) for index, own in sorted(self.inputs.items())}
         return {
-            "schema": SCHEMA,
+            "schema": 2 if self.targets else 1,
             "jaxmoe": jaxmoe.__version__,
             "model": self.model,
             "tokenizer": self.tokenizer,
@@ -136,6 +163,7 @@ class Record:
             "gradients": self.gradients,
             "domains": {name: [asdict(source) for source in sources] for name, sources in self.domains.items()},
             "layers": {str(index): shape._asdict() for index, shape in sorted(self.layers.items())},
+            **({"targets": list(self.targets), "inputs": inputs} if self.targets else {}),
         }
 
     @classmethod
@@ -161,6 +189,8 @@ class Record:
                 layers={int(index): entry.shape for index, entry in content.layers.items()},
                 moments=content.moments,
                 gradients=content.gradients,
+                targets=tuple(content.targets),
+                inputs={int(index): own for index, own in content.inputs.items()},
             )
         except JaxmoeError as error:
             raise JaxmoeError(f"{path}: {error}; {mend}") from None

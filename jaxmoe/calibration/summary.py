@@ -37,6 +37,7 @@ def summary(statistics: Statistics) -> dict[str, Any]:
         ],
         "tokens": sum(map(record.tokens, statistics.domains)),
         "moments": record.moments,
+        "targets": ["experts", *record.targets],
         "gradients": record.gradients,
         "layers": layers,
     }

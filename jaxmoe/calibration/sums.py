@@ -22,16 +22,17 @@ from jaxmoe.model.grouped import BlockShape, arrange, most_blocks, summed_rows
 from jaxmoe.model.layer import Intermediates
 
 
-@pytree(static=("shape", "names", "experts"))
+@pytree(static=("shape", "names", "experts", "inputs"))
 @dataclass(frozen=True, kw_only=True)
 class Summing:
     """What to sum, as a function that is a pytree: all that differ in `first` alone share a compiled program.
 
     Args:
-        shape: of the layer.
-        names: of the arrays to sum, from `FIELDS`.
+        shape: of the layer's routed experts, None where it has none.
+        names: of their arrays to sum, from `FIELDS`.
         first: the first expert whose rows are returned.
         experts: how many experts' rows are returned.
+        inputs: the activations whose second moments to sum, see `inputs.py`.
 
     Example:
         >>> import jax
@@ -39,15 +40,22 @@ class Summing:
         [2]
     """
 
-    shape: LayerShape
+    shape: LayerShape | None
     names: tuple[str, ...]
     experts: int
     first: int = 0
+    inputs: tuple[str, ...] = ()
 
     def __call__(self, seen: Intermediates, counted: Bool[Array, "sequence position"]) -> dict[str, Array]:
         """Return the sums of a batch by name, in float32 and int32; of per-expert ones only the chosen rows."""
-        assert seen.routes is not None
         counted = counted.reshape(-1)
+        inputs = {name: gram(jnp.where(counted[:, None], seen.reads[name], 0)) for name in self.inputs}
+        return self._of_experts(seen, counted) | inputs
+
+    def _of_experts(self, seen: Intermediates, counted) -> dict[str, Array]:
+        if self.shape is None:
+            return {}
+        assert seen.routes is not None
         sums = {}
         if {*POOLED} & {*self.names}:
             hits = jnp.any(seen.routes.experts[:, :, None] == jnp.arange(self.shape.experts), 1) & counted[:, None]
@@ -55,24 +63,24 @@ class Summing:
             sums["coactivation"] = gram(hits.astype(jnp.float32)).astype(jnp.int32)
             sums["input_moment"] = gram(jnp.where(counted[:, None], seen.inputs, 0))
         if any(name not in sums for name in self.names):
-            sums |= self._by_expert(seen, counted)
+            sums |= self._by_expert(seen, counted, self.shape)
         return {name: sums[name] for name in self.names}
 
-    def _by_expert(self, seen: Intermediates, counted) -> dict[str, Array]:
+    def _by_expert(self, seen: Intermediates, counted, shape: LayerShape) -> dict[str, Array]:
         assert seen.routes is not None
         chosen, weights = seen.routes
         local = chosen - self.first
         mine = counted[:, None] & (local >= 0) & (local < self.experts)
         # What is not asked for goes to one expert more, behind the blocks that the loop visits.
         local = jnp.where(mine, local, self.experts)
-        largest = max(self.shape.hidden, self.shape.intermediate) ** 2
+        largest = max(shape.hidden, shape.intermediate) ** 2
         rows = summed_rows(chosen.size, self.experts, largest)
         blocks = arrange(local, self.experts + 1, BlockShape(rows, most_blocks(chosen.size, self.experts + 1, rows)))
         used = jnp.sum(blocks.expert < self.experts)
         names = [name for name in self.names if name not in POOLED]
         start = {
             name: jnp.zeros(
-                (self.experts, *FIELDS[name].shape(self.shape)[1:]), jnp.int32 if name == "counts" else jnp.float32
+                (self.experts, *FIELDS[name].shape(shape)[1:]), jnp.int32 if name == "counts" else jnp.float32
             )
             for name in names
         }

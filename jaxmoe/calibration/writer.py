@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
-from jaxmoe.calibration.folder import RECORD, Statistics, layer_arrays, layer_path
+from jaxmoe.calibration.folder import RECORD, Statistics, layer_arrays, layer_path, stored_dtype
 from jaxmoe.calibration.record import Record
 from jaxmoe.calibration.statistics import FIELDS, LayerStatistics
 from jaxmoe.checkpoint.atomic import write_bytes
@@ -77,19 +79,31 @@ class StatisticsWriter:
 
     def missing(self) -> list[tuple[str, int]]:
         """Return the domains and layers that are not written yet, or not whole, layer by layer."""
-        pairs = [(domain, index) for index in sorted(self.record.layers) for domain in self.record.domains]
+        pairs = [(domain, index) for index in self.record.visited for domain in self.record.domains]
         return [pair for pair in pairs if self.workspace.entry(pair, self._key) is None]
 
-    def write(self, domain: str, index: int, statistics: LayerStatistics) -> None:
+    def write(
+        self,
+        domain: str,
+        index: int,
+        statistics: LayerStatistics | None,
+        inputs: Mapping[str, np.ndarray] = MappingProxyType({}),
+    ) -> None:
         """Write the record of one domain and layer.
+
+        Args:
+            domain: whose tokens it counts.
+            index: of the decoder layer.
+            statistics: of its routed experts, None where none are announced.
+            inputs: second moments of its other linear maps' inputs, by activation, `[in, in]`.
 
         Raises:
             JaxmoeError: it is not what the folder's record announces, or holds NaN or infinite sums.
         """
-        self._check(domain, index, statistics)
-        arrays = statistics.arrays()
+        self._check(domain, index, statistics, inputs)
+        arrays = {**({} if statistics is None else statistics.arrays()), **inputs}
         tensors = [
-            Planned(name, FIELDS[name].stored, array.shape, partial(self._stored, array, FIELDS[name].stored))
+            Planned(name, stored_dtype(name), array.shape, partial(self._stored, array, stored_dtype(name)))
             for name, array in arrays.items()
         ]
         path = self.workspace.folder / layer_path(domain, index)
@@ -123,18 +137,29 @@ class StatisticsWriter:
         self.workspace.publish()
         return Statistics.open(self.folder)
 
-    def _check(self, domain: str, index: int, statistics: LayerStatistics) -> None:
-        shape, record = self.record.layers[index], self.record
-        announced = shape, record.tokens(domain), record.sequences(domain), layer_arrays(record, index)
-        given = statistics.shape, statistics.tokens, statistics.sequences, tuple(statistics.arrays())
-        names = ("shape", "tokens", "sequences", "arrays")
-        if wrong := [f"{n} {g}, not {a}" for n, a, g in zip(names, announced, given) if a != g]:
+    def _check(self, domain: str, index: int, statistics: LayerStatistics | None, inputs) -> None:
+        shape, record = self.record.layers.get(index), self.record
+        sizes = {name: (size, size) for name, size in record.inputs.get(index, {}).items()}
+        pairs: dict[str, tuple[Any, Any]] = {
+            "shape": (None if statistics is None else statistics.shape, shape),
+            "inputs": ({name: array.shape for name, array in inputs.items()}, sizes),
+        }
+        if shape is not None and statistics is not None:
+            pairs |= {
+                "tokens": (statistics.tokens, record.tokens(domain)),
+                "sequences": (statistics.sequences, record.sequences(domain)),
+                "arrays": (tuple(statistics.arrays()), layer_arrays(record, index)),
+            }
+        if wrong := [
+            f"{name} {given}, not {announced}" for name, (given, announced) in pairs.items() if given != announced
+        ]:
             raise JaxmoeError(f"layer {index} of {domain} does not fit the record of {self.folder}: {'; '.join(wrong)}")
-        for name, array in statistics.arrays().items():
+        for name, array in {**({} if statistics is None else statistics.arrays()), **inputs}.items():
             # Row by row: the large ones are as large as memory allows.
-            bad = [row for row, part in enumerate(array) if not _finite(part, FIELDS[name].stored)]
+            bad = [row for row, part in enumerate(array) if not _finite(part, stored_dtype(name))]
             if bad:
-                where = f", expert {', '.join(map(str, bad[:8]))}" if FIELDS[name].axes[0] == "experts" else ""
+                of_experts = name in FIELDS and FIELDS[name].axes[0] == "experts"
+                where = f", expert {', '.join(map(str, bad[:8]))}" if of_experts else ""
                 raise JaxmoeError(
                     f"NaN or infinite {name} in layer {index}{where} on {domain}: the model's activations overflow;"
                     " check its weights, or compute in a wider dtype"

@@ -30,10 +30,12 @@ from jaxmoe.checkpoint.families.keys import brief
 from jaxmoe.checkpoint.names import layer_number
 from jaxmoe.checkpoint.quantization import Matrix
 from jaxmoe.checkpoint.reader import Checkpoint
+from jaxmoe.checkpoint.roles import LinearMap, linear_maps, targets_of
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.factored import is_factored, layer_index
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, Term
 from jaxmoe.model.auxiliary import MainExperts, main_experts
+from jaxmoe.model.roles import role_sizes
 from jaxmoe.model.spec import DecoderSpec, ExpertBlock
 
 if TYPE_CHECKING:
@@ -181,6 +183,19 @@ class StoredModel:
     def pieces(self, index: int) -> dict[str, Piece]:
         """Return what a layer's arrays are read from, the routed experts excepted."""
         return layer_pieces(self.spec.layers[index], self.prefix(index), self.model_type, self.family)
+
+    def linear_maps(self, index: int) -> tuple[LinearMap, ...]:
+        """Return a layer's linear maps beside the routed experts."""
+        return linear_maps(self.pieces(index), index, self.family)
+
+    def linear_sizes(self, index: int) -> dict[str, tuple[int, int]]:
+        """Return `(out, in)` of a layer's linear maps beside the routed experts, by role."""
+        return role_sizes((name, piece.shape) for name, piece in self.pieces(index).items())
+
+    @property
+    def linear_targets(self) -> tuple[str, ...]:
+        """What the model's linear maps belong to, of `model.roles.LINEAR_TARGETS`."""
+        return targets_of({index: self.linear_maps(index) for index in range(len(self.spec.layers))})
 
     def biases(self, index: int) -> tuple[str, ...]:
         """Return the tensors that hold the biases of a layer's experts."""

@@ -123,6 +123,14 @@ GradientsOption = Annotated[
     Gradients | None,
     typer.Option("--gradients", help="keep the Fisher information too, of each sequence's or each token's loss"),
 ]
+TargetsOption = Annotated[
+    str,
+    typer.Option(
+        "--targets",
+        metavar="LIST",
+        help="what is replaced: experts, attention, shared (experts), dense (blocks without experts), or several",
+    ),
+]
 SeedOption = Annotated[
     int,
     typer.Option(

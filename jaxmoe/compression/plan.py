@@ -17,7 +17,8 @@ from jaxmoe.checkpoint import Checkpoint, MoELayer
 from jaxmoe.compression.evidence import Sums
 from jaxmoe.compression.slot_costs import choose_rule, shares
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense, Term
+from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense, Grouped, Term
+from jaxmoe.factors.term import Abstract
 from jaxmoe.methods import Method, Slot
 
 SCOPES = ("touched", "experts", "model")
@@ -114,10 +115,10 @@ def describe(layer: CompressedLayer) -> dict[str, dict[str, Any]]:
             for position, name in enumerate(covered):
                 entry = projections[name]
                 entry["terms"].append({"target": target, **term.spec()})
-                entry["ranks"].append(term.rank)
+                entry["ranks"].append(getattr(term, "rank", min(term.shape[1:])))
                 entry["parameters"] += numbers // len(covered) + (position < numbers % len(covered))
-                if term.known_ranks is not None:
-                    entry.setdefault("group_ranks", []).append(list(term.known_ranks))
+                if isinstance(term, Grouped) and not isinstance(term.ranks, Abstract):
+                    entry.setdefault("group_ranks", []).append(list(term.group_ranks))
     for name, entry in projections.items():
         entry["kept"] = entry["parameters"] / int(np.prod(layer.sizes.of(name)))
     return projections

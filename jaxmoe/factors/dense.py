@@ -7,15 +7,13 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmoe.factors.registry import register
-from jaxmoe.factors.spec import TermSpec
-from jaxmoe.factors.term import EVERY, Abstract, Term, per_expert, pytree
+from jaxmoe.factors.stored import Stored, TermSpec
+from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
 
 
-@register
 @pytree()
 @dataclass(frozen=True, kw_only=True)
-class Dense(Term):
+class Dense(Stored):
     """W_e itself.
 
     Args:
@@ -32,6 +30,7 @@ class Dense(Term):
 
     kind: ClassVar[str] = "dense"
     named: ClassVar[Mapping[str, str]] = {"weight": "dense"}
+    for_all: ClassVar[bool] = False
     weight: Float[Array | Abstract, "expert out in"]
 
     @classmethod

@@ -21,6 +21,7 @@ from jaxmoe.model.rotary import rotate
 from jaxmoe.model.spec import Attention, LatentAttention
 
 Parameters = Mapping[str, Array]
+Reads = dict[str, Float[Array, "sequence position size"]]
 
 
 def attend(
@@ -28,8 +29,8 @@ def attend(
     parameters: Parameters,
     spec: Attention | LatentAttention,
     documents: Int[Array, "sequence position"] | None = None,
-) -> Float[Array, "sequence position hidden"]:
-    """Return what attention adds to the residual stream.
+) -> tuple[Float[Array, "sequence position hidden"], Reads]:
+    """Return what attention adds to the residual stream, and what its linear maps read by name (`roles.py`).
 
     Args:
         x: normalised hidden states.
@@ -66,15 +67,17 @@ def _grouped(x, parameters: Parameters, spec: Attention, documents):
     mixed = _mix(turned(query, "query"), turned(key, "key"), value, spec.scale, spec.window, sinks, documents)
     if spec.gated:
         mixed = mixed * jax.nn.sigmoid(linear(x, parameters, "attention.gate"))
-    return linear(mixed, parameters, "attention.output")
+    return linear(mixed, parameters, "attention.output"), {"attention.input": x, "attention.mixed": mixed}
 
 
 def _latent(x, parameters: Parameters, spec: LatentAttention, documents):
+    reads = {"attention.input": x}
     if spec.query_rank is None:
         query = linear(x, parameters, "attention.query")
     else:
         query = linear(x, parameters, "attention.query_down")
         query = normalize(query, parameters, "attention.query_down_norm", spec.norm)
+        reads["attention.query_latent"] = query
         query = linear(query, parameters, "attention.query_up")
     query = query.reshape(*x.shape[:2], spec.heads, spec.plain + spec.rotated)
     query = jnp.concatenate([query[..., : spec.plain], rotate(query[..., spec.plain :], spec.rotary)], -1)
@@ -85,7 +88,8 @@ def _latent(x, parameters: Parameters, spec: LatentAttention, documents):
     position = jnp.broadcast_to(position, (*both.shape[:3], spec.rotated))
     key = jnp.concatenate([both[..., : spec.plain], position], -1)
     mixed = _mix(query, key, both[..., spec.plain :], spec.scale, None, None, documents)
-    return linear(mixed, parameters, "attention.output")
+    reads |= {"attention.kv_latent": small, "attention.mixed": mixed}
+    return linear(mixed, parameters, "attention.output"), reads
 
 
 def _mix(query, key, value, scale: float, window: int | None, sinks, documents):

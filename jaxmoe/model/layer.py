@@ -18,6 +18,7 @@ from jaxmoe.model.experts import ExpertRows, gated, run_experts
 from jaxmoe.model.grouped import BlockShape
 from jaxmoe.model.linear import linear
 from jaxmoe.model.norm import normalize
+from jaxmoe.model.roles import BLOCK_INPUT
 from jaxmoe.model.routing import Routes, route
 from jaxmoe.model.spec import DenseBlock, ExpertBlock, LayerSpec
 
@@ -28,24 +29,28 @@ class Attended(NamedTuple):
     """A layer after its attention.
 
     residual: the residual stream; inputs: what the feed-forward block reads, one row per token; routes: of these
-    tokens, those of the experts that run first; None in a layer without experts.
+    tokens, those of the experts that run first; None in a layer without experts; reads: what the linear maps of
+    attention read, by name (`roles.py`).
     """
 
     residual: Float[Array, "sequence position hidden"]
     inputs: Float[Array, "token hidden"]
     routes: Routes | None
+    reads: Mapping[str, Array] = {}
 
 
 class Intermediates(NamedTuple):
     """What happened inside a layer: the experts' inputs, and of those that run routes, what down reads, and outputs.
 
-    Inputs are as the router sees them, and outputs unweighted. All but `inputs` are None in a layer without experts.
+    Inputs are as the router sees them, and outputs unweighted; routes and what the routed experts did are None in a
+    layer without them. `reads` holds what all other linear maps read, one row per token, by name (`roles.py`).
     """
 
     inputs: Float[Array, "token hidden"]
     routes: Routes | None
     intermediate: Float[Array, "token choice intermediate"] | None
     outputs: Float[Array, "token choice hidden"] | None
+    reads: Mapping[str, Array] = {}
 
 
 def layer(
@@ -81,7 +86,7 @@ def attended(
 ) -> Attended:
     """Run the first half of a layer: attention, the normalisation behind it, and the routing."""
     first = _before(x, parameters, "input_norm", spec)
-    added = attend(first, parameters, spec.attention, documents)
+    added, reads = attend(first, parameters, spec.attention, documents)
     x = x + _after(added, parameters, "input_norm", spec) * spec.multiplier
     second = first if spec.parallel else _before(x, parameters, "post_norm", spec)
     inputs = second.reshape(-1, spec.hidden)
@@ -90,7 +95,7 @@ def attended(
         routes = route(inputs, parameters, block.router)
         if block.running < block.router.top_k:
             routes = by_weight(routes)
-    return Attended(x, inputs, routes)
+    return Attended(x, inputs, routes, reads)
 
 
 def finish(
@@ -102,17 +107,23 @@ def finish(
     probes: Mapping[str, Array] | None = None,
 ) -> tuple[Float[Array, "sequence position hidden"], Intermediates]:
     """Run the second half of a layer: the feed-forward block."""
-    x, inputs, routes = state
+    x, inputs, routes, reads = state
+    reads = {name: rows.reshape(-1, rows.shape[-1]) for name, rows in reads.items()} | {BLOCK_INPUT: inputs}
     block = spec.feed_forward
     if isinstance(block, DenseBlock):
-        added, seen = dense(inputs, parameters, "feed_forward", block), Intermediates(inputs, None, None, None)
+        added, inner = dense(inputs, parameters, "feed_forward", block)
+        seen = Intermediates(inputs, None, None, None, reads | {"feed_forward.intermediate": inner})
     else:
         assert routes is not None
         rows, routes = routed(inputs, routes, parameters, block, shape=shape, probes=probes)
         added = rows.combined
-        seen = Intermediates(inputs, routes, rows.intermediate, rows.output)
         if block.shared is not None:
-            added = added + _shared(inputs, parameters, block)
+            out, inner = dense(inputs, parameters, "shared", block.shared)
+            reads |= {"shared.intermediate": inner}
+            added = added + (
+                jax.nn.sigmoid(linear(inputs, parameters, "shared_gate")) * out if block.shared_gate else out
+            )
+        seen = Intermediates(inputs, routes, rows.intermediate, rows.output, reads)
         added = added * block.scale
     added = _after(added.reshape(x.shape), parameters, "post_norm", spec)
     return x + added * spec.multiplier, seen
@@ -152,16 +163,15 @@ def routed(
 
 def dense(
     x: Float[Array, "token hidden"], parameters: Parameters, name: str, spec: DenseBlock
-) -> Float[Array, "token hidden"]:
-    """Run a gated network that all tokens use; its matrices stand under `{name}.gate`, `.up` and `.down`."""
+) -> tuple[Float[Array, "token hidden"], Float[Array, "token intermediate"]]:
+    """Run a gated network that all tokens use; its matrices stand under `{name}.gate`, `.up` and `.down`.
+
+    Returns:
+        Its output, and what down reads.
+    """
     gate, up = linear(x, parameters, f"{name}.gate"), linear(x, parameters, f"{name}.up")
-    return linear(gated(gate, up, spec.gate), parameters, f"{name}.down")
-
-
-def _shared(x, parameters: Parameters, block: ExpertBlock):
-    assert block.shared is not None
-    out = dense(x, parameters, "shared", block.shared)
-    return jax.nn.sigmoid(linear(x, parameters, "shared_gate")) * out if block.shared_gate else out
+    inner = gated(gate, up, spec.gate)
+    return linear(inner, parameters, f"{name}.down"), inner
 
 
 def _before(x, parameters: Parameters, name: str, spec: LayerSpec):

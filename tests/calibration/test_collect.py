@@ -94,7 +94,7 @@ def test_fisher_of_one_layer_equals_a_copy_of_the_experts_for_every_token(mode, 
     _, found, _ = walk_back(jnp.asarray(x), jnp.asarray(gradient), parameters)
 
     # Behind attention every token goes its own way: with experts of its own, their gradient is the token's part.
-    residual, inputs, routes = jax.jit(partial(attended, spec=spec))(jnp.asarray(x), parameters)
+    residual, inputs, routes, _ = jax.jit(partial(attended, spec=spec))(jnp.asarray(x), parameters)
     weights = {name: parameters["experts"].materialize(name) for name in ("gate", "up", "down")}
 
     def loss(weights, residual, inputs, experts, scores, gradient):

@@ -168,8 +168,8 @@ def test_all_damaged_files_are_listed(folder, spoil):
 def test_newer_schema_and_damaged_json(folder):
     path = folder / "statistics.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "schema": 2, "jaxmoe": "9.0"}))
-    with pytest.raises(JaxmoeError, match=r"schema 2, .*reads up to 1: upgrade jaxmoe.*9\.0"):
+    path.write_text(json.dumps({**content, "schema": 3, "jaxmoe": "9.0"}))
+    with pytest.raises(JaxmoeError, match=r"schema 3, .*reads up to 2: upgrade jaxmoe.*9\.0"):
         Statistics.open(folder)
     for damaged in (b"{", b"\xff", b"", b"[" * 100_000):
         path.write_bytes(damaged)

@@ -26,6 +26,7 @@ class Family:
         routing: name of the routing rule.
         bias: the selection bias on disk, relative to the layer; empty if there is none.
         shared: the shared experts on disk, relative to the layer; empty if there are none.
+        shared_module: their module in transformers, relative to the layer; empty if it has the name on disk.
         transposed: whether fused tensors are `[expert, in, out]`; None: the shape decides.
         interleaved: whether rows of gate and up alternate in fused tensors.
         gated: whether there is a gate projection.
@@ -46,6 +47,7 @@ class Family:
     routing: str = "softmax"
     bias: str = ""
     shared: str = ""
+    shared_module: str = ""
     transposed: bool | None = False
     interleaved: bool = False
     gated: bool = True
@@ -74,6 +76,17 @@ class Family:
         """
         on_disk, in_memory = self.renamed
         return prefix.replace(on_disk, in_memory, 1) + self.module
+
+    def linear_module(self, tensor: str) -> str:
+        """Return the path in transformers of a linear map beside the routed experts from its weight's name on disk.
+
+        Example:
+            >>> record = Family(model_types=("own",), shared="mlp.shared_mlp", shared_module="mlp.shared_experts")
+            >>> record.linear_module("model.layers.1.mlp.shared_mlp.up_proj.weight")
+            'model.layers.1.mlp.shared_experts.up_proj'
+        """
+        path = tensor.removesuffix(".weight")
+        return path.replace(f".{self.shared}.", f".{self.shared_module}.") if self.shared_module else path
 
     def read(self, config: Mapping[str, Any], keys: str) -> Any:
         """Return what a checkpoint's config says under one of the record's keys, None if it does not say."""

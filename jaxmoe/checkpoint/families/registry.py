@@ -134,6 +134,7 @@ _RECORDS = (
         routing="sigmoid_bias",
         bias="mlp.expert_bias",
         shared="mlp.shared_mlp",
+        shared_module="mlp.shared_experts",
         moe_layers=_SPARSE,
     ),
     Family(
