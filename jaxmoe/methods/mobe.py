@@ -15,17 +15,13 @@ from dataclasses import dataclass
 from typing import cast
 
 import jax.numpy as jnp
-import numpy as np
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape, SharedBasis
 from jaxmoe.factors.shared_basis import ACTIVATIONS
-from jaxmoe.methods.descent_outcomes import descent_outcomes
 from jaxmoe.methods.method import Evidence, Fit, Method, Slot, check_setting, count, stacked_targets
-from jaxmoe.solvers.basis_learning import learn_basis
+from jaxmoe.methods.mixture import fit_mixture
 from jaxmoe.solvers.basis_size import choose_bases, lies_transposed
-from jaxmoe.solvers.mixture import solve_coefficients
-from jaxmoe.solvers.variable_projection import variable_projection
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,38 +112,26 @@ def slot(target: str, shape: LayerShape, dtype, settings: MoBESettings, kept: fl
 def fit(weight, template, settings: MoBESettings, *, evidence: Evidence, key=None) -> Fit:
     """Return the mixture of one target, its coefficients solved for the bases as they are stored."""
     (abstract,) = template
-    paper = settings.setting == "paper"
     dtype = abstract.bases.dtype
-    matrices = jnp.swapaxes(weight, 1, 2) if abstract.transposed else weight
-    # The inputs lie along the rows of a transposed fit.
-    moments = {"row_moment" if abstract.transposed else "moment": evidence.moment}
-    options = {
-        "bases": abstract.bases.shape[0],
-        "rank": abstract.rank,
-        "activation": settings.activation,
-        "steps": settings.steps,
-        "key": key,
-        **moments,
-    }
-    if paper:
-        found = learn_basis(matrices, patience=settings.patience, groups=settings.groups, **options)
-    else:
-        found = variable_projection(matrices, patience=settings.patience, **options)
-    bases, mixing = found.bases.astype(dtype), found.mixing.astype(dtype)
-    coefficients = found.coefficients
-    if not paper:
-        coefficients = solve_coefficients(
-            matrices, bases, mixing, activation=cast(str, settings.activation), moment=moments.get("moment")
-        )
+    found = fit_mixture(
+        jnp.swapaxes(weight, 1, 2) if abstract.transposed else weight,
+        settings,
+        bases=abstract.bases.shape[0],
+        rank=abstract.rank,
+        dtype=dtype,
+        groups=settings.groups,
+        key=key,
+        # The inputs lie along the rows of a transposed fit.
+        **{"row_moment" if abstract.transposed else "moment": evidence.moment},
+    )
     term = SharedBasis(
-        coefficients=coefficients.astype(dtype),
-        bases=bases,
-        mixing=mixing,
+        coefficients=found.coefficients.astype(dtype),
+        bases=found.bases,
+        mixing=found.mixing,
         activation=cast(str, settings.activation),
         transposed=abstract.transposed,
     )
-    losses = np.asarray(found.losses)[: int(found.steps)]
-    return Fit((term,), losses, tuple(descent_outcomes(found)))
+    return Fit((term,), found.losses, found.outcomes)
 
 
 def working_bytes(template) -> int:

@@ -20,26 +20,21 @@ bases, singular values in A, and the residual in closed form after the fit, its 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import cast
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.allocation import floor_ranks, ranks_by_importance, water_fill
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors import Grouped, Hashed, LayerShape, Sparse, Term
+from jaxmoe.factors import Grouped, LayerShape, Term
 from jaxmoe.factors.shared_basis import ACTIVATIONS
-from jaxmoe.methods.descent_outcomes import descent_outcomes
 from jaxmoe.methods.method import Evidence, Fit, Method, Outcome, Slot, check_setting, count, stacked_targets
+from jaxmoe.methods.mixture import fit_mixture
+from jaxmoe.methods.residual import RESIDUALS, abstract_residual, fit_residual
 from jaxmoe.scores import effective_rank, fused_importance
-from jaxmoe.solvers.basis_learning import learn_basis
 from jaxmoe.solvers.basis_size import choose_bases, lies_transposed
-from jaxmoe.solvers.group_spectra import group_energies, group_spectra
-from jaxmoe.solvers.mixture import Ragged, owners, solve_coefficients
-from jaxmoe.solvers.residual import hashed_residual, largest_entries
-from jaxmoe.solvers.variable_projection import variable_projection
+from jaxmoe.solvers.grouped_bases import Grouping, closed_form, compiled_solve, group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +90,7 @@ class RFIDSettings:
         faults = []
         for name, known in (
             ("mixing", ("padded", "none")),
-            ("residual", ("hash", "topk", "none")),
+            ("residual", RESIDUALS),
             ("activation", tuple(n for n, f in ACTIVATIONS.items() if f(0.0) == 0)),
         ):
             if getattr(self, name) not in known:
@@ -135,7 +130,14 @@ def slot(target: str, shape: LayerShape, dtype, settings: RFIDSettings, kept: fl
     rows, columns = (in_, out) if transposed else (out, in_)
     size = min(experts, settings.group or _group_size(sizes, kept, weighted and not transposed))
     groups = -(-experts // size)
-    residual = _residual(sizes, dtype, settings, size)
+    residual = abstract_residual(
+        sizes,
+        dtype,
+        kind=cast(str, settings.residual),
+        fraction=settings.residual_fraction,
+        size=size,
+        balanced=bool(settings.balanced),
+    )
 
     def at(total: int) -> tuple[Term, ...]:
         grouped = Grouped.abstract(
@@ -173,94 +175,97 @@ def _cap(settings: RFIDSettings, size: int, rows: int, columns: int) -> int:
     )
 
 
-def _residual(sizes, dtype, settings: RFIDSettings, size: int) -> tuple[Term, ...]:
-    experts, out, in_ = sizes
-    buckets = round(settings.residual_fraction * size * out * in_)
-    entries = int(settings.residual_fraction * experts * out * in_ - experts) // 2
-    if settings.residual == "hash" and buckets:
-        hashed = Hashed.abstract(
-            sizes, dtype, buckets=buckets, size=size, balanced=bool(settings.balanced), ordered=True
-        )
-        return (hashed,)
-    if settings.residual == "topk" and entries > 0:
-        return (Sparse.abstract(sizes, dtype, entries=entries),)
-    return ()
-
-
 def fit(weight, template, settings: RFIDSettings, *, evidence: Evidence, key=None) -> Fit:
     """Return grouped bases and residual of one target."""
     abstract, *residual = template
-    experts = abstract.shape[0]
     outcomes = []
-    counts = np.zeros(experts) if evidence.counts is None else np.asarray(evidence.counts, np.float64)
+    counts = np.zeros(abstract.shape[0]) if evidence.counts is None else np.asarray(evidence.counts, np.float64)
     if not counts.any():
-        outcomes.append(
-            Outcome("uniform_frequency", "", "nothing was counted: all experts are taken to be as frequent")
+        detail = "nothing was counted: all experts are taken to be as frequent"
+        outcomes.append(Outcome("uniform_frequency", "", detail))
+    closed = settings.mixing == "none"
+    grouping = group(
+        weight,
+        np.argsort(-counts, kind="stable"),
+        size=abstract.size,
+        # The published method takes nothing but counts from calibration: its objective is unweighted.
+        moment=None if settings.setting == "paper" else evidence.moment,
+        transposed=abstract.transposed,
+        with_bases=closed,
+    )
+    ranks, capped = choose_ranks(grouping, counts, template, settings)
+    outcomes += capped
+    mixing, losses, dtype = None, np.zeros(0, np.float32), abstract.bases.dtype
+    if closed:
+        coefficients, bases = closed_form(grouping, ranks, dtype=dtype)
+    else:
+        coefficients, bases, mixing, losses, events = fit_mixture(
+            grouping.matrices,
+            settings,
+            bases=grouping.groups,
+            rank=int(ranks.max()),
+            dtype=dtype,
+            moment=grouping.moment,
+            row_moment=grouping.row_moment,
+            ragged=grouping.ragged(ranks),
+            solve=compiled_solve,
+            key=key,
         )
-    order = np.argsort(-counts, kind="stable")
-    # The published method takes nothing but counts from calibration: its objective weighs all directions alike.
-    moment = None if settings.setting == "paper" else evidence.moment
-    grouping = _Grouping(weight, abstract, order, moment, closed=settings.mixing == "none")
-    ranks = _ranks(grouping, counts, count(template).numbers, settings, abstract, outcomes)
-    learn = _mixed if settings.mixing == "padded" else _closed
-    term, losses, more = learn(grouping, ranks, settings, abstract, key)
-    outcomes += more
+        outcomes += events
+    back = np.argsort(grouping.order)
+    term = Grouped.build(
+        coefficients[back],
+        bases,
+        ranks,
+        order=grouping.order,
+        mixing=None if mixing is None else mixing[back],
+        size=abstract.size,
+        activation=abstract.activation,
+        transposed=abstract.transposed,
+        dtype=dtype,
+    )
     if settings.residual != "none" and not residual:
         detail = f"{settings.residual_fraction} of the target is not one number a group: there is no residual"
         outcomes.append(Outcome("no_residual", "", detail))
-    terms = (term, *(_fitted_residual(left, weight, term, order, abstract.size, key) for left in residual))
-    return Fit(terms, losses, tuple(outcomes))
+    rest = tuple(fit_residual(left, weight, term, order=grouping.order, key=key) for left in residual)
+    return Fit((term, *rest), losses, tuple(outcomes))
 
 
-class _Grouping:
-    """A target's matrices in the orientation and order of its fit.
+def choose_ranks(
+    grouping: Grouping, counts: np.ndarray, template: tuple[Term, ...], settings: RFIDSettings
+) -> tuple[np.ndarray, list[Outcome]]:
+    """Return the ranks of the groups: floors of Eq. 13, in proportion to importance, or by weighted spectra.
 
-    matrices: `[expert, row, column]`, sorted by frequency; moment: along the columns, row_moment: along the rows,
-    sorted alike; owner: the group of each place; even: whether groups are the blocks of a fit of equal ranks; energies:
-    of the stacked groups, weighted where a moment is known; bases: the groups' own of every rank, where closed.
+    Args:
+        grouping: the groups of a target.
+        counts: tokens that chose each expert, by expert number.
+        template: the target's abstract terms, of which the first is a `Grouped`: its ranks' sum is the budget.
+        settings: the method's.
+
+    Returns:
+        `[group]`, and what the user should know.
+
+    Raises:
+        JaxmoeError: Eq. 13 with its rank of at least one for every group exceeds the budget.
     """
-
-    def __init__(self, weight, abstract: Grouped, order, moment, *, closed: bool = False):
-        self.order, self.size = order, abstract.size
-        self.groups = abstract.ranks.shape[1]
-        self.owner = np.arange(len(order)) // abstract.size
-        self.even = np.array_equal(self.owner, owners(len(order), self.groups))
-        self.members = np.bincount(self.owner, minlength=self.groups)
-        matrices = jnp.swapaxes(weight, 1, 2) if abstract.transposed else weight
-        self.matrices = jnp.asarray(matrices, jnp.float32)[order]
-        own = None if moment is None else jnp.asarray(moment, jnp.float32)
-        own = own if own is None or len(own) == 1 else own[order]
-        self.moment, self.row_moment = (None, own) if abstract.transposed else (own, None)
-        options = {"size": self.size, "moment": self.moment, "row_moment": self.row_moment}
-        spectra = group_spectra(self.matrices, **options) if closed else None
-        self.bases = None if spectra is None else spectra.bases
-        energies = group_energies(self.matrices, **options) if spectra is None else spectra.energies
-        self.energies = np.asarray(energies, np.float64)
-
-
-def _ranks(
-    grouping: _Grouping, counts, numbers: int, settings: RFIDSettings, abstract: Grouped, outcomes
-) -> np.ndarray:
-    """Return the ranks of the groups: floors of Eq. 13, in proportion to importance, or by weighted spectra."""
+    abstract = cast(Grouped, template[0])
     total, rows, columns = abstract.bases.shape[0], abstract.coefficients.shape[1], abstract.bases.shape[1]
-    cap = _cap(settings, grouping.size, rows, columns)
     costs = grouping.members * rows + columns
     step = grouping.size * rows + columns
     budget = total * step
-    caps = np.minimum(cap, grouping.members * rows)
+    caps = np.minimum(_cap(settings, grouping.size, rows, columns), grouping.members * rows)
     weighted = grouping.moment is not None or grouping.row_moment is not None
     if weighted and settings.xi is None and not settings.paper_exact:
-        return water_fill(grouping.energies, costs, budget, minimum=1, caps=caps)[0]
+        return water_fill(grouping.energies, costs, budget, minimum=1, caps=caps)[0], []
     frequency = np.bincount(grouping.owner, counts[grouping.order], minlength=grouping.groups)
     # Whole ranks keep up to one step less than what was asked for.
-    kept = (numbers + step) / grouping.matrices.size
+    kept = (count(template).numbers + step) / grouping.matrices.size
     xi = settings.xi if settings.xi is not None else (0.8 if kept >= 0.7 else 0.7)
-    importance = np.asarray(
-        fused_importance(effective_rank(jnp.asarray(grouping.energies)), jnp.asarray(frequency), xi), np.float64
-    )
+    density = effective_rank(jnp.asarray(grouping.energies))
+    importance = np.asarray(fused_importance(density, jnp.asarray(frequency), xi), np.float64)
     if not settings.paper_exact:
-        return ranks_by_importance(importance, costs, caps, budget, minimum=1)
-    ranks = floor_ranks(importance / importance.sum(), total)
+        return ranks_by_importance(importance, costs, caps, budget, minimum=1), []
+    ranks, outcomes = floor_ranks(importance / importance.sum(), total), []
     if (above := ranks > caps).any():
         named = ", ".join(f"{rank} of group {group}" for group, rank in enumerate(ranks) if above[group])
         detail = (
@@ -273,122 +278,7 @@ def _ranks(
             f"Eq. 13 with at least one rank a group stores {costs @ ranks} numbers of {budget}: "
             "set paper_exact=false, or remove less"
         )
-    return ranks
-
-
-_solve = jax.jit(solve_coefficients, static_argnames=("activation", "refinements"))
-
-
-def _mixed(grouping: _Grouping, ranks, settings: RFIDSettings, abstract: Grouped, key):
-    """Learn bases that are blended over all groups."""
-    dtype = abstract.bases.dtype
-    ragged = Ragged(jnp.asarray(ranks, jnp.int32), jnp.asarray(grouping.owner, jnp.int32))
-    if len(set(ranks)) == 1 and ranks[0] <= grouping.matrices.shape[1] and grouping.even:
-        # MoBE on the sorted experts, bit for bit, without masks.
-        ragged = None
-    activation = cast(str, settings.activation)
-    learn = learn_basis if settings.setting == "paper" else variable_projection
-    found = learn(
-        grouping.matrices,
-        bases=grouping.groups,
-        rank=int(ranks.max()),
-        activation=activation,
-        steps=cast(int, settings.steps),
-        patience=settings.patience,
-        moment=grouping.moment,
-        row_moment=grouping.row_moment,
-        ragged=ragged,
-        key=key,
-    )
-    bases, mixing, coefficients = found.bases.astype(dtype), found.mixing.astype(dtype), found.coefficients
-    if settings.setting == "improved":
-        coefficients = _solve(
-            grouping.matrices, bases, mixing, activation=activation, moment=grouping.moment, ragged=ragged
-        )
-    term = _packed(grouping, ranks, coefficients, bases, mixing, abstract)
-    return term, np.asarray(found.losses)[: int(found.steps)], descent_outcomes(found)
-
-
-def _closed(grouping: _Grouping, ranks, settings: RFIDSettings, abstract: Grouped, key):
-    """Return the best bases of single groups, by Eckart and Young."""
-    assert grouping.bases is not None
-    bases = grouping.bases[:, : int(ranks.max())].astype(abstract.bases.dtype)
-    matrices, owner, groups = grouping.matrices, grouping.owner, grouping.groups
-    moment, refinements = grouping.moment, 2
-    if moment is None or len(moment) == 1:
-        # All experts of a group have the same problem: their rows are solved for together.
-        filled = jnp.pad(matrices, ((0, groups * grouping.size - len(matrices)), (0, 0), (0, 0)))
-        matrices, owner = filled.reshape(groups, -1, matrices.shape[2]), np.arange(groups)
-    if moment is None and grouping.row_moment is None:
-        # Orthonormal but for their rounding: there is nothing to refine.
-        refinements = 0
-    ragged = Ragged(jnp.asarray(ranks, jnp.int32), jnp.asarray(owner, jnp.int32))
-    coefficients = _solve(
-        matrices,
-        bases,
-        jax.nn.one_hot(owner, groups),
-        activation="identity",
-        moment=moment,
-        ragged=ragged,
-        refinements=refinements,
-    )
-    coefficients = coefficients.reshape(-1, grouping.matrices.shape[1], bases.shape[1])[: len(grouping.matrices)]
-    return _packed(grouping, ranks, coefficients, bases, None, abstract), np.zeros(0, np.float32), []
-
-
-def _packed(grouping: _Grouping, ranks, coefficients, bases, mixing, abstract: Grouped) -> Grouped:
-    back = np.argsort(grouping.order)
-    return Grouped.build(
-        coefficients[back],
-        bases,
-        ranks,
-        order=grouping.order,
-        mixing=None if mixing is None else mixing[back],
-        size=grouping.size,
-        activation=abstract.activation,
-        transposed=abstract.transposed,
-        dtype=abstract.bases.dtype,
-    )
-
-
-@partial(jax.jit, static_argnames=("size", "buckets", "balanced"))
-def _hash(weight, term, order, seed, *, size, buckets, balanced):
-    left = jnp.asarray(weight, jnp.float32) - term.materialize()
-    return hashed_residual(left, buckets=buckets, order=order, size=size, seed=seed, balanced=balanced)
-
-
-@partial(jax.jit, static_argnames="entries")
-def _largest(weight, term, *, entries):
-    return largest_entries(jnp.asarray(weight, jnp.float32) - term.materialize(), entries=entries)
-
-
-def _fitted_residual(abstract, weight, term: Grouped, order, size: int, key) -> Term:
-    if isinstance(abstract, Sparse):
-        values, indices, counts = _largest(weight, term, entries=abstract.values.shape[1])
-        experts, out, in_ = abstract.shape
-        return Sparse(
-            values=values.astype(abstract.values.dtype),
-            indices=indices,
-            counts=counts,
-            experts=experts,
-            out=out,
-            in_=in_,
-        )
-    seed = int(jax.random.randint(key, (), 0, 2**31 - 1)) if key is not None else 0
-    options = {"size": size, "buckets": abstract.buckets, "balanced": abstract.balanced}
-    values = _hash(weight, term, jnp.asarray(order, jnp.int32), seed, **options)
-    return Hashed(
-        values=values.astype(abstract.values.dtype),
-        seed=np.full((1, 1), seed, np.int32),
-        order=np.asarray(order, np.int32)[None],
-        experts=abstract.experts,
-        out=abstract.out,
-        in_=abstract.in_,
-        size=abstract.size,
-        buckets=abstract.buckets,
-        last=abstract.last,
-        balanced=abstract.balanced,
-    )
+    return ranks, outcomes
 
 
 def working_bytes(template) -> int:

@@ -18,10 +18,11 @@ from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import Grouped, Hashed, LayerShape, Sparse
 from jaxmoe.methods import Evidence
 from jaxmoe.methods.method import count
-from jaxmoe.methods.rfid import RFIDSettings, _Grouping, _ranks
+from jaxmoe.methods.rfid import RFIDSettings, choose_ranks
 from jaxmoe.scores import effective_rank
 from jaxmoe.solvers.basis_learning import learn_basis
 from jaxmoe.solvers.group_spectra import group_energies
+from jaxmoe.solvers.grouped_bases import group
 
 RFID = methods.get("rfid")
 E, F, D = 10, 6, 20
@@ -65,9 +66,8 @@ def shared_out(weight=WEIGHT, *, kept=0.7, level=None, counts=COUNTS, **given):
     sizes = LayerShape(weight.shape[0], weight.shape[2], weight.shape[1])
     slot = RFID.slot("gate", sizes, np.dtype("float32"), chosen, kept)
     template = slot.at(slot.ladder().floor(kept * weight.size) if level is None else level)
-    outcomes: list = []
-    grouping = _Grouping(weight, template[0], np.argsort(-counts, kind="stable"), None)
-    ranks = _ranks(grouping, counts.astype(float), count(template).numbers, chosen, template[0], outcomes)
+    grouping = group(weight, np.argsort(-counts, kind="stable"), size=template[0].size)
+    ranks, outcomes = choose_ranks(grouping, counts.astype(float), template, chosen)
     return tuple(ranks.tolist()), template[0].bases.shape[0], slot.ladder().step, outcomes
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxmoe.methods.descent_outcomes import descent_outcomes
+from jaxmoe.methods.mixture import descent_outcomes
 from jaxmoe.solvers.mixture import BasisFit
 
 
