@@ -25,7 +25,7 @@ from jaxmoe.calibration.statistics import MOMENTS
 from jaxmoe.checkpoint.records import read_record
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape, ShapeRecord
-from jaxmoe.factors.stored import Size
+from jaxmoe.factors.spec import Size
 from jaxmoe.model.roles import LINEAR_TARGETS, ROLES
 
 SCHEMA = 2

@@ -17,8 +17,7 @@ from jaxmoe.checkpoint import Checkpoint, MoELayer
 from jaxmoe.compression.evidence import Sums
 from jaxmoe.compression.slot_costs import choose_rule, shares
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense, Grouped, Term
-from jaxmoe.factors.term import Abstract
+from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense, Term
 from jaxmoe.methods import Method, Slot
 
 SCOPES = ("touched", "experts", "model")
@@ -115,10 +114,10 @@ def describe(layer: CompressedLayer) -> dict[str, dict[str, Any]]:
             for position, name in enumerate(covered):
                 entry = projections[name]
                 entry["terms"].append({"target": target, **term.spec()})
-                entry["ranks"].append(getattr(term, "rank", min(term.shape[1:])))
+                entry["ranks"].append(term.rank)
                 entry["parameters"] += numbers // len(covered) + (position < numbers % len(covered))
-                if isinstance(term, Grouped) and not isinstance(term.ranks, Abstract):
-                    entry.setdefault("group_ranks", []).append(list(term.group_ranks))
+                if term.known_ranks is not None:
+                    entry.setdefault("group_ranks", []).append(list(term.known_ranks))
     for name, entry in projections.items():
         entry["kept"] = entry["parameters"] / int(np.prod(layer.sizes.of(name)))
     return projections

@@ -7,13 +7,15 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxmoe.factors.stored import Stored, TermSpec
-from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
+from jaxmoe.factors.registry import register
+from jaxmoe.factors.spec import TermSpec
+from jaxmoe.factors.term import EVERY, Abstract, Term, per_expert, pytree
 
 
+@register
 @pytree()
 @dataclass(frozen=True, kw_only=True)
-class Dense(Stored):
+class Dense(Term):
     """W_e itself.
 
     Args:
@@ -30,7 +32,6 @@ class Dense(Stored):
 
     kind: ClassVar[str] = "dense"
     named: ClassVar[Mapping[str, str]] = {"weight": "dense"}
-    for_all: ClassVar[bool] = False
     weight: Float[Array | Abstract, "expert out in"]
 
     @classmethod

@@ -22,14 +22,16 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.registry import register
 from jaxmoe.factors.shared_basis import ACTIVATIONS, Activation
-from jaxmoe.factors.stored import Number, Size, Stored, TermSpec, check_order, shortened
-from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
+from jaxmoe.factors.spec import Number, Size, TermSpec, check_order, shortened
+from jaxmoe.factors.term import EVERY, Abstract, Term, Work, chance, count_arrays, per_expert, pytree
 
 
+@register
 @pytree(static=("experts", "size", "widest", "activation", "transposed"))
 @dataclass(frozen=True, kw_only=True)
-class Grouped(Stored):
+class Grouped(Term):
     """A_e f(B_g(e)), or A_e f(sum_j alpha_ej B_j), with a rank for every group.
 
     Stored numbers: sum over experts of their ranks * rows + sum over groups of their ranks * columns + groups
@@ -68,7 +70,6 @@ class Grouped(Stored):
         widest: Number | None = None
 
     kind: ClassVar[str] = "grouped"
-    for_all: ClassVar[bool] = False
     coefficients: Float[Array | Abstract, "coefficient row"]
     bases: Float[Array | Abstract, "total column"]
     ranks: Int[Array | Abstract, "1 group"]
@@ -203,6 +204,10 @@ class Grouped(Stored):
         """The groups' mean rank, rounded down: known of an abstract term too."""
         return self.bases.shape[0] // self.ranks.shape[1]
 
+    @property
+    def known_ranks(self):
+        return None if isinstance(self.ranks, Abstract | Tracer) else self.group_ranks
+
     def padded(self) -> tuple[Float[Array, "expert row widest"], Float[Array, "group widest column"]]:
         """Return coefficients by expert number and bases by group, with zeros beyond the ranks, as stored."""
         ranks = jnp.asarray(self.ranks)[0]
@@ -232,6 +237,17 @@ class Grouped(Stored):
             # The matrices are (A f(B))ᵀ: both factors change sides.
             features, coefficients = jnp.swapaxes(coefficients, 1, 2), jnp.swapaxes(features, 1, 2)
         return product(product(rows, features), coefficients)
+
+    def work(self, chosen):
+        experts, out, in_ = self.shape
+        ranks = np.array(self.group_ranks)
+        members = np.minimum(self.size, experts - self.size * np.arange(len(ranks)))
+        share = chosen / experts
+        # Blended bases are read whole by every expert.
+        used = np.array([chance(experts, chosen, size) for size in members]) if self.mixing is None else 1.0
+        own = count_arrays([self.coefficients, *([] if self.mixing is None else [self.mixing])]).numbers
+        numbers = own * share + float(np.sum(used * ranks)) * self.bases.shape[1]
+        return Work(numbers, 2.0 * share * float(np.sum(members * ranks)) * (out + in_))
 
     def _positions(self, experts: slice) -> Int[Array, " expert"]:
         """Return where experts stand in the order."""

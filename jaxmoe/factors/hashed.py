@@ -23,8 +23,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors.stored import Size, Stored, TermSpec, check_order
-from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
+from jaxmoe.factors.registry import register
+from jaxmoe.factors.spec import Size, TermSpec, check_order
+from jaxmoe.factors.term import EVERY, Abstract, Term, Work, chance, count_arrays, per_expert, pytree
 
 
 def mixed(seed, number):
@@ -96,9 +97,10 @@ def of_last_group(count: int, experts: int, size: int) -> int:
     return max(1, count * members // size)
 
 
+@register
 @pytree(static=("experts", "out", "in_", "size", "buckets", "last", "balanced"))
 @dataclass(frozen=True, kw_only=True)
-class Hashed(Stored):
+class Hashed(Term):
     """P eta for each group of experts.
 
     Stored numbers: groups * buckets + 1 (fewer buckets in a shorter last group; + experts where there is an order).
@@ -129,7 +131,6 @@ class Hashed(Stored):
         order: bool
 
     kind: ClassVar[str] = "hashed"
-    for_all: ClassVar[bool] = False
     values: Float[Array | Abstract, "1 total"]
     seed: Int[Array | Abstract, "1 1"]
     order: Int[Array | Abstract, "1 expert"] | None = None
@@ -219,6 +220,11 @@ class Hashed(Stored):
     def apply(self, rows, product=per_expert):
         # A value stands at places without any order: nothing is saved by not forming the matrices.
         return product(rows, self.materialize())
+
+    def work(self, chosen):
+        experts, out, in_ = self.shape
+        numbers = count_arrays([self.values]).numbers
+        return Work(numbers * chance(experts, chosen, min(self.size, experts)), 2.0 * chosen * out * in_)
 
     def described(self):
         return self.Spec(

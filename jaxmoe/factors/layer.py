@@ -13,25 +13,13 @@ import msgspec
 from jaxtyping import Array, Float
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors.dense import Dense
-from jaxmoe.factors.grouped import Grouped
-from jaxmoe.factors.hashed import Hashed
-from jaxmoe.factors.low_rank import LowRank
-from jaxmoe.factors.merged import Merged
-from jaxmoe.factors.shared import Shared
-from jaxmoe.factors.shared_basis import SharedBasis
-from jaxmoe.factors.sparse import Sparse
-from jaxmoe.factors.stored import Size, Stored, as_spec
-from jaxmoe.factors.term import EVERY, Count, Term, per_expert, pytree
+from jaxmoe.factors.registry import check_taken, read_terms
+from jaxmoe.factors.spec import Size, as_spec
+from jaxmoe.factors.term import EVERY, Count, Term, Work, per_expert, pytree
 
 PROJECTIONS = ("gate", "up", "down")
 TARGETS = {"gate": ("gate",), "up": ("up",), "gate_up": ("gate", "up"), "down": ("down",)}
 """What each target covers, in the order in which the outputs are stacked."""
-
-KINDS: dict[str, type[Stored]] = {
-    cls.kind: cls for cls in (Dense, LowRank, SharedBasis, Grouped, Shared, Hashed, Sparse, Merged)
-}
-"""The registered terms by the name that stands in files."""
 
 
 class LayerShape(NamedTuple):
@@ -102,6 +90,7 @@ class CompressedLayer:
         sizes: the layer's shape.
 
     Example:
+        >>> from jaxmoe.factors import Dense, LowRank
         >>> sizes = LayerShape(experts=2, hidden=4, intermediate=3)
         >>> layer = CompressedLayer(sizes=sizes, terms={
         ...     "gate_up": (LowRank.abstract(sizes.of("gate_up"), "float32", rank=1),),
@@ -155,9 +144,7 @@ class CompressedLayer:
     def masked(self, rows: Float[Array, "*row in"], projection: str) -> "CompressedLayer":
         """Return the layer with the choices made that terms for all experts of one projection make from their rows."""
         terms = {
-            target: tuple(term.masked(rows) if isinstance(term, Shared) else term for term in terms)
-            if projection in TARGETS[target]
-            else terms
+            target: tuple(term.masked(rows) for term in terms) if projection in TARGETS[target] else terms
             for target, terms in self.terms.items()
         }
         return replace(self, terms=terms)
@@ -191,6 +178,23 @@ class CompressedLayer:
         """Count stored numbers and bytes, exactly as on disk."""
         return sum((term.count() for terms in self.terms.values() for term in terms), Count(0, 0))
 
+    def work(self, chosen: int) -> Work:
+        """Return what a token costs in the layer's experts, in the mean over all choices of experts; see `Term.work`.
+
+        Args:
+            chosen: experts of a token, 1 to all.
+
+        Example:
+            >>> from jaxmoe.factors import Dense
+            >>> sizes = LayerShape(experts=4, hidden=8, intermediate=2)
+            >>> terms = {name: (Dense.abstract(sizes.of(name), "float32"),) for name in sizes.projections}
+            >>> CompressedLayer(terms=terms, sizes=sizes).work(2)
+            Work(numbers=96.0, operations=192.0)
+        """
+        if not 1 <= chosen <= self.sizes.experts:
+            raise JaxmoeError(f"{chosen} experts of a token in a layer of {self.sizes.experts}: give 1 to all of them")
+        return sum((term.work(chosen) for terms in self.terms.values() for term in terms), Work(0.0, 0.0))
+
     def tensors(self) -> dict[str, Any]:
         """Return the file layout: `{target}.{position}.{tensor}` to two-dimensional array."""
         return {
@@ -213,24 +217,11 @@ class CompressedLayer:
                 names the target and the term's position.
         """
         terms: dict[str, tuple[Term, ...]] = {}
-        left = set(tensors)
+        taken: set[str] = set()
         for target, entries in as_spec(spec, dict[str, list[dict[str, Any]]], "the terms").items():
             if target not in TARGETS:
                 raise JaxmoeError(f"unknown target {target!r}: the targets are {', '.join(TARGETS)}")
-            rebuilt = []
-            for position, entry in enumerate(entries):
-                # A list: whatever stands there may not be hashable.
-                if entry.get("kind") not in list(KINDS):
-                    known = ", ".join(KINDS)
-                    raise JaxmoeError(f"unknown term {entry.get('kind')!r} in {target}: this version knows {known}")
-                prefix = f"{target}.{position}."
-                parts = {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}
-                left -= {prefix + name for name in parts}
-                try:
-                    rebuilt.append(KINDS[entry["kind"]].from_tensors(parts, entry, sizes.of(target)))
-                except JaxmoeError as error:
-                    raise JaxmoeError(f"{target}.{position} ({entry['kind']}): {error}") from None
-            terms[target] = tuple(rebuilt)
-        if left:
-            raise JaxmoeError(f"{', '.join(sorted(left)[:8])} belong to no term that the record names")
+            terms[target], own = read_terms(tensors, entries, sizes.of(target), target)
+            taken |= own
+        check_taken(tensors, taken)
         return cls(terms=terms, sizes=sizes).check()

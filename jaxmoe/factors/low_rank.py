@@ -7,13 +7,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxmoe.factors.stored import Size, Stored, TermSpec
-from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
+from jaxmoe.factors.registry import register
+from jaxmoe.factors.spec import Size, TermSpec
+from jaxmoe.factors.term import EVERY, Abstract, Term, Work, per_expert, pytree
 
 
+@register
 @pytree()
 @dataclass(frozen=True, kw_only=True)
-class LowRank(Stored):
+class LowRank(Term):
     """L_e R_e, with one rank for all experts.
 
     Stored numbers: experts * rank * (out + in), fewer than dense only for rank < out * in / (out + in).
@@ -32,7 +34,6 @@ class LowRank(Stored):
         rank: Size
 
     kind: ClassVar[str] = "low_rank"
-    for_all: ClassVar[bool] = False
     left: Float[Array | Abstract, "expert out rank"]
     right: Float[Array | Abstract, "expert rank in"]
 
@@ -57,6 +58,10 @@ class LowRank(Stored):
 
     def apply(self, rows, product=per_expert):
         return product(product(rows, self.right), self.left)
+
+    def work(self, chosen):
+        experts, out, in_ = self.shape
+        return Work(self.count().numbers * chosen / experts, 2.0 * chosen * self.rank * (out + in_))
 
     def described(self):
         return self.Spec(rank=self.rank)

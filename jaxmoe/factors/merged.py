@@ -9,13 +9,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors.stored import Size, Stored, TermSpec
-from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
+from jaxmoe.factors.registry import register
+from jaxmoe.factors.spec import Size, TermSpec
+from jaxmoe.factors.term import EVERY, Abstract, Term, Work, chance, per_expert, pytree
 
 
+@register
 @pytree()
 @dataclass(frozen=True, kw_only=True)
-class Merged(Stored):
+class Merged(Term):
     """W_e = M_c(e), one matrix for every cluster of experts.
 
     Stored numbers: clusters * out * in + experts.
@@ -35,7 +37,6 @@ class Merged(Stored):
 
     kind: ClassVar[str] = "merged"
     named: ClassVar[Mapping[str, str]] = {"weight": "merged"}
-    for_all: ClassVar[bool] = False
     weight: Float[Array | Abstract, "cluster out in"]
     labels: Int[Array | Abstract, "1 expert"]
 
@@ -54,6 +55,12 @@ class Merged(Stored):
 
     def apply(self, rows, product=per_expert):
         return product(rows, jnp.asarray(self.weight)[jnp.asarray(self.labels)[0]])
+
+    def work(self, chosen):
+        experts, out, in_ = self.shape
+        members = np.bincount(np.asarray(self.labels)[0], minlength=len(self.weight))
+        used = sum(chance(experts, chosen, int(size)) for size in members)
+        return Work(used * out * in_, 2.0 * chosen * out * in_)
 
     def described(self):
         return self.Spec(clusters=self.weight.shape[0])

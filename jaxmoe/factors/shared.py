@@ -19,16 +19,18 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors.stored import Number, Size, Stored, TermSpec, shortened
-from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
+from jaxmoe.factors.registry import register
+from jaxmoe.factors.spec import Number, Size, TermSpec, shortened
+from jaxmoe.factors.term import EVERY, Abstract, Term, Work, count_arrays, per_expert, pytree
 
 AXES = ("out", "in")
 """The axes along which channels may be missing."""
 
 
+@register
 @pytree(static=("experts", "out", "in_", "axis", "parts", "dynamic"))
 @dataclass(frozen=True, kw_only=True)
-class Shared(Stored):
+class Shared(Term):
     """The same matrix for every expert, zero in the channels that are not kept.
 
     Stored numbers: kept outputs * kept inputs (+ the kept channels' numbers).
@@ -166,6 +168,11 @@ class Shared(Stored):
         _, alive = lax.top_k(scores, weight.shape[1] - self.dynamic)
         mask = jnp.zeros(weight.shape[1], weight.dtype).at[alive].set(1)
         return replace(self, weight=weight * mask, dynamic=0)
+
+    def work(self, chosen):
+        # Applied once for a token, however many experts it chooses.
+        numbers = count_arrays([self.weight]).numbers
+        return Work(float(numbers), 2.0 * numbers)
 
     def _kept_rows(self):
         return _rows(jnp.asarray(self.kept)[0], self.parts, self.out)

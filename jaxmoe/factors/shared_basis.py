@@ -16,8 +16,9 @@ import msgspec
 from jax import lax
 from jaxtyping import Array, Float
 
-from jaxmoe.factors.stored import Size, Stored, TermSpec
-from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
+from jaxmoe.factors.registry import register
+from jaxmoe.factors.spec import Size, TermSpec
+from jaxmoe.factors.term import EVERY, Abstract, Term, Work, count_arrays, per_expert, pytree
 
 
 def wavelet(x):
@@ -49,9 +50,10 @@ Activation = Annotated[str, msgspec.Meta(pattern=rf"^({'|'.join(ACTIVATIONS)})\Z
 """The name of one of them."""
 
 
+@register
 @pytree(static=("activation", "transposed"))
 @dataclass(frozen=True, kw_only=True)
-class SharedBasis(Stored):
+class SharedBasis(Term):
     """A_e f(sum_j alpha_ej B_j), optionally plus one constant, optionally transposed.
 
     Stored numbers: experts * rows * rank + bases * rank * columns + experts * bases (+ 1 for the mean).
@@ -78,7 +80,6 @@ class SharedBasis(Stored):
         mean: bool
 
     kind: ClassVar[str] = "shared_basis"
-    for_all: ClassVar[bool] = False
     coefficients: Float[Array | Abstract, "expert row rank"]
     bases: Float[Array | Abstract, "base rank column"]
     mixing: Float[Array | Abstract, "expert base"]
@@ -131,6 +132,12 @@ class SharedBasis(Stored):
             return out
         # A constant matrix maps a row to its sum times the constant, for every output.
         return out + jnp.asarray(self.mean, rows.dtype) * jnp.sum(rows, axis=-1, keepdims=True)
+
+    def work(self, chosen):
+        experts, out, in_ = self.shape
+        own = count_arrays([self.coefficients, self.mixing]).numbers
+        shared = self.count().numbers - own
+        return Work(own * chosen / experts + shared, 2.0 * chosen * self.rank * (out + in_))
 
     def described(self):
         return self.Spec(

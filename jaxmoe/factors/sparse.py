@@ -12,13 +12,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors.stored import Number, Stored, TermSpec, shortened
-from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
+from jaxmoe.factors.registry import register
+from jaxmoe.factors.spec import Number, TermSpec, shortened
+from jaxmoe.factors.term import EVERY, Abstract, Term, per_expert, pytree
 
 
+@register
 @pytree(static=("experts", "out", "in_"))
 @dataclass(frozen=True, kw_only=True)
-class Sparse(Stored):
+class Sparse(Term):
     """Values at places; where a place is named twice, their sum.
 
     Stored numbers: 2 * entries + experts.
@@ -43,7 +45,6 @@ class Sparse(Stored):
         entries: Number
 
     kind: ClassVar[str] = "sparse"
-    for_all: ClassVar[bool] = False
     values: Float[Array | Abstract, "1 entry"]
     indices: Int[Array | Abstract, "1 entry"]
     counts: Int[Array | Abstract, "1 expert"]

@@ -13,8 +13,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-from jaxmoe.factors import CompressedLayer
-from jaxmoe.factors.work import Work, layer_work
+from jaxmoe.factors import CompressedLayer, Work
 from jaxmoe.model.auxiliary import vector_shapes
 from jaxmoe.model.spec import ExpertBlock
 
@@ -47,12 +46,12 @@ def block_work(block: ExpertBlock, experts: CompressedLayer) -> Work:
         >>> block_work(block, CompressedLayer(terms=terms, sizes=sizes))
         Work(numbers=66.0, operations=240.0)
     """
-    work = layer_work(experts, block.running)
+    work = experts.work(block.running)
     auxiliary = block.router.top_k - block.running
     if not auxiliary:
         return work
     stacked = replace(experts, terms={"gate_up": experts.terms.get("gate_up", ())})
-    again = layer_work(stacked, block.running).operations
+    again = stacked.work(block.running).operations
     vectors = sum(size for _, size in vector_shapes(block.shape).values())
     return work + Work(auxiliary * vectors, again + 2.0 * block.shape.experts * vectors)
 

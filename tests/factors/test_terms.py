@@ -25,7 +25,7 @@ from jaxmoe.factors import (
     Sparse,
 )
 from jaxmoe.factors.hashed import bucket_sizes, buckets
-from jaxmoe.factors.layer import KINDS
+from jaxmoe.factors.registry import KINDS
 from jaxmoe.factors.shared_basis import ACTIVATIONS
 
 SIZES = LayerShape(experts=5, hidden=7, intermediate=4)

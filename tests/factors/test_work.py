@@ -8,7 +8,6 @@ import pytest
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Dense, Grouped, Hashed, LayerShape, LowRank, Shared, SharedBasis, Sparse
 from jaxmoe.factors.term import per_expert
-from jaxmoe.factors.work import layer_work, work
 
 EXPERTS, OUT, IN, CHOSEN = 5, 6, 4, 2
 RNG = np.random.default_rng(0)
@@ -65,7 +64,7 @@ TERMS = {
 def test_numbers_are_the_mean_over_all_choices(kind):
     choices = list(combinations(range(EXPERTS), CHOSEN))
     read = [len(set().union(*(numbers_of(kind, expert) for expert in choice))) for choice in choices]
-    assert work(TERMS[kind], CHOSEN).numbers == pytest.approx(np.mean(read))
+    assert TERMS[kind].work(CHOSEN).numbers == pytest.approx(np.mean(read))
 
 
 @pytest.mark.parametrize("kind", ["dense", "low_rank", "shared_basis"])
@@ -78,35 +77,35 @@ def test_operations_are_those_of_the_products(kind):
         return per_expert(rows, matrices)
 
     TERMS[kind].apply(draw(EXPERTS, 1, IN), product)
-    assert work(TERMS[kind], CHOSEN).operations == CHOSEN * sum(counted)
+    assert TERMS[kind].work(CHOSEN).operations == CHOSEN * sum(counted)
 
 
 def test_operations_follow_the_ranks_of_groups():
     # Of 5 experts two have rank 3, two rank 1 and the last rank 2: 10 / 5 in the mean.
     for kind in ("grouped", "mixed"):
-        assert work(TERMS[kind], CHOSEN).operations == CHOSEN * 2 * 2 * (OUT + IN)
+        assert TERMS[kind].work(CHOSEN).operations == CHOSEN * 2 * 2 * (OUT + IN)
 
 
 def test_what_is_materialised_costs_like_dense():
     sparse = Sparse.abstract((EXPERTS, OUT, IN), "float32", entries=3)
     for term in (sparse, TERMS["hashed"]):
-        assert work(term, CHOSEN).operations == work(TERMS["dense"], CHOSEN).operations
+        assert term.work(CHOSEN).operations == TERMS["dense"].work(CHOSEN).operations
     # A base is applied once, whatever the number of experts.
-    assert work(TERMS["shared"], CHOSEN).operations == work(TERMS["dense"], 1).operations
+    assert TERMS["shared"].work(CHOSEN).operations == TERMS["dense"].work(1).operations
 
 
 def test_all_experts_use_everything():
     for kind, term in TERMS.items():
         # Ranks and seeds are read, but no numbers of the matrices.
         stored = term.count().numbers - {"grouped": 3, "mixed": 3, "hashed": 1}.get(kind, 0)
-        assert work(term, EXPERTS).numbers == pytest.approx(stored)
+        assert term.work(EXPERTS).numbers == pytest.approx(stored)
 
 
 def test_more_experts_than_there_are():
     sizes = LayerShape(experts=EXPERTS, hidden=IN, intermediate=OUT, gated=False)
     terms = {name: (Dense.abstract(sizes.of(name), "float32"),) for name in sizes.projections}
     layer = CompressedLayer(terms=terms, sizes=sizes)
-    assert layer_work(layer, 1).numbers == 2 * OUT * IN
+    assert layer.work(1).numbers == 2 * OUT * IN
     for chosen in (0, EXPERTS + 1):
         with pytest.raises(JaxmoeError, match=f"{chosen} experts of a token in a layer of {EXPERTS}"):
-            layer_work(layer, chosen)
+            layer.work(chosen)

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from jaxmoe import StoredModel
 from jaxmoe.export.dense import densify
-from jaxmoe.factors.layer import KINDS
+from jaxmoe.factors.registry import KINDS
 from jaxmoe.model import forward
 from jaxmoe.torch import register
 

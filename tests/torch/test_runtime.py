@@ -360,9 +360,9 @@ def test_names_every_missing_module():
 
 def test_terms_and_activations_are_those_of_the_core():
     from jaxmoe.export import factored
-    from jaxmoe.factors import layer, shared_basis
+    from jaxmoe.factors import layer, registry, shared_basis
 
-    assert runtime.TERMS.keys() == layer.KINDS.keys()
+    assert runtime.TERMS.keys() == registry.KINDS.keys()
     assert runtime.SharedBasisTerm.activations.keys() == shared_basis.ACTIVATIONS.keys()
     assert set(runtime.TARGETS) == set(layer.TARGETS)
     assert factored.FORMAT_VERSION == runtime.FORMAT_VERSION

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from jaxmoe import Checkpoint, CompressedCheckpoint, densify
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors import layer as core
+from jaxmoe.factors import registry as core
 from jaxmoe.torch import runtime
 
 torch.set_num_threads(1)

@@ -9,7 +9,7 @@ from test_terms import SHAPE, filled, terms
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape
-from jaxmoe.factors.layer import KINDS
+from jaxmoe.factors.registry import KINDS
 
 TERMS = terms(SHAPE)
 OPTIONAL = {"widest"}
