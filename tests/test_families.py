@@ -8,7 +8,7 @@ from tiny_models import FAMILIES, save_tiny
 
 from jaxmoe import Checkpoint, densify, inspect, make_plan, methods
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
-from jaxmoe.checkpoint.families import ARCHITECTURES
+from jaxmoe.checkpoint.families import exports
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.compression.plan import PlannedLayer, assemble
 from jaxmoe.compression.run import compress
@@ -19,8 +19,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 QUICK = {"svd": {}, "mobe": {"steps": 40}}
-FACTORED = [family for family in FAMILIES if family in ARCHITECTURES]
-DENSE_ONLY = [family for family in FAMILIES if family not in ARCHITECTURES]
+FACTORED = [family for family in FAMILIES if "factored" in exports(family)]
+DENSE_ONLY = [family for family in FAMILIES if "factored" not in exports(family)]
 
 
 @pytest.fixture(scope="module")

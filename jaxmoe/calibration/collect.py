@@ -40,7 +40,7 @@ LEAST = 256 << 20
 Sums = dict[str, np.ndarray]
 
 
-def calibrate_windows(
+def calibrate(
     model: StoredModel,
     texts: Sequence[Windows],
     folder: str | Path,

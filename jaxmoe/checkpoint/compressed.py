@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxmoe.checkpoint import files, hub
 from jaxmoe.checkpoint.families import decoder_config
-from jaxmoe.checkpoint.families.moe_layers import num_layers
+from jaxmoe.checkpoint.families.parts.moe_layers import num_layers
 from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.quantization import without_quantization
 from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry

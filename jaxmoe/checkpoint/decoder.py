@@ -1,8 +1,8 @@
 """The decoder's arrays in a checkpoint: what each is called on disk, and reading them.
 
-A table translates the names of `jaxmoe.model` to those on disk, by architecture where they differ; a name may stand for
-some rows of a tensor, where several matrices lie in one. Shapes must be those of the spec, and a tensor of the decoder
-that the table does not name is an error: all offenders are listed.
+A table translates the names of `jaxmoe.model` to those on disk, an architecture's record where they differ; a name may
+stand for some rows of a tensor, where several matrices lie in one. Shapes must be those of the spec, and a tensor of
+the decoder that the table does not name is an error: all offenders are listed.
 """
 
 import re
@@ -18,7 +18,11 @@ from jaxmoe.checkpoint.tensor_file import listing
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.model.spec import Attention, DecoderSpec, DenseBlock, LatentAttention, LayerSpec, Norm
 
-_LAYER = {
+USUAL_NAMES: Mapping[str, str] = {
+    "embedding": "model.embed_tokens",
+    "norm": "model.norm",
+    "head": "lm_head",
+    "layer": "model.layers.{index}.",
     "input_norm": "input_layernorm",
     "post_norm": "post_attention_layernorm",
     "attention.query": "self_attn.q_proj",
@@ -46,34 +50,12 @@ _LAYER = {
     "router.bias": "{router_bias}",
     "router.selection_bias": "{bias}",
 }
-_ENDS = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+"""What most architectures call a decoder's arrays, and what the names in a layer begin with.
 
-_OTHERWISE: dict[str, dict[str, str]] = {
-    "flex_olmo": {"input_norm": "post_attention_layernorm", "post_norm": "post_feedforward_layernorm"},
-    "afmoe": {
-        "input_norm_after": "post_attention_layernorm",
-        "post_norm": "pre_mlp_layernorm",
-        "post_norm_after": "post_mlp_layernorm",
-    },
-    "mimo_v2_flash": {"attention.sinks": "self_attn.attention_sink_bias"},
-    "hunyuan_v1_moe": {
-        "attention.query_norm": "self_attn.query_layernorm",
-        "attention.key_norm": "self_attn.key_layernorm",
-    },
-    "granitemoeshared": {
-        "shared.gate": "{shared}.input_linear[gate]",
-        "shared.up": "{shared}.input_linear[up]",
-        "shared.down": "{shared}.output_linear",
-    },
-    "bailing_moe": {
-        "attention.query": "attention.query_key_value[query]",
-        "attention.key": "attention.query_key_value[key]",
-        "attention.value": "attention.query_key_value[value]",
-        "attention.output": "attention.dense",
-        "embedding": "model.word_embeddings",
-    },
-}
-"""Where an architecture's names differ; brackets name a part of the rows."""
+Where an architecture differs, its record has other names (`Family.names`); braces stand for what the record says of the
+router and the shared experts, and brackets name a part of a tensor's rows: `[gate]`, `[up]` of two halves, `[query]`,
+`[key]`, `[value]` of three parts.
+"""
 
 
 class Piece(NamedTuple):
@@ -94,16 +76,26 @@ class Rows:
         return self.matrix.read(rows)
 
 
-def layer_pieces(spec: LayerSpec, prefix: str, model_type: str, family: Family) -> dict[str, Piece]:
+def layer_prefix(index: int, family: Family) -> str:
+    """Return what the names of a layer's tensors on disk begin with.
+
+    Example:
+        >>> from jaxmoe.checkpoint.families import FAMILIES
+        >>> layer_prefix(3, FAMILIES["mixtral"])
+        'model.layers.3.'
+    """
+    return {**USUAL_NAMES, **family.names}["layer"].format(index=index)
+
+
+def layer_pieces(spec: LayerSpec, prefix: str, family: Family) -> dict[str, Piece]:
     """Return what a layer's arrays are read from, the routed experts' matrices excepted.
 
     Args:
         spec: the layer's.
         prefix: of its tensors on disk, such as `model.layers.3.`.
-        model_type: the architecture.
-        family: its record.
+        family: the architecture.
     """
-    names = {**_LAYER, **_OTHERWISE.get(model_type, {})}
+    names = {**USUAL_NAMES, **family.names}
     known = {
         "shared": family.shared,
         "router": family.router,
@@ -132,9 +124,9 @@ def _rows(part: str, spec: LayerSpec, size: int) -> slice:
     return slice(start, start + size)
 
 
-def end_pieces(spec: DecoderSpec, model_type: str) -> dict[str, Piece]:
+def end_pieces(spec: DecoderSpec, family: Family) -> dict[str, Piece]:
     """Return what embedding, last normalisation and head are read from."""
-    names = {**_ENDS, **{k: v for k, v in _OTHERWISE.get(model_type, {}).items() if k in _ENDS}}
+    names = {**USUAL_NAMES, **family.names}
     shapes = dict(_norm("norm", spec.hidden, spec.norm))
     shapes["embedding.weight"] = (spec.vocabulary, spec.hidden)
     if not spec.tied:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxmoe.checkpoint.families import UNKNOWN, Family, decoder_config, lookup
-from jaxmoe.checkpoint.families.moe_layers import check_config, is_mtp, moe_layers, num_layers
+from jaxmoe.checkpoint.families.parts.moe_layers import moe_layers, num_layers
 from jaxmoe.checkpoint.layout import Stack
-from jaxmoe.checkpoint.names import ExpertName, classify, layer_number
+from jaxmoe.checkpoint.names import ExpertName, classify, is_mtp, layer_number
 from jaxmoe.checkpoint.quantization import Matrix
 from jaxmoe.checkpoint.tensor_file import DTYPES, listing
 from jaxmoe.errors import JaxmoeError
@@ -81,7 +81,7 @@ def find_experts(matrices: Mapping[str, Matrix], config: Mapping[str, Any], fami
         JaxmoeError: if there are no routed experts, or something about them is wrong; all offenders are listed.
     """
     decoder = decoder_config(config)
-    check_config(family or UNKNOWN, decoder)
+    (family or UNKNOWN).check(decoder)
     count = num_layers(decoder)
     members, near, mtp = _sort_names(matrices, family)
     roots = {prefix[: prefix.rindex(".", 0, -1) + 1] for prefix in members}
@@ -113,7 +113,7 @@ def find_experts(matrices: Mapping[str, Matrix], config: Mapping[str, Any], fami
             layers.append(layer)
             problems += _disagreements(layer, prefix, record, decoder, count)
     present = sorted(found[0].parsed.layer for found in members.values())
-    expected = moe_layers(record, decoder)
+    expected = moe_layers(record.moe_layers, decoder)
     if expected is not None and present != expected:
         problems += [
             f"layer {i}: no routed experts, and config.json says it has some" for i in expected if i not in present

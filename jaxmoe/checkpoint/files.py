@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from jaxmoe.checkpoint.families.keys import EVERYWHERE, check_kinds
+from jaxmoe.checkpoint.families.parts.keys import EVERYWHERE, check_kinds
 from jaxmoe.checkpoint.hub_cache import blob_folders
 from jaxmoe.checkpoint.index import Weights, reconcile
 from jaxmoe.checkpoint.records import read_bytes, read_record

@@ -51,6 +51,7 @@ GRAMMAR = {
 }
 """The layouts by name."""
 
+_MTP = re.compile(r"(?:^|\.)mtp[._]")
 _NUMBER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d{1,6})\.")
 
 
@@ -125,3 +126,13 @@ def layer_number(name: str) -> tuple[str, int] | None:
     """
     match = _NUMBER.search(name)
     return None if match is None else (name[: match.start(1)], int(match.group(1)))
+
+
+def is_mtp(name: str) -> bool:
+    """Tell whether a tensor belongs to multi-token prediction by its name; such layers may also go by their number.
+
+    Example:
+        >>> is_mtp("mtp.layers.0.mlp.gate.weight"), is_mtp("model.mtp_block.0.norm.weight"), is_mtp("model.norm.weight")
+        (True, True, False)
+    """
+    return "mtp" in name and _MTP.search(name) is not None

@@ -16,7 +16,7 @@ from jaxmoe.checkpoint import files, hub
 from jaxmoe.checkpoint.expert_biases import join_biases
 from jaxmoe.checkpoint.experts import MoELayer, find_experts
 from jaxmoe.checkpoint.families import Family, decoder_config, find_family
-from jaxmoe.checkpoint.families.moe_layers import num_layers
+from jaxmoe.checkpoint.families.parts.moe_layers import num_layers
 from jaxmoe.checkpoint.formats import format_name
 from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.quantization import Matrix, assemble, quantization_config, without_quantization

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxmoe.checkpoint.decoder import Piece, check_fit, layer_pieces
+from jaxmoe.checkpoint.decoder import Piece, check_fit, layer_pieces, layer_prefix
 from jaxmoe.checkpoint.experts import FLOATS
 from jaxmoe.checkpoint.families import Family, decoder_config, decoder_spec
 from jaxmoe.checkpoint.quantization import Matrix
@@ -126,8 +126,7 @@ def _all_maps(checkpoint: "Checkpoint") -> dict[int, tuple[LinearMap, ...]]:
         config = decoder_config(checkpoint.config)
         spec: DecoderSpec = decoder_spec(config, shapes, checkpoint.ignored)
         pieces = {
-            index: layer_pieces(layer, f"model.layers.{index}.", str(config["model_type"]), family)
-            for index, layer in enumerate(spec.layers)
+            index: layer_pieces(layer, layer_prefix(index, family), family) for index, layer in enumerate(spec.layers)
         }
         found = {name: matrix.shape for name, matrix in checkpoint.matrices.items()}
         check_fit([piece for own in pieces.values() for piece in own.values()], found)

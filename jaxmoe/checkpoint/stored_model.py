@@ -23,10 +23,11 @@ from jaxmoe.checkpoint.decoder import (
     end_pieces,
     expert_biases,
     layer_pieces,
+    layer_prefix,
     read,
 )
 from jaxmoe.checkpoint.families import Family, decoder_config, decoder_spec, find_family
-from jaxmoe.checkpoint.families.keys import brief
+from jaxmoe.checkpoint.families.parts.keys import brief
 from jaxmoe.checkpoint.names import layer_number
 from jaxmoe.checkpoint.quantization import Matrix
 from jaxmoe.checkpoint.reader import Checkpoint
@@ -105,7 +106,7 @@ class StoredModel:
 
     def prefix(self, index: int) -> str:
         """Return what the names of a layer's tensors on disk begin with."""
-        return f"model.layers.{index}."
+        return layer_prefix(index, self.family)
 
     def fingerprint(self) -> str:
         """Return a SHA-256 of the files, see `files.fingerprint`."""
@@ -113,12 +114,12 @@ class StoredModel:
 
     def ends(self, *names: str) -> dict[str, np.ndarray]:
         """Read embedding, last normalisation and head, or those of their arrays that are named."""
-        pieces = end_pieces(self.spec, self.model_type)
+        pieces = end_pieces(self.spec, self.family)
         return read({name: pieces[name] for name in names or pieces}, self.matrices)
 
     def head(self) -> dict[str, np.ndarray | Rows]:
         """Return what the head computes with; what is stored plainly stays on disk, read by the rows asked for."""
-        pieces = end_pieces(self.spec, self.model_type)
+        pieces = end_pieces(self.spec, self.family)
         if not self.spec.tied:
             del pieces["embedding.weight"]
         matrices = {name: self.matrices[piece.tensor] for name, piece in pieces.items()}
@@ -182,7 +183,7 @@ class StoredModel:
 
     def pieces(self, index: int) -> dict[str, Piece]:
         """Return what a layer's arrays are read from, the routed experts excepted."""
-        return layer_pieces(self.spec.layers[index], self.prefix(index), self.model_type, self.family)
+        return layer_pieces(self.spec.layers[index], self.prefix(index), self.family)
 
     def linear_maps(self, index: int) -> tuple[LinearMap, ...]:
         """Return a layer's linear maps beside the routed experts."""
@@ -204,7 +205,7 @@ class StoredModel:
 
     def _check(self) -> None:
         """Raise if tensors are missing, misshapen, or there for something that jaxmoe does not compute."""
-        pieces = [*end_pieces(self.spec, self.model_type).values()]
+        pieces = [*end_pieces(self.spec, self.family).values()]
         biases: set[str] = set()
         for index, layer in enumerate(self.spec.layers):
             pieces += self.pieces(index).values()

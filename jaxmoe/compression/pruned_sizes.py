@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.families import GROUPS, KEPT_GROUPS, decoder_config
-from jaxmoe.checkpoint.families.keys import brief
+from jaxmoe.checkpoint.families.parts.keys import brief
 from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.tensor_file import Planned
 from jaxmoe.compression.plan import SCOPES

@@ -18,8 +18,7 @@ import numpy as np
 from jaxmoe.checkpoint import files
 from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.families import find_family
-from jaxmoe.checkpoint.families.moe_layers import is_mtp
-from jaxmoe.checkpoint.names import classify
+from jaxmoe.checkpoint.names import classify, is_mtp
 from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.tensor_file import listing

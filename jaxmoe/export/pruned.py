@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from jaxmoe.checkpoint import Checkpoint, MoELayer
-from jaxmoe.checkpoint.decoder import check_fit, end_pieces, layer_pieces
-from jaxmoe.checkpoint.families import UNKNOWN, decoder_config, decoder_spec, lookup
-from jaxmoe.checkpoint.families.decoders import BUILDERS
+from jaxmoe.checkpoint.decoder import check_fit, end_pieces, layer_pieces, layer_prefix
+from jaxmoe.checkpoint.families import UNKNOWN, decoder_config, decoder_spec, lookup, runs
 from jaxmoe.checkpoint.names import classify
 from jaxmoe.checkpoint.tensor_file import Planned
 from jaxmoe.errors import JaxmoeError
@@ -216,8 +215,7 @@ def check_stock(
         JaxmoeError: other parts of the model have their size from the same key of the config, or that cannot be told.
     """
     decoder, family = decoder_config(config), checkpoint.family
-    model_type = str(decoder.get("model_type"))
-    if family is None or model_type not in BUILDERS:
+    if family is None or not runs(str(decoder.get("model_type"))):
         raise JaxmoeError(
             f"model_type {checkpoint.model_type!r}: jaxmoe does not know what else has its size from the number of"
             " channels of the experts, so that it removes none; remove experts instead (reap, frequency)"
@@ -226,9 +224,9 @@ def check_stock(
         spec = decoder_spec(decoder, shapes, checkpoint.ignored)
     except JaxmoeError as error:
         raise JaxmoeError(f"{checkpoint.folder}: {error}") from None
-    pieces = [*end_pieces(spec, model_type).values()]
+    pieces = [*end_pieces(spec, family).values()]
     for index, layer in enumerate(spec.layers):
-        pieces += layer_pieces(layer, f"model.layers.{index}.", model_type, family).values()
+        pieces += layer_pieces(layer, layer_prefix(index, family), family).values()
     try:
         check_fit(pieces, {tensor.name: tensor.shape for tensor in copied})
     except JaxmoeError as error:

@@ -85,7 +85,7 @@ def _stored(name: str, array: Any, dtype: np.dtype) -> np.ndarray:
 
 def _new_tensors(model: StoredModel, parameters: Mapping[str, Any], changed: list[str]) -> Iterator[tuple[str, Any]]:
     """Yield what the tensors that hold changed arrays are to hold, by their names on disk; dense experts excepted."""
-    yield from _pieces(model, end_pieces(model.spec, model.model_type), parameters, changed)
+    yield from _pieces(model, end_pieces(model.spec, model.family), parameters, changed)
     for index, own in enumerate(parameters["layers"]):
         begin = f"layers.{index}."
         names = [name.removeprefix(begin) for name in changed if name.startswith(begin)]

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxmoe.arrays import AnyArray
 from jaxmoe.solvers.group_spectra import group_energies, group_spectra
 from jaxmoe.solvers.mixture import Ragged, owners, solve_coefficients
 
@@ -60,7 +59,7 @@ def group(
     order: Int[np.ndarray, " expert"],
     *,
     size: int,
-    moment: Float[AnyArray, "experts in in"] | None = None,
+    moment: Float[Array | np.ndarray, "experts in in"] | None = None,
     transposed: bool = False,
     with_bases: bool = False,
 ) -> Grouping:

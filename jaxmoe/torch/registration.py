@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from jaxmoe.checkpoint.families import ARCHITECTURES, architecture
+from jaxmoe.checkpoint.families import architecture, known
 from jaxmoe.export.factored import PREFIX, remote_code
 from jaxmoe.torch.runtime import Factored, copy_conversions
 
@@ -76,5 +76,5 @@ def _stand_in(original: str) -> type:
 
 def register() -> None:
     """Register every factored architecture with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`."""
-    for model_type in ARCHITECTURES:
+    for model_type in (name for name, family in known().items() if family.transformers):
         AutoConfig.register(PREFIX + model_type, _stand_in(model_type), exist_ok=True)

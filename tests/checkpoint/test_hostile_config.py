@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe import Checkpoint, StoredModel, inspect, make_plan, methods
 from jaxmoe.checkpoint.families import FAMILIES
-from jaxmoe.checkpoint.families.keys import KINDS
+from jaxmoe.checkpoint.families.parts.keys import KINDS
 from jaxmoe.compression.pruned_sizes import make_slim_plan
 from jaxmoe.errors import JaxmoeError
 

@@ -24,9 +24,9 @@ def counted(name: str, main: int | None, **changes) -> tuple[Activity, int]:
     spec, family = decoder_spec(config, shapes), find_family(config)
     if main is not None:
         spec = main_experts(spec, dict.fromkeys(shapes, MainExperts(main)))
-    pieces = [*end_pieces(spec, config["model_type"]).values()]
+    pieces = [*end_pieces(spec, family).values()]
     for index, layer in enumerate(spec.layers):
-        pieces += layer_pieces(layer, f"model.layers.{index}.", config["model_type"], family).values()
+        pieces += layer_pieces(layer, f"model.layers.{index}.", family).values()
     other = 0
     for piece in pieces:
         numbers = 1

@@ -8,8 +8,7 @@ from fractions import Fraction
 import pytest
 from program import checksums, jaxmoe
 
-from jaxmoe import Checkpoint
-from jaxmoe.calibration.collect import calibrate_windows
+from jaxmoe import Checkpoint, calibrate
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.comparison import Contender
@@ -118,9 +117,7 @@ def test_a_stopped_chain_goes_on_to_the_same_bytes(tmp_path):
 
 
 def test_statistics_that_are_known_serve_the_first_step(tmp_path):
-    known = calibrate_windows(
-        StoredModel(demo_checkpoint()), TEXTS, tmp_path / "known", tokenizer=TOKENIZER.fingerprint
-    )
+    known = calibrate(StoredModel(demo_checkpoint()), TEXTS, tmp_path / "known", tokenizer=TOKENIZER.fingerprint)
     run(tmp_path / "with", statistics=known)
     run(tmp_path / "without")
     assert checksums(tmp_path / "with") == checksums(tmp_path / "without")

@@ -1,25 +1,40 @@
-"""The architectures: where each keeps its experts, on disk and in transformers' memory, and what its config calls them.
+"""The record of an architecture: all that jaxmoe knows of one `model_type`."""
 
-One record per architecture, in words and no code: a new one is one entry here. Names of tensors are parsed by one
-grammar for all (`names.py`); a record only says what names cannot. An architecture that is missing here but has
-standard names is still read; then `UNKNOWN` tells where its config is looked into.
-"""
-
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from jaxmoe.checkpoint.families.parts import ALL, KINDS, NEUTRAL, USUAL, Kind, Rule, Settings, Shapes
+from jaxmoe.checkpoint.families.parts.keys import check_kinds, decoder_config, lookup
+from jaxmoe.checkpoint.families.parts.moe_layers import DEPTH
+from jaxmoe.checkpoint.families.parts.transformers_classes import TransformersClasses
+from jaxmoe.model.spec import DecoderSpec
 
-@dataclass(frozen=True, kw_only=True)
+GROUPS, KEPT_GROUPS = "n_group|num_expert_group", "topk_group"
+"""What configs call the groups of experts that a router chooses first, and how many of them; `n_groups` is Mamba's."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
     """One architecture. Keys of the config may be alternatives, `a|b`, of which the first present one counts.
 
+    Of names on disk a record says what `checkpoint/names.py` (experts) and `checkpoint/decoder.py` (all else) do not.
+    Without `decoder` the checkpoint can be read and compressed by its weights alone, and JAX does not run it; without
+    `transformers` what is compressed is written dense only.
+
     Args:
-        model_types: the `model_type`s that share the record.
+        model_type: its name in `config.json`.
+        actual_type: returns the `model_type` that a config is really of, where one name stands for several.
         experts: config key of the number of routed experts.
         top_k: config key of the experts per token.
         intermediate: config key of the expert intermediate size.
         hidden: config key of the size that the experts read and write.
+        moe_layers: the rules that tell which layers have routed experts; the first one counts whose keys the config
+            has. Without any, the tensors alone decide.
+        defaults: what the config means by keys that are not there, where that differs from `USUAL`.
+        kinds: what may stand under keys that no other architecture has.
+        harmless: further keys that change nothing of what the decoder computes, separated by spaces.
+        neutral: further keys that change nothing with these values.
         module: path of the experts' module in transformers, relative to the layer.
         renamed: prefixes on disk and in memory, where they differ.
         router: the router's tensor on disk, relative to the layer.
@@ -27,20 +42,33 @@ class Family:
         bias: the selection bias on disk, relative to the layer; empty if there is none.
         shared: the shared experts on disk, relative to the layer; empty if there are none.
         shared_module: their module in transformers, relative to the layer; empty if it has the name on disk.
+        names: other names on disk that differ from the usual ones (`checkpoint.decoder.USUAL_NAMES`).
         transposed: whether fused tensors are `[expert, in, out]`; None: the shape decides.
         interleaved: whether rows of gate and up alternate in fused tensors.
         gated: whether there is a gate projection.
         expert_biases: whether the experts have biases, which transformers keeps in one tensor for all of them.
-        moe_layers: the rules, in `moe_layers.RULES`, that tell which layers have routed experts; the first one counts
-            whose keys the config has. Without any, the tensors alone decide.
         known: further names with "expert" in them that are no routed experts, as a regular expression.
+        decoder: builds the spec of the decoder from the config and the shapes of the routed experts.
+        transformers: the classes that run it in PyTorch.
+        no_transformers: why there are none that factors could be put into.
+
+    Example:
+        >>> own = Family(model_type="own_moe", experts="num_experts", shared="mlp.shared_expert")
+        >>> own.read({"num_experts": 8}, own.experts)
+        8
     """
 
-    model_types: tuple[str, ...]
+    model_type: str
+    actual_type: Callable[[Mapping[str, Any]], str] | None = None
     experts: str = "num_experts|num_local_experts"
     top_k: str = "num_experts_per_tok"
     intermediate: str = "moe_intermediate_size"
     hidden: str = "hidden_size"
+    moe_layers: tuple[Rule, ...] = (ALL,)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    kinds: Mapping[str, Kind] = field(default_factory=dict)
+    harmless: str = ""
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     module: str = "mlp.experts"
     renamed: tuple[str, str] = ("", "")
     router: str = "mlp.gate.weight"
@@ -48,17 +76,15 @@ class Family:
     bias: str = ""
     shared: str = ""
     shared_module: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
     transposed: bool | None = False
     interleaved: bool = False
     gated: bool = True
     expert_biases: bool = False
-    moe_layers: tuple[str, ...] = ("all",)
     known: str = ""
-
-    @property
-    def name(self) -> str:
-        """The first of its model types."""
-        return self.model_types[0]
+    decoder: Callable[[Settings, Shapes], DecoderSpec] | None = None
+    transformers: TransformersClasses | None = None
+    no_transformers: str = "jaxmoe knows no transformers classes for it"
 
     @property
     def keys(self) -> frozenset[str]:
@@ -70,7 +96,7 @@ class Family:
         """Return the path of the experts' module in transformers from a layer's prefix on disk.
 
         Example:
-            >>> record = Family(model_types=("own",), module="mixer.experts", renamed=("backbone.", "model."))
+            >>> record = Family(model_type="own", module="mixer.experts", renamed=("backbone.", "model."))
             >>> record.memory("backbone.layers.1.")
             'model.layers.1.mixer.experts'
         """
@@ -81,7 +107,7 @@ class Family:
         """Return the path in transformers of a linear map beside the routed experts from its weight's name on disk.
 
         Example:
-            >>> record = Family(model_types=("own",), shared="mlp.shared_mlp", shared_module="mlp.shared_experts")
+            >>> record = Family(model_type="own", shared="mlp.shared_mlp", shared_module="mlp.shared_experts")
             >>> record.linear_module("model.layers.1.mlp.shared_mlp.up_proj.weight")
             'model.layers.1.mlp.shared_experts.up_proj'
         """
@@ -92,12 +118,34 @@ class Family:
         """Return what a checkpoint's config says under one of the record's keys, None if it does not say."""
         return lookup(decoder_config(config), keys)
 
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Raise if what a config says of its layers and experts is of another kind than it should be; all are listed.
 
-GROUPS, KEPT_GROUPS = "n_group|num_expert_group", "topk_group"
-"""What configs call the groups of experts that a router chooses first, and how many of them; `n_groups` is Mamba's."""
+        Args:
+            config: the part of `config.json` that describes the decoder.
+        """
+        rules = {key for rule in self.moe_layers for key in (*rule.keys, *rule.others)}
+        check_kinds(config, {**KINDS, **self.kinds}, {*self.keys, *DEPTH.split("|"), *rules})
+
+    def settings(self, config: Mapping[str, Any], ignored: Collection[str] = ()) -> Settings:
+        """Return a config as `decoder` reads it.
+
+        Args:
+            config: the part of `config.json` that describes the decoder.
+            ignored: keys of it to leave out of account, where jaxmoe does not know what they mean.
+        """
+        return Settings(
+            config,
+            {**USUAL, **self.defaults},
+            ignored,
+            kinds={**KINDS, **self.kinds},
+            harmless=self.harmless.split(),
+            neutral={**NEUTRAL, **self.neutral},
+        )
+
 
 UNKNOWN = Family(
-    model_types=("",),
+    model_type="",
     experts="num_experts|num_local_experts|n_routed_experts|moe_num_experts",
     top_k="num_experts_per_tok|num_experts_per_token|moe_topk|moe_k|top_k_experts",
     # What an unknown config means by its sizes cannot be told: the tensors decide.
@@ -107,25 +155,3 @@ UNKNOWN = Family(
     moe_layers=(),
 )
 """Where to look in the config of an architecture that is not known."""
-
-
-def decoder_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the part of a config that describes the decoder: `text_config` in one of several modalities."""
-    text = config.get("text_config")
-    return text if isinstance(text, Mapping) and "hidden_size" not in config else config
-
-
-def lookup(config: Mapping[str, Any], keys: str) -> Any:
-    """Return the first present value of alternative keys, None if there is none; dots reach into nested objects.
-
-    Example:
-        >>> lookup({"ffn_config": {"size": 3}}, "width|ffn_config.size")
-        3
-    """
-    for key in filter(None, keys.split("|")):
-        value: Any = config
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is not None:
-            return value
-    return None

@@ -1,273 +1,171 @@
-"""The architectures that are known, and the one that a config is of."""
+"""The architectures that are known by `model_type`, and what is asked of them: one line here for each lineage.
 
-from collections.abc import Mapping
+A family from elsewhere calls `register` when its module is imported. An installed package names that module under the
+entry points of the group `jaxmoe.families`, which are loaded when a name is asked for that is not here.
+"""
+
+from collections.abc import Collection, Mapping
+from functools import cache
+from importlib.metadata import entry_points
 from typing import Any
 
-from jaxmoe.checkpoint.families.family import Family, decoder_config
+from jaxmoe.checkpoint.families import (
+    afmoe,
+    bailing,
+    cohere,
+    dbrx,
+    deepseek,
+    dots,
+    ernie,
+    exaone,
+    gemma,
+    glm,
+    gpt_oss,
+    granite,
+    hunyuan,
+    jamba,
+    jetmoe,
+    kimi,
+    lfm,
+    llama,
+    mimo,
+    minimax,
+    mixtral,
+    nemotron,
+    olmo,
+    phi,
+    qwen,
+    solar,
+    step,
+)
+from jaxmoe.checkpoint.families.family import UNKNOWN, Family
+from jaxmoe.checkpoint.families.parts import Shapes, TransformersClasses
+from jaxmoe.checkpoint.families.parts.keys import brief, decoder_config
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.model.spec import DecoderSpec
 
-_SPARSE = ("mlp_layer_types", "first_k_dense_replace")
-_DEEPSEEK_BIAS = "mlp.gate.e_score_correction_bias"
-_LING_2 = "bailing_moe_v2"
-_W = "block_sparse_moe.gate.weight"
+FAMILIES: dict[str, Family] = {}
+"""The registered architectures by `model_type`."""
 
-_RECORDS = (
-    Family(
-        model_types=("mixtral", "minimax"),
-        experts="num_local_experts",
-        intermediate="intermediate_size",
-        router=_W,
-        routing="softmax_normalised",
-    ),
-    Family(
-        model_types=("minimax_m2",),
-        experts="num_local_experts",
-        intermediate="intermediate_size",
-        router=_W,
-        routing="sigmoid_bias",
-        bias="block_sparse_moe.e_score_correction_bias",
-    ),
-    Family(
-        model_types=("phimoe",),
-        experts="num_local_experts",
-        intermediate="intermediate_size",
-        router=_W,
-        routing="sparse_mixer",
-    ),
-    Family(model_types=("qwen2_moe", "qwen3_next"), shared="mlp.shared_expert", moe_layers=("decoder_sparse_step",)),
-    Family(model_types=("qwen3_moe",), moe_layers=("decoder_sparse_step",)),
-    Family(model_types=("qwen3_5_moe_text", "qwen3_5_moe"), shared="mlp.shared_expert", routing="softmax_normalised"),
-    Family(model_types=("qwen3_vl_moe_text", "qwen3_vl_moe"), transposed=None, moe_layers=("decoder_sparse_step",)),
-    Family(model_types=("olmoe", "flex_olmo"), intermediate="intermediate_size"),
-    Family(
-        model_types=("deepseek_v2",),
-        experts="n_routed_experts",
-        routing="deepseek_v2",
-        shared="mlp.shared_experts",
-        moe_layers=("first_k_dense_replace",),
-    ),
-    Family(
-        model_types=(
-            "deepseek_v3",
-            "kimi_k2",
-            "kimi_k25",
-            "deepseek_v32",
-            "glm_moe_dsa",
-            "glm4_moe",
-            "glm4_moe_lite",
-            "dots1",
-        ),
-        experts="n_routed_experts",
-        routing="deepseek_v3",
-        bias=_DEEPSEEK_BIAS,
-        shared="mlp.shared_experts",
-        moe_layers=_SPARSE,
-    ),
-    Family(
-        model_types=("solar_open",),
-        experts="n_routed_experts",
-        routing="deepseek_v3",
-        bias=_DEEPSEEK_BIAS,
-        shared="mlp.shared_experts",
-    ),
-    Family(
-        model_types=("mimo_v2_flash",),
-        experts="n_routed_experts",
-        routing="deepseek_v3",
-        bias=_DEEPSEEK_BIAS,
-        moe_layers=("mlp_layer_types", "moe_layer_freq"),
-    ),
-    Family(
-        model_types=("exaone_moe",),
-        routing="deepseek_v3",
-        bias="mlp.e_score_correction_bias",
-        shared="mlp.shared_experts",
-        moe_layers=_SPARSE,
-    ),
-    Family(model_types=("bailing_moe",), shared="mlp.shared_experts", moe_layers=_SPARSE),
-    Family(
-        model_types=(_LING_2,),
-        routing="deepseek_v3",
-        bias="mlp.gate.expert_bias",
-        shared="mlp.shared_experts",
-        moe_layers=_SPARSE,
-    ),
-    Family(
-        model_types=("deepseek",),
-        experts="n_routed_experts",
-        shared="mlp.shared_experts",
-        moe_layers=("first_k_dense_replace",),
-    ),
-    Family(
-        model_types=("bailing_hybrid",),
-        top_k="num_experts_per_token|num_experts_per_tok",
-        routing="deepseek_v3",
-        bias="mlp.gate.expert_bias",
-        shared="mlp.shared_experts",
-        moe_layers=_SPARSE,
-    ),
-    Family(
-        model_types=("kimi_linear",),
-        top_k="num_experts_per_token|num_experts_per_tok",
-        router=_W,
-        routing="deepseek_v3",
-        bias="block_sparse_moe.gate.e_score_correction_bias",
-        shared="block_sparse_moe.shared_experts",
-        moe_layers=_SPARSE,
-    ),
-    Family(
-        model_types=("nemotron_h",),
-        experts="n_routed_experts",
-        # With a latent size, the experts work between two projections that all of them share.
-        hidden="moe_latent_size|hidden_size",
-        module="mixer.experts",
-        renamed=("backbone.", "model."),
-        router="mixer.gate.weight",
-        routing="deepseek_v3",
-        bias="mixer.gate.e_score_correction_bias",
-        shared="mixer.shared_experts",
-        gated=False,
-        moe_layers=("layers_block_type", "hybrid_override_pattern"),
-    ),
-    Family(
-        model_types=("hy_v3",),
-        router="mlp.router.gate.weight",
-        routing="sigmoid_bias",
-        bias="mlp.expert_bias",
-        shared="mlp.shared_mlp",
-        shared_module="mlp.shared_experts",
-        moe_layers=_SPARSE,
-    ),
-    Family(
-        model_types=("afmoe",),
-        router="mlp.router.gate.weight",
-        routing="sigmoid_bias",
-        bias="mlp.expert_bias",
-        shared="mlp.shared_experts",
-        moe_layers=("num_dense_layers",),
-    ),
-    Family(
-        model_types=("lfm2_moe",),
-        module="feed_forward.experts",
-        router="feed_forward.gate.weight",
-        routing="sigmoid_lfm",
-        bias="feed_forward.expert_bias",
-        moe_layers=("num_dense_layers",),
-    ),
-    Family(
-        model_types=("ernie4_5_moe",),
-        experts="moe_num_experts",
-        top_k="moe_k",
-        routing="softmax_bias",
-        bias="mlp.moe_statics.e_score_correction_bias",
-        shared="mlp.shared_experts",
-        moe_layers=("moe_layer_interval",),
-    ),
-    Family(
-        model_types=("hunyuan_v1_moe",),
-        experts="num_experts",
-        top_k="moe_topk",
-        intermediate="intermediate_size",
-        router="mlp.gate.wg.weight",
-        routing="softmax_normalised",
-        shared="mlp.shared_mlp",
-    ),
-    Family(
-        model_types=("gpt_oss",),
-        experts="num_local_experts",
-        intermediate="intermediate_size",
-        router="mlp.router.weight",
-        routing="topk_softmax",
-        transposed=True,
-        interleaved=True,
-        expert_biases=True,
-    ),
-    Family(
-        model_types=("llama4_text", "llama4"),
-        experts="num_local_experts",
-        intermediate="intermediate_size",
-        module="feed_forward.experts",
-        router="feed_forward.router.weight",
-        routing="llama4",
-        shared="feed_forward.shared_expert",
-        transposed=True,
-        moe_layers=("moe_layers", "interleave_moe_layer_step"),
-    ),
-    Family(
-        model_types=("granitemoe", "granitemoeshared", "granitemoehybrid"),
-        experts="num_local_experts",
-        intermediate="intermediate_size",
-        module="block_sparse_moe.experts",
-        router="block_sparse_moe.router.layer.weight",
-        routing="topk_softmax",
-        shared="shared_mlp",
-    ),
-    Family(
-        model_types=("jetmoe",),
-        experts="num_local_experts",
-        intermediate="intermediate_size",
-        module="mlp",
-        router="mlp.router.layer.weight",
-        routing="topk_softmax",
-        # Its attention is a mixture too, which no method here touches.
-        known=r"\.self_attention\.experts\.",
-    ),
-    Family(
-        model_types=("jamba",),
-        experts="num_experts",
-        intermediate="intermediate_size",
-        module="feed_forward.experts",
-        router="feed_forward.router.weight",
-        moe_layers=("expert_layer_period",),
-    ),
-    Family(
-        model_types=("cohere2_moe",),
-        # Its config has one size for dense and for expert layers.
-        intermediate="moe_intermediate_size|intermediate_size",
-        routing="topk_softmax",
-        shared="mlp.shared_experts",
-        moe_layers=("mlp_layer_types", "first_k_dense_replace"),
-    ),
-    Family(
-        model_types=("gemma4_text", "gemma4"),
-        experts="num_experts",
-        top_k="top_k_experts",
-        module="experts",
-        router="router.proj.weight",
-        routing="gemma4",
-        shared="mlp",
-        known=r"\.per_expert_scale$",
-    ),
-    Family(
-        model_types=("dbrx",),
-        experts="ffn_config.moe_num_experts",
-        top_k="ffn_config.moe_top_k",
-        intermediate="ffn_config.ffn_hidden_size",
-        hidden="d_model",
-        module="ffn.experts.mlp",
-        router="ffn.router.layer.weight",
-        routing="dbrx",
-    ),
-    Family(
-        model_types=("step3p7", "step3p5"),
-        experts="n_routed_experts|moe_num_experts",
-        module="moe.experts",
-        router="moe.gate.weight",
-        routing="sigmoid_bias",
-        bias="moe.router_bias",
-        shared="share_expert",
-        moe_layers=("mlp_layer_types",),
-        known=r"\.share_expert\.",
-    ),
+_LINEAGES = (
+    *(afmoe, bailing, cohere, dbrx, deepseek, dots, ernie, exaone, gemma, glm, gpt_oss, granite, hunyuan, jamba),
+    *(jetmoe, kimi, lfm, llama, mimo, minimax, mixtral, nemotron, olmo, phi, qwen, solar, step),
 )
 
-FAMILIES: dict[str, Family] = {model_type: record for record in _RECORDS for model_type in record.model_types}
-"""The known architectures by `model_type`."""
+_NOT_EXPORTED = {"longcat_flash": "transformers counts its identity experts among the routed ones"}
+"""Why architectures that have no record, and are read by their standard names, are written dense only."""
+
+
+def register(family: Family) -> Family:
+    """Make an architecture known under its `model_type`, to the library and the command line.
+
+    Raises:
+        JaxmoeError: another one is registered under that name.
+    """
+    if FAMILIES.get(family.model_type, family) is not family:
+        raise JaxmoeError(f"an architecture {family.model_type!r} is registered already: choose another model_type")
+    FAMILIES[family.model_type] = family
+    return family
+
+
+for _lineage in _LINEAGES:
+    for _family in _lineage.FAMILIES:
+        register(_family)
+
+
+@cache
+def _load_installed() -> None:
+    for entry in entry_points(group="jaxmoe.families"):
+        entry.load()
+
+
+def known() -> Mapping[str, Family]:
+    """Return all architectures by `model_type`, those of installed packages included."""
+    _load_installed()
+    return FAMILIES
+
+
+def get(model_type: Any) -> Family | None:
+    """Return the record of that name, None if there is none.
+
+    Example:
+        >>> get("mixtral").router
+        'block_sparse_moe.gate.weight'
+    """
+    if not isinstance(model_type, str):
+        return None
+    return FAMILIES.get(model_type) or known().get(model_type)
 
 
 def find_family(config: Mapping[str, Any]) -> Family | None:
-    """Return the record of a checkpoint's architecture, or None if there is none."""
+    """Return the record of the architecture that a `config.json` is of, or None if there is none."""
     decoder = decoder_config(config)
-    if decoder.get("model_type") == "bailing_moe" and decoder.get("score_function") == "sigmoid":
-        # Ling 2 is published under the name of Ling 1.
-        return FAMILIES[_LING_2]
-    return FAMILIES.get(str(config.get("model_type"))) or FAMILIES.get(str(decoder.get("model_type")))
+    family = get(config.get("model_type")) or get(decoder.get("model_type"))
+    if family is not None and family.actual_type is not None:
+        return get(family.actual_type(decoder))
+    return family
+
+
+def decoder_spec(config: Mapping[str, Any], shapes: Shapes, ignored: Collection[str] = ()) -> DecoderSpec:
+    """Return what a checkpoint's decoder computes.
+
+    Args:
+        config: the part of `config.json` that describes the decoder.
+        shapes: of the routed experts, by layer.
+        ignored: keys of the config to leave out of account, where jaxmoe does not know what they mean.
+
+    Raises:
+        JaxmoeError: the architecture is not one that jaxmoe runs, values are of the wrong kind or contradict one
+            another, or an attribute is neither handled nor known to be harmless; all of them are listed.
+    """
+    model_type = config.get("model_type")
+    family = get(model_type)
+    if family is None or family.decoder is None:
+        run = sorted(name for name, other in known().items() if other.decoder)
+        raise JaxmoeError(
+            f"model_type {brief(model_type)}: jaxmoe runs {', '.join(run)}; statistics of others can be"
+            " gathered through PyTorch (`jaxmoe.torch.statistics`)"
+        )
+    settings = family.settings(config, ignored)
+    spec = family.decoder(settings, shapes)
+    settings.finish()
+    return spec
+
+
+def runs(model_type: str) -> bool:
+    """Tell whether jaxmoe itself runs the decoder of an architecture.
+
+    Example:
+        >>> runs("mixtral"), runs("dbrx")
+        (True, False)
+    """
+    family = get(model_type)
+    return family is not None and family.decoder is not None
+
+
+def architecture(model_type: str) -> TransformersClasses:
+    """Return the classes that run an architecture in PyTorch.
+
+    Raises:
+        JaxmoeError: if a factored checkpoint of it could not be run.
+    """
+    family = get(model_type) or UNKNOWN
+    if family.transformers is not None:
+        return family.transformers
+    reason = _NOT_EXPORTED.get(model_type, family.no_transformers)
+    can = sorted(name for name, other in known().items() if other.transformers)
+    raise JaxmoeError(
+        f"model_type {model_type!r} cannot be exported with factored experts ({reason}): export it dense, with"
+        f" --export dense. Those that can: {', '.join(can)}"
+    )
+
+
+def exports(model_type: str) -> list[str]:
+    """Return the forms in which a checkpoint of an architecture can be written where factors replace its experts.
+
+    Example:
+        >>> exports("mixtral"), exports("dbrx")
+        (['dense', 'factored'], ['dense'])
+    """
+    family = get(model_type)
+    return ["dense", *(["factored"] if family is not None and family.transformers else [])]

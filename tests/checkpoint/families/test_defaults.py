@@ -7,17 +7,16 @@ from functools import cache
 import pytest
 from tiny_models import EXPERTS, HIDDEN, INTERMEDIATE, configure
 
-from jaxmoe.checkpoint.families import decoder_spec
-from jaxmoe.checkpoint.families.decoders import BUILDERS
-from jaxmoe.checkpoint.families.defaults import DEFAULTS
-from jaxmoe.checkpoint.families.keys import KINDS
-from jaxmoe.checkpoint.families.settings import Settings
+from jaxmoe.checkpoint.families import FAMILIES as RECORDS
+from jaxmoe.checkpoint.families import decoder_spec, runs
+from jaxmoe.checkpoint.families.parts.keys import KINDS
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
 
 transformers = pytest.importorskip("transformers")
 
-FAMILIES = sorted(set(BUILDERS) - {"bailing_moe", "deepseek"})
+RUN = [name for name in RECORDS if runs(name)]
+FAMILIES = sorted({*RUN} - {"bailing_moe", "deepseek"})
 SHAPE = LayerShape(EXPERTS, HIDDEN, INTERMEDIATE)
 # What the tensors say, so that a config that leaves it out cannot be compared without them.
 OF_TENSORS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
@@ -115,13 +114,14 @@ def test_an_empty_config(family):
         assert decoder_spec({"model_type": family}, shapes) == decoder_spec(full, shapes)
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", RUN)
 def test_every_key_that_is_read_is_checked(family):
     """A key without a kind could bring anything into the arithmetic."""
     sizes = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "intermediate_size": 56}
-    settings = Settings({**sizes, "prefix_dense_intermediate_size": 56, "moe_intermediate_size": 24}, DEFAULTS[family])
-    BUILDERS[family](settings, {1: SHAPE})
-    assert settings.read <= KINDS.keys()
+    record = RECORDS[family]
+    settings = record.settings({**sizes, "prefix_dense_intermediate_size": 56, "moe_intermediate_size": 24})
+    record.decoder(settings, {1: SHAPE})
+    assert settings.read <= KINDS.keys() | record.kinds.keys()
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}

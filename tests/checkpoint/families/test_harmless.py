@@ -8,13 +8,12 @@ import plain_checkpoint
 import published
 import pytest
 
-from jaxmoe import Checkpoint, StoredModel, make_plan, methods
-from jaxmoe.checkpoint.families import decoder_spec
-from jaxmoe.checkpoint.families.harmless import HARMLESS, NEUTRAL
+from jaxmoe import Checkpoint, StoredModel, evaluate, make_plan, methods
+from jaxmoe.checkpoint.families import FAMILIES, decoder_spec
+from jaxmoe.checkpoint.families.parts.harmless import HARMLESS, NEUTRAL
 from jaxmoe.cli.app import app
 from jaxmoe.compression.pruned_sizes import make_slim_plan
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.evaluation.evaluate import evaluate_windows
 from jaxmoe.texts import Windows
 
 LEFT = {
@@ -47,9 +46,25 @@ def test_what_is_neutral_is_so_with_its_value_alone():
     shapes = published.shapes(record)
     for name, values in NEUTRAL.items():
         assert decoder_spec({**record, name: values[0]}, shapes) == decoder_spec(record, shapes)
-    for name, value in {"use_rmsnorm": False, "norm_type": "layer", "compression_ratio": 0.5, "n_group": 4}.items():
-        with pytest.raises(JaxmoeError, match=name):
-            decoder_spec({**record, name: value}, shapes)
+    with pytest.raises(JaxmoeError, match="n_group"):
+        decoder_spec({**record, "n_group": 4}, shapes)
+
+
+@pytest.mark.parametrize("name", ["ernie-4.5-21b-a3b", "gpt-oss-20b", "hunyuan-a13b", "minimax-m2"])
+def test_what_one_architecture_has_is_harmless_there_alone(name):
+    record, other = published.config(name), published.config("qwen3-30b-a3b")
+    shapes, others = published.shapes(record), published.shapes(other)
+    family = FAMILIES[record["model_type"]]
+    plain = decoder_spec(record, shapes)
+    given = {**dict.fromkeys(family.harmless.split(), 3), **{key: values[0] for key, values in family.neutral.items()}}
+    assert given
+    assert decoder_spec({**record, **given}, shapes) == plain
+    for key, value in given.items():
+        with pytest.raises(JaxmoeError, match=f"does not know what {key} "):
+            decoder_spec({**other, key: value}, others)
+    for key in family.neutral:
+        with pytest.raises(JaxmoeError, match=f"does not know what {key} "):
+            decoder_spec({**record, key: 0.5}, shapes)
 
 
 def test_unknown_keys_are_refused_until_they_are_ignored():
@@ -74,7 +89,7 @@ def test_what_was_ignored_is_told(tmp_path):
     assert model.ignored == ("new_trick",)
     ids = np.arange(24, dtype=np.int32).reshape(2, 12) % 32
     texts = [Windows(name="text", fingerprint="x", ids=ids, counted=np.ones(ids.shape, bool), left_out=0)]
-    assert evaluate_windows(model, texts).as_json()["ignored_config_keys"] == ["new_trick"]
+    assert evaluate(model, texts).as_json()["ignored_config_keys"] == ["new_trick"]
     checkpoint = Checkpoint.open(folder, ignore_config_keys=["new_trick"])
     assert "new_trick" in checkpoint.notes[0]
     method = methods.get("nystrom")
@@ -86,7 +101,7 @@ def test_what_was_ignored_is_told(tmp_path):
     plain = json.loads((folder / "config.json").read_text())
     del plain["new_trick"]
     (folder / "config.json").write_text(json.dumps(plain))
-    assert "ignored_config_keys" not in evaluate_windows(StoredModel(folder), texts).as_json()
+    assert "ignored_config_keys" not in evaluate(StoredModel(folder), texts).as_json()
 
 
 def test_every_command_that_builds_a_model_takes_the_option():

@@ -7,11 +7,9 @@ import time
 import published
 import pytest
 
-from jaxmoe.checkpoint.families import decoder_spec, rotary
-from jaxmoe.checkpoint.families.decoders import BUILDERS
-from jaxmoe.checkpoint.families.defaults import DEFAULTS
-from jaxmoe.checkpoint.families.keys import KINDS, check_kinds
-from jaxmoe.checkpoint.families.settings import Settings
+from jaxmoe.checkpoint.families import FAMILIES, decoder_spec, runs
+from jaxmoe.checkpoint.families.parts import rotary
+from jaxmoe.checkpoint.families.parts.keys import KINDS, check_kinds
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
 from jaxmoe.model.spec import DecoderSpec
@@ -43,11 +41,11 @@ SMALL = {
 QWEN = {key: value for key, value in SMALL.items() if key != "prefix_dense_intermediate_size"}
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if runs(name)])
 def test_hostile_values_are_refused_or_understood(family):
     chance = random.Random(family)
-    settings = Settings({"model_type": family, **SMALL}, DEFAULTS[family])
-    BUILDERS[family](settings, SHAPES)
+    settings = FAMILIES[family].settings({"model_type": family, **SMALL})
+    FAMILIES[family].decoder(settings, SHAPES)
     small = {"model_type": family, **{key: value for key, value in SMALL.items() if key in settings.read}}
     assert isinstance(decoder_spec(small, SHAPES), DecoderSpec)
     begin = time.monotonic()

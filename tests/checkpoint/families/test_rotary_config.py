@@ -7,7 +7,7 @@ import published
 import pytest
 
 from jaxmoe.checkpoint.families import decoder_spec
-from jaxmoe.checkpoint.families.rotary import rotary
+from jaxmoe.checkpoint.families.parts.rotary import rotary
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.model.rotary import angles
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.checkpoint.families.keys import (
+from jaxmoe.checkpoint.families.parts.keys import (
     FLAG,
     POSITIONS,
     POSITIVE,
@@ -22,6 +22,8 @@ from jaxmoe.checkpoint.families.keys import (
     brief,
     check_kinds,
 )
+from jaxmoe.checkpoint.families.parts.settings import Settings
+from jaxmoe.checkpoint.families.parts.windows import ATTENTION_KINDS, kind_of
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.model.spec import Rotary
 
@@ -175,3 +177,35 @@ def _llama3(parameters: Mapping[str, Any], plain: np.ndarray) -> np.ndarray:
     turns = parameters["original_max_position_embeddings"] * plain / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     return (1 - smooth) * plain / factor + smooth * plain
+
+
+def rope_parameters(s: Settings, index: int, *, partial: float = 1.0) -> dict[str, Any]:
+    """Return what a layer's positions are computed from, put together as transformers does.
+
+    The older `rope_scaling` replaces `rope_parameters` altogether; `rope_theta` and `partial_rotary_factor` beside them
+    count where they are silent. Either may be nested by the kind of attention.
+    """
+    older, newer = s.take("rope_scaling", None), s.take("rope_parameters", None)
+    given = older or newer or s.defaults.get("rope_parameters") or {}
+    nested = [kind for kind in given if isinstance(given[kind], Mapping)]
+    if nested:
+        kind = kind_of(s, index, ATTENTION_KINDS)
+        if kind not in nested:
+            raise JaxmoeError(f"config.json: rope_parameters says nothing of {kind}, which layer {index} has")
+        given = given[kind]
+    beside = {
+        "rope_theta": s.take("rope_theta"),
+        "partial_rotary_factor": s.take("partial_rotary_factor", partial),
+        "original_max_position_embeddings": s.take("max_position_embeddings"),
+    }
+    said = {name: value for name, value in given.items() if value is not None}
+    original = s.take("original_max_position_embeddings", None)
+    if original is not None and not nested:
+        said["original_max_position_embeddings"] = original
+    return {**beside, **said}
+
+
+def rope(s: Settings, index: int, head: int, *, interleaved: bool = False, partial: float = 1.0) -> Rotary:
+    """Return a layer's position embedding."""
+    parameters = rope_parameters(s, index, partial=partial)
+    return rotary(parameters, head, interleaved=interleaved, positions=s.take("max_position_embeddings"))

@@ -1,7 +1,8 @@
 """The keys of `config.json` that jaxmoe uses, and what may stand under each: kind, sign and range.
 
-Whoever reads a config checks it here first, once, so that everything behind may take a number for a number. The bounds
-are far beyond any published model; they keep a damaged config from asking for more memory than there is.
+Keys that only one architecture has stand in its record. Whoever reads a config checks it here first, once, so that
+everything behind may take a number for a number. The bounds are far beyond any published model; they keep a damaged
+config from asking for more memory than there is.
 """
 
 from collections.abc import Collection, Mapping
@@ -66,48 +67,39 @@ TOKENS = Kind(_Token | list[_Token], "a token's number, or a list of such")
 ZERO_OR_ONE = Kind(list[Literal[0, 1]], "0 or 1 for each layer")
 
 _KINDS: tuple[tuple[Kind, str], ...] = (
-    (SIZE, "hidden_size d_model moe_latent_size num_attention_heads kv_lora_rank q_lora_rank"),
+    (SIZE, "hidden_size num_attention_heads num_key_value_heads kv_lora_rank q_lora_rank"),
     (SIZES, "num_experts num_local_experts n_routed_experts moe_num_experts moe_intermediate_size intermediate_size"),
-    (SIZES, "num_experts_per_tok num_experts_per_token experts_per_token moe_topk moe_k top_k_experts"),
-    (SIZES, "moe_shared_expert_intermediate_size prefix_dense_intermediate_size"),
-    (COUNT, "shared_expert_intermediate_size shared_intermediate_size"),
-    (COUNTS, "n_shared_experts num_shared_experts num_shared_expert moe_num_shared_experts"),
-    (SIZE, "num_key_value_heads n_group num_expert_group topk_group num_expert_groups num_limited_groups"),
-    (FEW, "head_dim attention_head_dim qk_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim rotary_dim"),
+    (SIZES, "num_experts_per_tok num_experts_per_token moe_topk moe_k top_k_experts"),
+    (COUNTS, "n_shared_experts num_shared_experts"),
+    (SIZE, "n_group num_expert_group topk_group"),
+    (FEW, "head_dim attention_head_dim qk_head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim"),
     (VOCABULARY, "vocab_size"),
     (POSITIONS, "max_position_embeddings original_max_position_embeddings"),
-    (WINDOW, "sliding_window sliding_window_size"),
+    (WINDOW, "sliding_window"),
     (DEPTH, "num_hidden_layers n_layers num_layers"),
-    (PERIOD, "decoder_sparse_step expert_layer_period interleave_moe_layer_step moe_layer_interval"),
-    (PERIOD, "global_attn_every_n_layers prefix_dense_sliding_window_pattern"),
+    (PERIOD, "decoder_sparse_step global_attn_every_n_layers moe_layer_interval"),
     (PERIOD_OR_LETTERS, "sliding_window_pattern"),
-    (LAYER, "first_k_dense_replace num_dense_layers expert_layer_offset moe_layer_start_index max_window_layers"),
-    (LAYERS, "mlp_only_layers moe_layers"),
+    (LAYER, "first_k_dense_replace max_window_layers moe_layer_start_index num_dense_layers"),
+    (LAYERS, "mlp_only_layers"),
     (LAST, "moe_layer_end_index"),
     (FREQUENCY, "moe_layer_freq"),
-    (POSITIVE, "rope_theta"),
+    (POSITIVE, "rope_theta clip_qkv"),
     (SHARE, "partial_rotary_factor"),
-    (EPSILON, "rms_norm_eps layer_norm_eps moe_norm_min router_jitter_noise"),
-    (POSITIVE, "clip_qkv swiglu_limit swiglu_alpha attention_value_scale attention_multiplier logits_scaling"),
-    (NUMBER, "routed_scaling_factor router_scaling_factor route_scale"),
-    (NUMBER, "embedding_multiplier residual_multiplier logit_scale"),
-    (FLAG, "tie_word_embeddings attention_bias mlp_bias use_bias qkv_bias use_qkv_bias lm_head_bias norm_head"),
-    (FLAG, "norm_topk_prob moe_renormalize route_norm rope_interleave use_sliding_window use_qk_norm qk_norm"),
-    (FLAG, "use_mixed_mlp_moe use_routing_bias mup_enabled"),
-    (WORD, "model_type hidden_act scoring_func score_func score_function topk_method expert_selection_fn"),
-    (WORD, "shared_expert_combination_strategy qk_norm_type router_dtype"),
+    (EPSILON, "rms_norm_eps router_jitter_noise"),
+    (NUMBER, "routed_scaling_factor"),
+    (FLAG, "tie_word_embeddings attention_bias mlp_bias use_bias norm_topk_prob moe_renormalize rope_interleave"),
+    (FLAG, "use_sliding_window use_qk_norm"),
+    (WORD, "model_type hidden_act scoring_func topk_method dtype torch_dtype"),
     (ATTENTION_KINDS, "layer_types"),
     (BLOCK_KINDS, "mlp_layer_types"),
     (WORDS, "layers_block_type architectures"),
     (PATTERN, "hybrid_override_pattern"),
-    (WORD, "dtype torch_dtype"),
-    (ZERO_OR_ONE, "attn_type_list"),
-    (MAPPING, "rope_parameters rope_scaling ffn_config text_config auto_map quantization_config compression_config"),
+    (MAPPING, "rope_parameters rope_scaling text_config auto_map quantization_config compression_config"),
     (TOKENS, "eos_token_id"),
 )
 
 KINDS: Mapping[str, Kind] = {name: kind for kind, names in _KINDS for name in names.split()}
-"""What may stand under each key; null always may, and says nothing."""
+"""What may stand under the keys of several architectures; null always may, and says nothing."""
 
 EVERYWHERE = (
     *("architectures", "auto_map", "dtype", "eos_token_id", "model_type"),
@@ -154,3 +146,25 @@ def brief(value: Any) -> str:
         # A whole number of more than some thousand digits is not written out.
         text = f"a very large {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def decoder_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of a config that describes the decoder: `text_config` in one of several modalities."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) and "hidden_size" not in config else config
+
+
+def lookup(config: Mapping[str, Any], keys: str) -> Any:
+    """Return the first present value of alternative keys, None if there is none; dots reach into nested objects.
+
+    Example:
+        >>> lookup({"ffn_config": {"size": 3}}, "width|ffn_config.size")
+        3
+    """
+    for key in filter(None, keys.split("|")):
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is not None:
+            return value
+    return None

@@ -1,10 +1,11 @@
 """A checkpoint's config, read with account: what is neither used nor known to be harmless is an error."""
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
-from jaxmoe.checkpoint.families.harmless import HARMLESS, NEUTRAL
-from jaxmoe.checkpoint.families.keys import FALSE_FOR_NONE, brief, check_kinds
+from jaxmoe.checkpoint.families.parts.harmless import HARMLESS, NEUTRAL
+from jaxmoe.checkpoint.families.parts.keys import FALSE_FOR_NONE, KINDS, Kind, brief, check_kinds
 from jaxmoe.errors import JaxmoeError
 
 _REQUIRED = object()
@@ -17,6 +18,9 @@ class Settings:
         config: the part of `config.json` that describes the decoder; all values are checked here (`keys.py`).
         defaults: what the architecture means by keys that are not there.
         ignored: keys that nobody knows and the user says to leave out of account.
+        kinds: what may stand under each key.
+        harmless: keys that change nothing, beside those of `HARMLESS`.
+        neutral: keys that change nothing with some values.
 
     Raises:
         JaxmoeError: values are of the wrong kind, or what is to be ignored is in use.
@@ -32,12 +36,21 @@ class Settings:
     """
 
     def __init__(
-        self, config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, ignored: Collection[str] = ()
+        self,
+        config: Mapping[str, Any],
+        defaults: Mapping[str, Any] = MappingProxyType({}),
+        ignored: Collection[str] = (),
+        *,
+        kinds: Mapping[str, Kind] = KINDS,
+        harmless: Collection[str] = (),
+        neutral: Mapping[str, tuple[Any, ...]] = NEUTRAL,
     ):
-        check_kinds(config)
+        check_kinds(config, kinds)
         self.config = {k: None if v is False and k in FALSE_FOR_NONE else v for k, v in config.items()}
-        self.defaults = defaults or {}
+        self.defaults = defaults
         self.ignored = frozenset(ignored)
+        self.harmless = HARMLESS.union(harmless)
+        self.neutral = neutral
         self.read: set[str] = set()
 
     def take(self, names: str, null: Any = _REQUIRED) -> Any:
@@ -109,8 +122,8 @@ class Settings:
         left = {
             name: value
             for name, value in self.config.items()
-            if name not in self.read | HARMLESS | self.ignored
-            and value not in (None, *NEUTRAL.get(name, (False, {}, [])))
+            if name not in self.read | self.harmless | self.ignored
+            and value not in (None, *self.neutral.get(name, (False, {}, [])))
         }
         if left:
             listed = ", ".join(f"{name} ({brief(value)})" for name, value in sorted(left.items()))
