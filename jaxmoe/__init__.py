@@ -5,14 +5,15 @@ give is stored in terms (`Dense`, `LowRank`, `Grouped`, ...); a method is a shor
 runs one over a checkpoint. The names below are loaded when they are first used, so that importing jaxmoe costs nothing.
 """
 
+import warnings
 from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "jaxmoe.allocation": ("Ladder", "allocate"),
-    "jaxmoe.calibration.checkpoint": ("calibrate_checkpoint",),
-    "jaxmoe.calibration.collect": ("calibrate",),
+    "jaxmoe.calibration.checkpoint": ("calibrate",),
     "jaxmoe.calibration.folder": ("Statistics",),
     "jaxmoe.calibration.statistics": ("LayerStatistics",),
     "jaxmoe.checkpoint": ("Checkpoint", "MoELayer"),
@@ -21,7 +22,7 @@ _HOMES = {
     "jaxmoe.checkpoint.stored_model": ("StoredModel",),
     "jaxmoe.comparison": ("Contender", "compare"),
     "jaxmoe.errors": ("JaxmoeError",),
-    "jaxmoe.evaluation": ("Evaluation", "evaluate", "evaluate_checkpoint"),
+    "jaxmoe.evaluation": ("Evaluation", "evaluate"),
     "jaxmoe.export.dense": ("densify",),
     "jaxmoe.factors": (
         "CompressedLayer",
@@ -50,6 +51,8 @@ _HOMES = {
     "jaxmoe.solvers.variable_projection": ("variable_projection",),
     "jaxmoe.solvers.weighted_svd": ("weighted_svd",),
 }
+_DEPRECATED = {"calibrate_checkpoint": "calibrate", "evaluate_checkpoint": "evaluate"}
+"""Names of earlier versions, and what to call instead."""
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 _MODULES = ("methods", "scores")
@@ -57,11 +60,14 @@ _MODULES = ("methods", "scores")
 __all__ = sorted([*_HOME, *_MODULES])
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     if name in _MODULES:
         return import_module(f"jaxmoe.{name}")
+    if name in _DEPRECATED:
+        warnings.warn(f"jaxmoe.{name} is deprecated, use jaxmoe.{_DEPRECATED[name]}", DeprecationWarning, stacklevel=2)
+        return getattr(import_module("jaxmoe.deprecated"), name)
     raise AttributeError(f"module 'jaxmoe' has no attribute {name!r}")
 
 

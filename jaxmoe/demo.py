@@ -9,7 +9,7 @@ from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.compression.recipe import carry_out, plan_compression
 from jaxmoe.data import demo_checkpoint, demo_texts
-from jaxmoe.evaluation import evaluate_checkpoint
+from jaxmoe.evaluation import evaluate
 from jaxmoe.report.tables import table
 
 METHODS = {"svd": {}, "mobe": {"steps": 1_000}}
@@ -50,7 +50,7 @@ def run(output: Path, on_event) -> tuple[Any, ...]:
                 }
             )
     for row in rows:
-        evaluation = evaluate_checkpoint(row["folder"], demo_texts(), generate=0, on_event=on_event)
+        evaluation = evaluate(row["folder"], text=demo_texts(), generate=0, on_event=on_event)
         row["perplexity"] = evaluation.geometric_mean_perplexity
         row["worst"] = {"name": evaluation.worst.name, "perplexity": evaluation.worst.perplexity}
     return {"results": rows, "output": str(output)}, _table(rows), _where(output)

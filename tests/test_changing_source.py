@@ -9,12 +9,12 @@ import pytest
 from program import ENVIRONMENT, checksums
 
 from jaxmoe import compress, make_plan, methods
-from jaxmoe.calibration.checkpoint import calibrate_checkpoint
+from jaxmoe.calibration.checkpoint import calibrate
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.evaluation import evaluate_checkpoint
-from jaxmoe.report.events import Counted
+from jaxmoe.evaluation import evaluate
+from jaxmoe.report.events import Counted, LayerDone
 
 SHARD = "model.safetensors"
 
@@ -58,7 +58,11 @@ def test_compress_names_the_file_and_goes_on_once_it_is_back(source, change, tmp
     assert not (tmp_path / "output").exists()
     (source / SHARD).write_bytes(whole)
     resumed = []
-    run_svd(source, tmp_path / "output", lambda event: resumed.append(event.get("resumed")))
+    run_svd(
+        source,
+        tmp_path / "output",
+        lambda event: resumed.append(event.resumed if isinstance(event, LayerDone) else None),
+    )
     assert resumed[0] is True
     run_svd(source, tmp_path / "at once")
     assert checksums(tmp_path / "output") == checksums(tmp_path / "at once")
@@ -67,10 +71,10 @@ def test_compress_names_the_file_and_goes_on_once_it_is_back(source, change, tmp
 def test_evaluate_and_calibrate_name_the_file(source, tmp_path):
     text, whole = [demo_texts()[0]], (source / SHARD).read_bytes()
     with pytest.raises(JaxmoeError, match=f"{SHARD} was changed while it was in use"):
-        evaluate_checkpoint(source, text, sequences=2, on_event=changing(source, truncate))
+        evaluate(source, text=text, sequences=2, on_event=changing(source, truncate))
     (source / SHARD).write_bytes(whole)
     with pytest.raises(JaxmoeError, match=f"{SHARD} was changed while it was in use"):
-        calibrate_checkpoint(source, text, tmp_path / "sums", sequences=2, on_event=changing(source, truncate))
+        calibrate(source, tmp_path / "sums", text=text, sequences=2, on_event=changing(source, truncate))
 
 
 def test_the_process_ends_with_a_message_and_no_signal(source):

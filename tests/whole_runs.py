@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import plain_checkpoint
 
-from jaxmoe import Checkpoint, StoredModel, calibrate, methods
+from jaxmoe import Checkpoint, StoredModel, methods
+from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.compression.recipe import carry_out, plan_compression
 from jaxmoe.texts import Windows
 
@@ -27,7 +28,7 @@ def prepared(folder: Path, shape: tuple[int, int, int]):
     source = plain_checkpoint.write(folder, num_hidden_layers=1, **sizes)
     ids = np.random.default_rng(0).integers(0, 32, (6, 24), dtype=np.int32)
     text = Windows(name="text", fingerprint="x", ids=ids, counted=np.ones(ids.shape, bool), left_out=0)
-    statistics = calibrate(
+    statistics = calibrate_windows(
         StoredModel(source), [text], folder.with_name(f"{folder.name}-statistics"), gradients="sequence"
     )
     return Checkpoint.open(source), statistics.check()

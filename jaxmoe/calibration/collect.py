@@ -40,7 +40,7 @@ LEAST = 256 << 20
 Sums = dict[str, np.ndarray]
 
 
-def calibrate(
+def calibrate_windows(
     model: StoredModel,
     texts: Sequence[Windows],
     folder: str | Path,

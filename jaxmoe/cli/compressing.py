@@ -270,16 +270,16 @@ def _statistics(opened, output, statistics, text, sequences, length, gradients, 
         return _opened_statistics(statistics, opened)
     if not text:
         return None
-    from jaxmoe.calibration.checkpoint import calibrate_checkpoint, sequential_statistics
+    from jaxmoe.calibration.checkpoint import calibrate, sequential_statistics
 
     if sequential:
         options = {"sequences": sequences, "length": length, "ignore_config_keys": opened.ignored}
         return sequential_statistics(opened.folder, text, output, **options)
     folder = output.with_name(f"{output.name}.statistics")
-    return calibrate_checkpoint(
+    return calibrate(
         opened.folder,
-        text,
         folder,
+        text=text,
         sequences=sequences,
         length=length,
         gradients=None if gradients is None else gradients.value,

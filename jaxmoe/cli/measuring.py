@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+import jaxmoe
 from jaxmoe.cli.app import command, emit, out
 from jaxmoe.cli.arguments import (
     CalibrationOption,
@@ -39,22 +40,21 @@ def calibrate(
     moments: Annotated[Moments, typer.Option("--moments", help="which second moments to keep")] = Moments.weighted,
     targets: TargetsOption = "experts",
     layers: Annotated[str | None, typer.Option("--layers", metavar="A:B", help="keep layers A to B-1 only")] = None,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="go on with an unfinished run")] = True,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="resume an unfinished run")] = True,
     revision: RevisionOption = None,
     ignore_config_keys: IgnoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Gather from texts what every expert sees and does, for methods that use it."""
-    from jaxmoe.calibration.checkpoint import calibrate_checkpoint
     from jaxmoe.calibration.summary import summary
     from jaxmoe.report.progress import progress
     from jaxmoe.report.tables import calibration_table
 
     with progress(0, as_json=as_json, doing="calibrating") as on_event:
-        found = calibrate_checkpoint(
+        found = jaxmoe.calibrate(
             checkpoint,
-            text,
             statistics,
+            text=text,
             sequences=sequences,
             length=length,
             gradients=None if gradients is None else gradients.value,
@@ -94,14 +94,13 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Measure perplexity on texts, distance from the original, and speed."""
-    from jaxmoe.evaluation import evaluate_checkpoint
     from jaxmoe.report.progress import progress
     from jaxmoe.report.tables import evaluation_tables
 
     with progress(0, as_json=as_json, doing="layers") as on_event:
-        result = evaluate_checkpoint(
+        result = jaxmoe.evaluate(
             checkpoint,
-            text,
+            text=text,
             against=against,
             length=length,
             sequences=sequences,

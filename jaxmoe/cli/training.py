@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+import jaxmoe
 from jaxmoe.cli.app import command, emit
 from jaxmoe.cli.arguments import (
     CheckpointArgument,
@@ -58,8 +59,10 @@ def recover(
     rows: Annotated[int, typer.Option("--rows", help="rows of text for an update")] = 16,
     accumulate: Annotated[int, typer.Option("--accumulate", help="parts into which these are cut, to save memory")] = 1,
     length: LengthOption = None,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", help="the highest")] = 1e-3,
-    schedule: Annotated[Schedule, typer.Option("--schedule", help="of the rate, after its warm-up")] = Schedule.cosine,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", help="peak learning rate")] = 1e-3,
+    schedule: Annotated[
+        Schedule, typer.Option("--schedule", help="of the learning rate, after its warm-up")
+    ] = Schedule.cosine,
     warmup: Annotated[float, typer.Option("--warmup", help="fraction of the steps in which the rate rises")] = 0.05,
     weight_decay: Annotated[float, typer.Option("--weight-decay", help="of matrices")] = 0.0,
     clip: Annotated[float, typer.Option("--clip", help="bound of the gradient's norm")] = 1.0,
@@ -75,40 +78,35 @@ def recover(
         str | None,
         typer.Option("--mesh", metavar="DATAxEXPERT", help="devices over rows and experts, such as 4x2"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="go on with an unfinished run")] = True,
+    resume: Annotated[bool, typer.Option("--resume/--no-resume", help="resume an unfinished run")] = True,
     ignore_config_keys: IgnoreOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a compressed checkpoint on text, towards its original or on the text alone."""
-    from jaxmoe.recovery import Training
-    from jaxmoe.recovery import recover as run
     from jaxmoe.report.progress import progress
     from jaxmoe.report.tables import recovery_tables
 
-    training = Training(
-        weights=loss_weights(loss or ("distillation" if teacher else "next_token")),
-        steps=steps,
-        rows=rows,
-        accumulate=accumulate,
-        learning_rate=learning_rate,
-        schedule=schedule.value,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        clip=clip,
-        temperature=temperature,
-        dtype=dtype.value,
-        rematerialize=rematerialize,
-    )
     with progress(steps, as_json=as_json, doing="training", unit="steps") as on_event:
-        report = run(
+        report = jaxmoe.recover(
             checkpoint,
             output,
-            text or (),
-            instructions=instructions or (),
+            text=text,
+            instructions=instructions,
             prompts=prompts,
             teacher=teacher,
-            sets=train.split(","),
-            training=training,
+            train=train.split(","),
+            loss=loss_weights(loss) if loss else None,
+            steps=steps,
+            rows=rows,
+            accumulate=accumulate,
+            learning_rate=learning_rate,
+            schedule=schedule.value,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            clip=clip,
+            temperature=temperature,
+            dtype=dtype.value,
+            rematerialize=rematerialize,
             length=length,
             seed=seed,
             save_every=save_every,

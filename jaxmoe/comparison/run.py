@@ -16,7 +16,7 @@ import numpy as np
 
 import jaxmoe
 from jaxmoe.calibration.checkpoint import SEQUENCES
-from jaxmoe.calibration.collect import calibrate
+from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.atomic import write_bytes
@@ -33,7 +33,7 @@ from jaxmoe.comparison.summary import rows
 from jaxmoe.compression.fewer_experts_plan import blocks
 from jaxmoe.compression.run import where
 from jaxmoe.errors import JaxmoeError, StorageError
-from jaxmoe.evaluation.evaluate import evaluate
+from jaxmoe.evaluation.evaluate import evaluate_windows
 from jaxmoe.evaluation.windows import Walked, walk
 from jaxmoe.report.comparison import comparison_csv, comparison_markdown
 from jaxmoe.report.events import CellDone, OnEvent, ignore, without_complete
@@ -177,7 +177,7 @@ class _Run:
         plain = self.folder.path / f"statistics-{digest}"
         rich = plain.with_name(f"{plain.name}-gradients")
         gradients = rich.exists() or any(contender.wants_gradients for contender in contenders)
-        self.statistics = calibrate(
+        self.statistics = calibrate_windows(
             self.model,
             texts.windows,
             rich if gradients else plain,
@@ -224,7 +224,7 @@ class _Run:
             report = making.make(cell, output, command)
             seconds = time.perf_counter() - begin
             small = StoredModel(output, ignore_config_keys=self.checkpoint.ignored)
-            measured = evaluate(small, self.texts, against=self._original(), on_event=self.on_event)
+            measured = evaluate_windows(small, self.texts, against=self._original(), on_event=self.on_event)
             costs = token_costs(small)
         except StorageError:
             raise  # A full disk says nothing of the cell.
@@ -258,7 +258,7 @@ class _Run:
         known = self.folder.find(key)
         if known is not None:
             return known
-        measured = evaluate(self.model, self.texts, on_event=self.on_event).as_json()
+        measured = evaluate_windows(self.model, self.texts, on_event=self.on_event).as_json()
         sizes = {"parameters": self.checkpoint.parameters, "bytes": self.checkpoint.bytes}
         return self.folder.add(key, {**sizes, **token_costs(self.model), "evaluation": measured})
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxmoe import methods
-from jaxmoe.calibration.collect import calibrate
+from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.atomic import remove
 from jaxmoe.checkpoint.output import MEND, PARTIAL, output_folder
@@ -347,4 +347,6 @@ def _experts(checkpoint: Checkpoint) -> int:
 
 def _calibrated(found: Checkpoint, texts, folder: Path, tokenizer: str | None, gradients: str | None, on_event) -> Sums:
     model = StoredModel(found.folder, ignore_config_keys=found.ignored)
-    return calibrate(model, texts, folder, tokenizer=tokenizer, gradients=gradients, on_event=on_event).check(found)
+    return calibrate_windows(model, texts, folder, tokenizer=tokenizer, gradients=gradients, on_event=on_event).check(
+        found
+    )

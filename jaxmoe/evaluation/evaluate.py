@@ -20,7 +20,7 @@ from jaxmoe.report.events import OnEvent, ignore
 from jaxmoe.texts import Windows
 
 
-def evaluate(
+def evaluate_windows(
     model: StoredModel,
     texts: Sequence[Windows],
     *,
@@ -50,7 +50,7 @@ def evaluate(
         >>> from jaxmoe.data import demo_checkpoint, demo_texts
         >>> from jaxmoe.texts import Tokenizer, text_windows
         >>> texts = text_windows(demo_texts()[:2], Tokenizer.open(demo_checkpoint()), length=64, count=1)
-        >>> [text.name for text in evaluate(StoredModel(demo_checkpoint()), texts).texts]
+        >>> [text.name for text in evaluate_windows(StoredModel(demo_checkpoint()), texts).texts]
         ['code', 'literature']
     """
     lengths = {text.ids.shape[1] for text in texts}

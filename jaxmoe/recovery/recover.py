@@ -6,7 +6,7 @@ at any moment; the same command goes on, and ends with the same bytes.
 
 import platform
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -28,19 +28,22 @@ from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.folder import write_report
 from jaxmoe.export.trained import write_trained
 from jaxmoe.recovery.losses import TAUGHT, Side
-from jaxmoe.recovery.run import METRICS, train
+from jaxmoe.recovery.run import METRICS
+from jaxmoe.recovery.run import train as run_training
 from jaxmoe.recovery.sharding import training_mesh
 from jaxmoe.recovery.trainable import merge, select
 from jaxmoe.recovery.training import Training
 from jaxmoe.report.events import Complete, OnEvent, ignore
 from jaxmoe.texts import (
     Document,
+    Paths,
     Rows,
     Tokenizer,
     check_same,
     encode_documents,
     instruction_documents,
     pack,
+    paths,
     read_texts,
     speller,
     window_length,
@@ -51,15 +54,15 @@ CARD = "README.md"
 
 
 def recover(
-    source: str | Path,
+    checkpoint: str | Path,
     output: str | Path,
-    texts: Sequence[str | Path] = (),
     *,
-    instructions: Sequence[str | Path] = (),
+    text: Paths | None = None,
+    instructions: Paths | None = None,
     prompts: bool = False,
     teacher: str | Path | None = None,
-    sets: Sequence[str] = ("router", "norms", "factors"),
-    training: Training | None = None,
+    train: Sequence[str] = ("router", "norms", "factors"),
+    loss: Mapping[str, float] | None = None,
     length: int | None = None,
     seed: int = 0,
     save_every: int = 50,
@@ -69,27 +72,29 @@ def recover(
     command: str = "",
     ignore_config_keys: Collection[str] = (),
     on_event: OnEvent = ignore,
+    **training: Any,
 ) -> dict[str, Any]:
-    """Train a checkpoint and write the result.
+    """Train a compressed checkpoint on text, towards its original or on the text alone, and write the result.
 
     Args:
-        source: a folder or hub id, original or written by jaxmoe.
+        checkpoint: a folder or a hub id, original or written by jaxmoe.
         output: the folder to create; work in progress lies in `OUTPUT.partial` beside it.
-        texts: as `jaxmoe.texts.read_texts` takes them.
+        text: text files, folders of `*.txt`, or files of JSON lines with a `text`.
         instructions: JSON-lines files of dialogues, see `jaxmoe.texts.read_dialogues`.
         prompts: whether all of a dialogue is learned instead of its answers alone.
         teacher: the original, a folder or hub id; needed by the losses `distillation` and `outputs`.
-        sets: what is trained, see `trainable.SETS`.
-        training: losses, steps, rates; the defaults of `Training` if None.
+        train: what is trained, see `trainable.SETS`.
+        loss: weights of the losses by name; None for distillation where there is a teacher, else for next_token.
         length: tokens in a row; None for what `texts.window_length` says.
         seed: of the order of the data.
         save_every: steps after which the training's state is saved.
         keep: so many states remain.
         mesh: devices over rows and over experts; None for one device.
-        resume: whether to go on with an unfinished run; False starts over.
+        resume: whether to resume an unfinished run; False starts over.
         command: the command line, for the report.
         ignore_config_keys: keys of both configs to leave out of account, where jaxmoe does not know what they mean.
-        on_event: called with a small record after every step.
+        on_event: called with an event after every step.
+        training: `steps`, `rows`, `learning_rate` and all else that `Training` takes.
 
     Returns:
         The report, also written to `report.json`.
@@ -97,24 +102,34 @@ def recover(
     Raises:
         JaxmoeError: a checkpoint or text cannot be used, the teacher is another model's, training diverged, the output
             exists, or the disk is full.
+
+    Example:
+        >>> import tempfile, jaxmoe
+        >>> from jaxmoe.data import demo_checkpoint, demo_texts
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     options = {"text": demo_texts()[0], "train": ["norms"], "length": 16, "steps": 1, "rows": 2}
+        ...     report = jaxmoe.recover(demo_checkpoint(), f"{folder}/recovered", **options)
+        >>> report["training"]["steps"]
+        1
     """
-    training = training or Training()
+    settings = Training(weights=loss or {"distillation" if teacher else "next_token": 1.0}, **training)
+    texts, dialogues = paths(text), paths(instructions)
     if save_every < 1 or keep < 1:
         raise JaxmoeError(f"saved every {save_every} steps, {keep} kept: give at least 1 of both")
     begun = time.perf_counter()
-    model = StoredModel(source, ignore_config_keys=ignore_config_keys)
-    output = output_folder(output, [model.folder, teacher, *texts, *instructions])
-    tokenizer = Tokenizer.open(source)
-    original = _teacher(model, tokenizer, teacher, training, ignore_config_keys)
+    model = StoredModel(checkpoint, ignore_config_keys=ignore_config_keys)
+    output = output_folder(output, [model.folder, teacher, *texts, *dialogues])
+    tokenizer = Tokenizer.open(checkpoint)
+    original = _teacher(model, tokenizer, teacher, settings, ignore_config_keys)
     length = window_length(model.longest, length)
-    clock = _clock(model.folder, output) if instructions else None
-    rows = pack(documents(model.folder, tokenizer, texts, instructions, prompts=prompts, clock=clock), length)
+    clock = _clock(model.folder, output) if dialogues else None
+    rows = pack(documents(model.folder, tokenizer, texts, dialogues, prompts=prompts, clock=clock), length)
     run = {
         "recover": model.checkpoint.fingerprint(),
         "teacher": None if original is None else original.checkpoint.fingerprint(),
         "rows": fingerprint({name: _digest(part) for name, part in rows._asdict().items()}),
-        "sets": list(sets),
-        "training": asdict(training),
+        "sets": list(train),
+        "training": asdict(settings),
         "seed": seed,
         "mesh": None if mesh is None else list(mesh),
         "versions": {"jaxmoe": jaxmoe.__version__, "jax": jax.__version__, "numpy": np.__version__},
@@ -126,17 +141,17 @@ def recover(
         on_event(Complete(output=str(output)))
         return done
     parameters = model.parameters()
-    chosen = select(parameters, sets)
+    chosen = select(parameters, train)
     workspace = Workspace(output, run)
     with workspace.opened([], resume=resume), workspace.exclusive("training"):
         folder = workspace.journal / "training"
         make_folder(folder)
-        result = train(
+        result = run_training(
             Side(parameters, model.spec),
             None if original is None else Side(original.parameters(), original.spec),
             rows,
             chosen,
-            training,
+            settings,
             folder,
             seed=seed,
             save_every=save_every,
@@ -146,7 +161,7 @@ def recover(
         )
         stored = write_trained(model, merge(parameters, result["trained"]), chosen, workspace.folder)
         write_bytes(workspace.folder / METRICS, read_bytes(folder / METRICS))
-        report = _report(model, original, output, sets, training, rows, length, result, stored)
+        report = _report(model, original, output, train, settings, rows, length, result, stored)
         report |= {"seed": seed, "command": command, "seconds": time.perf_counter() - begun, "run": run}
         report |= {"ignored_config_keys": list(model.ignored)} if model.ignored else {}
         report = write_report(workspace.folder, report)

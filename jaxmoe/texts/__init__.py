@@ -2,7 +2,7 @@
 
 from jaxmoe.texts.instructions import Dialogue, read_dialogues
 from jaxmoe.texts.packing import Document, Rows, pack
-from jaxmoe.texts.reading import Text, read_texts
+from jaxmoe.texts.reading import Paths, Text, paths, read_texts
 from jaxmoe.texts.spelling import Speller, instruction_documents, spell, speller
 from jaxmoe.texts.tokenizer import Tokenizer, check_same
 from jaxmoe.texts.tokenizer_files import tokenizer_fingerprint
@@ -11,6 +11,7 @@ from jaxmoe.texts.windows import Tokens, Windows, encode_documents, text_windows
 __all__ = [
     "Dialogue",
     "Document",
+    "Paths",
     "Rows",
     "Speller",
     "Text",
@@ -21,6 +22,7 @@ __all__ = [
     "encode_documents",
     "instruction_documents",
     "pack",
+    "paths",
     "read_dialogues",
     "read_texts",
     "spell",

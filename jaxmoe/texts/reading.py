@@ -18,6 +18,21 @@ from jaxmoe.texts.text_files import json_lines, read_text
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 """Suffixes of files that hold one JSON object in each line."""
 
+Paths = str | Path | Sequence[str | Path]
+"""One text file, folder or JSON-lines file, or several."""
+
+
+def paths(given: Paths | None) -> tuple[str | Path, ...]:
+    """Return the paths of what may be one or several; none for None.
+
+    Example:
+        >>> paths("code.txt"), paths(["code.txt", "law.txt"]), paths(None)
+        (('code.txt',), ('code.txt', 'law.txt'), ())
+    """
+    if given is None:
+        return ()
+    return (given,) if isinstance(given, str | Path) else tuple(given)
+
 
 class Text(NamedTuple):
     """A domain of text.

@@ -23,10 +23,10 @@ pin()
 
 from conversion import PROGRAM, generate, run  # noqa: E402
 
-from jaxmoe.calibration.collect import calibrate  # noqa: E402
+from jaxmoe.calibration.collect import calibrate_windows  # noqa: E402
 from jaxmoe.checkpoint.stored_model import StoredModel  # noqa: E402
 from jaxmoe.data import demo_checkpoint, demo_texts  # noqa: E402
-from jaxmoe.evaluation import evaluate  # noqa: E402
+from jaxmoe.evaluation.evaluate import evaluate_windows  # noqa: E402
 from jaxmoe.texts import Tokenizer, text_windows  # noqa: E402
 
 SHAPE = {"experts": 32, "hidden": 1024, "intermediate": 512, "vocabulary": 4096}
@@ -40,12 +40,12 @@ def cost(checkpoint: Path, paths: Sequence[Path], windows: int, rounds: int) -> 
     def calibrated(**options) -> Callable[[], object]:
         def once() -> None:
             with tempfile.TemporaryDirectory() as folder:
-                calibrate(model, texts, Path(folder) / "statistics", **options)
+                calibrate_windows(model, texts, Path(folder) / "statistics", **options)
 
         return once
 
     work = {
-        "perplexity": lambda: evaluate(model, texts),
+        "perplexity": lambda: evaluate_windows(model, texts),
         "--moments expert": calibrated(moments="expert"),
         "--moments weighted": calibrated(),
         "--moments expert --gradients sequence": calibrated(moments="expert", gradients="sequence"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_models import load_tiny, save_tiny
 
-from jaxmoe.calibration.collect import calibrate
+from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.calibration.fisher import layer_backward, sequence_loss, summed_squares
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint.stored_model import StoredModel
@@ -46,7 +46,9 @@ def test_both_doors_agree(family, gradients, tmp_path):
 
     save_tiny(family, tmp_path / "model")
     texts = [random_windows("one"), random_windows("two", windows=4, seed=1)]
-    found = calibrate(StoredModel(tmp_path / "model"), texts, tmp_path / "statistics", gradients=gradients, tokens=32)
+    found = calibrate_windows(
+        StoredModel(tmp_path / "model"), texts, tmp_path / "statistics", gradients=gradients, tokens=32
+    )
     torch_model = load_tiny(tmp_path / "model", dtype="float32")
     for text in texts:
         batches = [(text.ids, text.counted)]
@@ -59,7 +61,7 @@ def test_both_doors_agree(family, gradients, tmp_path):
 def test_fisher_equals_the_gradient_of_the_whole_model(mode, tmp_path):
     save_tiny("qwen3_moe", tmp_path / "model")
     model, text = StoredModel(tmp_path / "model"), random_windows(windows=3)
-    found = calibrate(model, [text], tmp_path / "statistics", gradients=mode, tokens=32)
+    found = calibrate_windows(model, [text], tmp_path / "statistics", gradients=mode, tokens=32)
     ends = on_device(model.ends())
     parameters = [on_device(model.layer(index)) for index in range(len(model.spec.layers))]
 
@@ -142,8 +144,8 @@ def test_products_of_any_number_of_rows_are_summed(whole):
 def test_few_experts_at_a_time_give_the_same(tmp_path):
     save_tiny("mixtral", tmp_path / "model")
     model, text = StoredModel(tmp_path / "model"), random_windows()
-    whole = calibrate(model, [text], tmp_path / "whole")
-    parts = calibrate(model, [text], tmp_path / "parts", limit=3 * 8 * 2 * (64 * 64 + 24 * 24))
+    whole = calibrate_windows(model, [text], tmp_path / "whole")
+    parts = calibrate_windows(model, [text], tmp_path / "parts", limit=3 * 8 * 2 * (64 * 64 + 24 * 24))
     for index in whole.layers:
         close(parts.layer(index), whole.layer(index), 1e-6)
 
@@ -152,7 +154,7 @@ def test_an_interrupted_run_goes_on(tmp_path):
     save_tiny("qwen3_moe", tmp_path / "model")
     model, text = StoredModel(tmp_path / "model"), random_windows()
     for gradients in (None, "sequence"):
-        whole = calibrate(model, [text], tmp_path / f"whole-{gradients}", gradients=gradients)
+        whole = calibrate_windows(model, [text], tmp_path / f"whole-{gradients}", gradients=gradients)
         seen = []
 
         def stop(event, seen=seen):
@@ -161,12 +163,14 @@ def test_an_interrupted_run_goes_on(tmp_path):
 
         folder = tmp_path / f"cut-{gradients}"
         with pytest.raises(KeyboardInterrupt):
-            calibrate(model, [text], folder, gradients=gradients, on_event=stop)
+            calibrate_windows(model, [text], folder, gradients=gradients, on_event=stop)
         assert not folder.exists()
         with pytest.raises(JaxmoeError, match="not finished"):
             Statistics.open(folder)
         again = []
-        found = calibrate(model, [text], folder, gradients=gradients, on_event=lambda e, again=again: again.append(e))
+        found = calibrate_windows(
+            model, [text], folder, gradients=gradients, on_event=lambda e, again=again: again.append(e)
+        )
         assert [event.layer for event in again] == [index for index in found.layers if index not in seen]
         for index in whole.layers:
             close(found.layer(index), whole.layer(index), 1e-12)
@@ -179,7 +183,7 @@ def test_demo_matches_pytorch(tmp_path):
     from jaxmoe.torch import statistics
 
     texts = text_windows(demo_texts()[:2], Tokenizer.open(demo_checkpoint()), length=128, count=6)
-    found = calibrate(StoredModel(demo_checkpoint()), texts, tmp_path / "statistics")
+    found = calibrate_windows(StoredModel(demo_checkpoint()), texts, tmp_path / "statistics")
     model = AutoModelForCausalLM.from_pretrained(demo_checkpoint(), dtype=torch.float32)
     for text in texts:
         expected = statistics(model, [(text.ids, text.counted)])

@@ -7,7 +7,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_models import load_tiny, save_tiny
 
-from jaxmoe import Checkpoint, calibrate, densify, make_plan, methods
+from jaxmoe import Checkpoint, densify, make_plan, methods
+from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.checkpoint.stored_model import StoredModel
@@ -122,7 +123,7 @@ def test_slimmed_as_the_stacks_are(stacked, tmp_path, name, multiple):
     statistics = tmp_path / "statistics"
     ids = np.random.default_rng(0).integers(3, 100, (4, 16)).astype(np.int32)
     text = Windows(name="text", fingerprint="x", ids=ids, counted=np.ones(ids.shape, bool), left_out=0)
-    calibrate(StoredModel(stacked), [text], statistics, tokenizer=None)
+    calibrate_windows(StoredModel(stacked), [text], statistics, tokenizer=None)
     outputs = []
     for source in (stacked, one_by_one(stacked, tmp_path / "apart")):
         opened, method = Checkpoint.open(source), methods.get(name)

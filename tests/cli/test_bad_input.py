@@ -13,7 +13,8 @@ import pytest
 from program import call, checksums, jaxmoe
 from safetensors.numpy import load_file, save_file
 
-from jaxmoe import StoredModel, calibrate
+from jaxmoe import StoredModel
+from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.texts import Windows
 
 EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
@@ -296,7 +297,7 @@ def test_d2moe_with_statistics_that_lack_what_it_needs(tmp_path):
     source = plain_checkpoint.write(tmp_path / "source")
     ids = np.arange(24, dtype=np.int32).reshape(2, 12) % 32
     text = Windows(name="text", fingerprint="x", ids=ids, counted=np.ones(ids.shape, bool), left_out=0)
-    calibrate(StoredModel(source), [text], tmp_path / "statistics", moments="pooled")
+    calibrate_windows(StoredModel(source), [text], tmp_path / "statistics", moments="pooled")
     before = checksums(source, ())
     options = ("--setting", "paper", "--statistics", tmp_path / "statistics")
     done = call("compress", source, tmp_path / "output", "--method", "d2moe", "--ratio", "0.4", *options)

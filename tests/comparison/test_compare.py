@@ -122,7 +122,7 @@ def test_what_is_finished_is_not_measured_again(compared, monkeypatch):
         raise AssertionError("measured again")
 
     before = times(compared.folder)
-    for name in ("run.Making.make", "run.evaluate", "run.walk", "run.spectra"):
+    for name in ("run.Making.make", "run.evaluate_windows", "run.walk", "run.spectra"):
         monkeypatch.setattr(f"jaxmoe.comparison.{name}", refuse)
     # Without matplotlib the tables are written all the same.
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)

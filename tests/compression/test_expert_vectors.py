@@ -11,7 +11,8 @@ import pytest
 from program import ENVIRONMENT, checksums, command, jaxmoe
 from typer.testing import CliRunner
 
-from jaxmoe import StoredModel, calibrate
+from jaxmoe import StoredModel
+from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.cli import app
 from jaxmoe.compression.expert_vectors import Examples, distil, importance
 from jaxmoe.data import demo_checkpoint, demo_texts
@@ -119,11 +120,11 @@ def test_less_error_in_every_layer_and_less_loss(learned, tmp_path):
     compress(tmp_path / "plain", "--main-experts", "1")
     # The last windows of the texts; those that were learned from are spread over them, 6 of many.
     texts = text_windows([TEXT], Tokenizer.open(demo_checkpoint()), length=64)
-    from jaxmoe.evaluation import evaluate
+    from jaxmoe.evaluation.evaluate import evaluate_windows
 
     rest = [text._replace(ids=text.ids[-12:], counted=text.counted[-12:]) for text in texts]
     loss = {
-        name: np.mean([text.nats_per_token for text in evaluate(StoredModel(own), rest).texts])
+        name: np.mean([text.nats_per_token for text in evaluate_windows(StoredModel(own), rest).texts])
         for name, own in {"full": demo_checkpoint(), "learned": folder, "plain": tmp_path / "plain"}.items()
     }
     assert loss["full"] < loss["learned"] < loss["plain"]
@@ -151,10 +152,10 @@ def test_other_commands_take_it(learned, tmp_path):
     measured = run("evaluate", folder, "--text", TEXT, "--length", "64", "--sequences", "2", "--generate", "2")
     assert np.isfinite(measured["geometric_mean_perplexity"])
     texts = text_windows([TEXT], Tokenizer.open(folder), length=32, count=2)
-    seen = calibrate(StoredModel(folder), texts, tmp_path / "statistics", moments="pooled").layer(2)
+    seen = calibrate_windows(StoredModel(folder), texts, tmp_path / "statistics", moments="pooled").layer(2)
     assert seen.counts.sum() == seen.tokens, "one expert of each token ran"
     with pytest.raises(JaxmoeError, match="without gradients"):
-        calibrate(StoredModel(folder), texts, tmp_path / "gradients", gradients="token")
+        calibrate_windows(StoredModel(folder), texts, tmp_path / "gradients", gradients="token")
     card = (folder / "README.md").read_text()
     assert f"| {report['layers'][0]['error']['before']:.4f} |" in card
     assert f"| active parameters | {report['active_parameters']['before']:,} |" in card

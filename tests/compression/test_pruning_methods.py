@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from program import call, checksums
 
-from jaxmoe import Checkpoint, calibrate, evaluate_checkpoint, methods
+from jaxmoe import Checkpoint, methods
+from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.compression.recipe import carry_out, plan_compression
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.evaluation import evaluate
 from jaxmoe.report.events import LayerDone
 from jaxmoe.texts import Tokenizer, text_windows
 
@@ -23,7 +25,7 @@ def statistics(tmp_path_factory):
     folder = tmp_path_factory.mktemp("slim") / "statistics"
     tokenizer = Tokenizer.open(demo_checkpoint())
     windows = text_windows(demo_texts(), tokenizer, length=128, count=8)
-    calibrate(StoredModel(demo_checkpoint()), windows, folder, tokenizer=tokenizer.fingerprint)
+    calibrate_windows(StoredModel(demo_checkpoint()), windows, folder, tokenizer=tokenizer.fingerprint)
     return Statistics.open(folder)
 
 
@@ -73,7 +75,7 @@ def test_better_methods_lose_less(tmp_path, statistics):
     ):
         label = f"{name}-{settings.get('setting', 'improved')}"
         compressed(name, tmp_path / label, statistics, **settings)
-        result = evaluate_checkpoint(tmp_path / label, demo_texts(), sequences=4, length=128, generate=0)
+        result = evaluate(tmp_path / label, text=demo_texts(), sequences=4, length=128, generate=0)
         loss[label] = np.log(result.geometric_mean_perplexity)
     assert loss["reap-improved"] < loss["frequency-improved"]
     assert loss["nystrom-improved"] < min(loss["camera-improved"], loss["nystrom-paper"])

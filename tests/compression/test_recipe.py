@@ -8,7 +8,8 @@ from fractions import Fraction
 import pytest
 from program import checksums, jaxmoe
 
-from jaxmoe import Checkpoint, calibrate
+from jaxmoe import Checkpoint
+from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.comparison import Contender
@@ -117,7 +118,9 @@ def test_a_stopped_chain_goes_on_to_the_same_bytes(tmp_path):
 
 
 def test_statistics_that_are_known_serve_the_first_step(tmp_path):
-    known = calibrate(StoredModel(demo_checkpoint()), TEXTS, tmp_path / "known", tokenizer=TOKENIZER.fingerprint)
+    known = calibrate_windows(
+        StoredModel(demo_checkpoint()), TEXTS, tmp_path / "known", tokenizer=TOKENIZER.fingerprint
+    )
     run(tmp_path / "with", statistics=known)
     run(tmp_path / "without")
     assert checksums(tmp_path / "with") == checksums(tmp_path / "without")

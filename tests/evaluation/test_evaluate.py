@@ -13,7 +13,8 @@ from program import jaxmoe
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.evaluation import evaluate, evaluate_checkpoint
+from jaxmoe.evaluation import evaluate
+from jaxmoe.evaluation.evaluate import evaluate_windows
 from jaxmoe.texts import Tokenizer, text_windows
 
 SHARED = Path(__file__).parents[3] / "shared" / "checkpoints"
@@ -41,7 +42,7 @@ def compressed(tmp_path_factory):
 
 def agree_with_torch(folder):
     perplexity = pytest.importorskip("jaxmoe.torch.perplexity").perplexity
-    ours = evaluate_checkpoint(folder, demo_texts()[:3], length=96, sequences=2, generate=0)
+    ours = evaluate(folder, text=demo_texts()[:3], length=96, sequences=2, generate=0)
     theirs = perplexity(folder, demo_texts()[:3], length=96, windows=2)
     assert [replace(text, nats_per_token=0.0) for text in ours.texts] == [
         replace(text, nats_per_token=0.0) for text in theirs.texts
@@ -70,12 +71,12 @@ def test_factors_run_as_they_are(compressed, monkeypatch):
         raise AssertionError("the experts were made dense")
 
     monkeypatch.setattr(CompressedLayer, "materialize", refuse)
-    evaluate(StoredModel(compressed / "factored"), cut(length=96, count=1))
+    evaluate_windows(StoredModel(compressed / "factored"), cut(length=96, count=1))
 
 
 def test_a_model_against_itself():
     model = StoredModel(demo_checkpoint())
-    result = evaluate(model, cut(), against=model)
+    result = evaluate_windows(model, cut(), against=model)
     assert result.kl == pytest.approx(0, abs=1e-8)
     assert result.top1_agreement == 1
     assert result.against is not None
@@ -89,7 +90,7 @@ def test_divergence_as_from_the_logits_of_torch(compressed):
     import jaxmoe.torch  # noqa: F401
 
     texts = cut()
-    found = evaluate(StoredModel(compressed / "factored"), texts, against=StoredModel(demo_checkpoint()))
+    found = evaluate_windows(StoredModel(compressed / "factored"), texts, against=StoredModel(demo_checkpoint()))
     logs = []
     for folder in (compressed / "factored", demo_checkpoint()):
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -108,9 +109,9 @@ def test_batches_do_not_matter(monkeypatch):
     """Windows go through layers and head in groups; a tail of either changes nothing."""
     import jaxmoe.evaluation.windows as windows
 
-    whole = evaluate(StoredModel(demo_checkpoint()), cut(length=100, count=5))
+    whole = evaluate_windows(StoredModel(demo_checkpoint()), cut(length=100, count=5))
     monkeypatch.setattr(windows, "ROWS", 333)
-    parts = evaluate(StoredModel(demo_checkpoint()), cut(length=100, count=5))
+    parts = evaluate_windows(StoredModel(demo_checkpoint()), cut(length=100, count=5))
     for own, other in zip(parts.texts, whole.texts, strict=True):
         assert own.nats_per_token == pytest.approx(other.nats_per_token, rel=1e-6)
 
@@ -118,7 +119,9 @@ def test_batches_do_not_matter(monkeypatch):
 def test_vocabularies_must_agree(tmp_path):
     small = StoredModel(plain_checkpoint.write(tmp_path / "small"))
     with pytest.raises(JaxmoeError, match="4096 token ids"):
-        evaluate(StoredModel(demo_checkpoint()), [text._replace(ids=text.ids % 32) for text in cut()], against=small)
+        evaluate_windows(
+            StoredModel(demo_checkpoint()), [text._replace(ids=text.ids % 32) for text in cut()], against=small
+        )
 
 
 def test_greedy_continuation_as_in_transformers():
@@ -147,7 +150,7 @@ def test_a_destroyed_model_is_flagged(tmp_path):
     head[300:] = 0
     tensors["lm_head.weight"] = head
     save_file(tensors, tmp_path / "broken" / "model.safetensors", metadata={"format": "pt"})
-    result = evaluate_checkpoint(tmp_path / "broken", demo_texts(), length=64, sequences=1, generate=24)
+    result = evaluate(tmp_path / "broken", text=demo_texts(), length=64, sequences=1, generate=24)
     generation = [text.generation for text in result.texts if text.generation is not None]
     assert len(generation) == 5
     assert sum(own.degenerate for own in generation) >= 3

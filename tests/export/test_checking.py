@@ -5,7 +5,8 @@ import plain_checkpoint
 import pytest
 
 import jaxmoe.export.folder
-from jaxmoe import Checkpoint, calibrate, densify, make_plan, methods
+from jaxmoe import Checkpoint, densify, make_plan, methods
+from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint import tensor_file
 from jaxmoe.checkpoint.stored_model import StoredModel
@@ -31,7 +32,7 @@ def source(tmp_path_factory):
     folder = plain_checkpoint.write(tmp_path_factory.mktemp("checking") / "source")
     ids = np.random.default_rng(0).integers(0, 32, (4, 16)).astype(np.int32)
     text = Windows(name="text", fingerprint="x", ids=ids, counted=np.ones(ids.shape, bool), left_out=0)
-    calibrate(StoredModel(folder), [text], folder.with_name("statistics"), tokenizer=None)
+    calibrate_windows(StoredModel(folder), [text], folder.with_name("statistics"), tokenizer=None)
     return folder
 
 

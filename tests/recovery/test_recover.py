@@ -76,11 +76,11 @@ def test_the_report_says_what_happened(compressed, recovered):
 
 def test_the_result_runs_in_pytorch_and_is_closer_to_the_original(compressed, recovered, text):
     pytest.importorskip("torch")
-    from jaxmoe.evaluation import evaluate_checkpoint
+    from jaxmoe.evaluation import evaluate
     from jaxmoe.torch.perplexity import perplexity
 
     options = {"length": 32, "sequences": 8, "generate": 0}
-    before, after = (evaluate_checkpoint(x, [text], **options) for x in (compressed, recovered[0]))
+    before, after = (evaluate(x, text=text, **options) for x in (compressed, recovered[0]))
     assert after.geometric_mean_perplexity < before.geometric_mean_perplexity
     theirs = perplexity(recovered[0], [text], length=32, windows=8)
     assert after.geometric_mean_perplexity == pytest.approx(theirs.geometric_mean_perplexity, rel=1e-4)

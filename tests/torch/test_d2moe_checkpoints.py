@@ -11,7 +11,8 @@ from tiny_models import EXPERTS, HIDDEN, INTERMEDIATE, VOCABULARY, load_tiny, sa
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from jaxmoe import StoredModel, calibrate
+from jaxmoe import StoredModel
+from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.cli import app
 from jaxmoe.texts import Windows
@@ -42,7 +43,7 @@ def calibrated(request, tmp_path_factory):
     ids = np.random.default_rng(0).integers(3, VOCABULARY, (6, 16)).astype(np.int32)
     counted = np.ones(ids.shape, bool)
     text = Windows(name="text", fingerprint="random", ids=ids, counted=counted, left_out=0)
-    calibrate(StoredModel(root / "model"), [text], root / "statistics", gradients="sequence")
+    calibrate_windows(StoredModel(root / "model"), [text], root / "statistics", gradients="sequence")
     return root / "model", root / "statistics"
 
 

@@ -8,12 +8,13 @@ import plain_checkpoint
 import published
 import pytest
 
-from jaxmoe import Checkpoint, StoredModel, evaluate, make_plan, methods
+from jaxmoe import Checkpoint, StoredModel, make_plan, methods
 from jaxmoe.checkpoint.families import FAMILIES, decoder_spec
 from jaxmoe.checkpoint.families.parts.harmless import HARMLESS, NEUTRAL
 from jaxmoe.cli.app import app
 from jaxmoe.compression.pruned_sizes import make_slim_plan
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.evaluation.evaluate import evaluate_windows
 from jaxmoe.texts import Windows
 
 LEFT = {
@@ -89,7 +90,7 @@ def test_what_was_ignored_is_told(tmp_path):
     assert model.ignored == ("new_trick",)
     ids = np.arange(24, dtype=np.int32).reshape(2, 12) % 32
     texts = [Windows(name="text", fingerprint="x", ids=ids, counted=np.ones(ids.shape, bool), left_out=0)]
-    assert evaluate(model, texts).as_json()["ignored_config_keys"] == ["new_trick"]
+    assert evaluate_windows(model, texts).as_json()["ignored_config_keys"] == ["new_trick"]
     checkpoint = Checkpoint.open(folder, ignore_config_keys=["new_trick"])
     assert "new_trick" in checkpoint.notes[0]
     method = methods.get("nystrom")
@@ -101,7 +102,7 @@ def test_what_was_ignored_is_told(tmp_path):
     plain = json.loads((folder / "config.json").read_text())
     del plain["new_trick"]
     (folder / "config.json").write_text(json.dumps(plain))
-    assert "ignored_config_keys" not in evaluate(StoredModel(folder), texts).as_json()
+    assert "ignored_config_keys" not in evaluate_windows(StoredModel(folder), texts).as_json()
 
 
 def test_every_command_that_builds_a_model_takes_the_option():
