@@ -17,7 +17,7 @@ _HOMES = {
     "jaxmoe.calibration.folder": ("Statistics",),
     "jaxmoe.calibration.statistics": ("LayerStatistics",),
     "jaxmoe.checkpoint": ("Checkpoint", "MoELayer"),
-    "jaxmoe.checkpoint.compressed": ("CompressedCheckpoint",),
+    "jaxmoe.checkpoint.factored": ("CompressedCheckpoint",),
     "jaxmoe.checkpoint.inspection": ("inspect",),
     "jaxmoe.checkpoint.stored_model": ("StoredModel",),
     "jaxmoe.comparison": ("Contender", "compare"),

@@ -7,7 +7,7 @@ from program import checksums
 from tiny_models import FAMILIES, save_tiny
 
 from jaxmoe import Checkpoint, densify, inspect, make_plan, methods
-from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.families import exports
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.compression.plan import PlannedLayer, assemble

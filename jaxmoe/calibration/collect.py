@@ -22,7 +22,7 @@ from jaxmoe.calibration.record import Record, Source
 from jaxmoe.calibration.statistics import FIELDS, LayerStatistics, merge_arrays
 from jaxmoe.calibration.sums import POOLED, Summing
 from jaxmoe.calibration.writer import StatisticsWriter
-from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.mapped import create_mapped
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel

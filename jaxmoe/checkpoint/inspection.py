@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxmoe.checkpoint import files, hub
-from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.factored import CompressedCheckpoint
+from jaxmoe.checkpoint.factored_format import is_factored, layer_index
 from jaxmoe.checkpoint.families import decoder_config, exports, lookup
 from jaxmoe.checkpoint.reader import Checkpoint
-from jaxmoe.export.factored import is_factored, layer_index
 
 
 def inspect(source: str | Path, revision: str | None = None) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _compressed(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
                 "terms": record.terms,
                 **({} if record.main is None else record.main.as_json()),
             }
-            for module, record in checkpoint.records.items()
+            for module, record in checkpoint.experts.items()
         ],
         "main_experts": max((main.count for main in checkpoint.main.values()), default=None),
         "exports": [] if checkpoint.main else ["dense"],

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.checkpoint import files, hub
-from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.decoder import (
     Piece,
     Rows,
@@ -26,6 +25,8 @@ from jaxmoe.checkpoint.decoder import (
     layer_prefix,
     read,
 )
+from jaxmoe.checkpoint.factored import CompressedCheckpoint
+from jaxmoe.checkpoint.factored_format import is_factored, layer_index
 from jaxmoe.checkpoint.families import Family, decoder_config, decoder_spec, find_family
 from jaxmoe.checkpoint.families.parts.keys import brief
 from jaxmoe.checkpoint.names import layer_number
@@ -33,7 +34,6 @@ from jaxmoe.checkpoint.quantization import Matrix
 from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.checkpoint.roles import LinearMap, linear_maps, targets_of
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.factored import is_factored, layer_index
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, Term
 from jaxmoe.model.auxiliary import MainExperts, main_experts
 from jaxmoe.model.roles import role_sizes

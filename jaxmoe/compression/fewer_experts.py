@@ -15,6 +15,7 @@ import numpy as np
 
 import jaxmoe
 from jaxmoe.calibration.collect import make_record
+from jaxmoe.checkpoint.factored_format import experts_modules, factored_config
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
 from jaxmoe.checkpoint.workspace import JOURNAL, Workspace, fingerprint, finished, layer_file
@@ -24,7 +25,7 @@ from jaxmoe.compression.plan import describe
 from jaxmoe.compression.run import peak_bytes, publish, where
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.checking import answers, first_and_last, vector_answers
-from jaxmoe.export.factored import factored_config, remote_code
+from jaxmoe.export.remote_code import remote_code
 from jaxmoe.methods.compressed_experts import METHOD, Settings
 from jaxmoe.model.auxiliary import ones
 from jaxmoe.model.spec import ExpertBlock
@@ -205,11 +206,10 @@ class _Run:
         described = {
             self.model.modules[entry["layer"]]: (self.model.shapes[entry["layer"]], entry["spec"]) for entry in entries
         }
-        original = source.dense_config()
-        config = factored_config(original, described, source.layouts(), self.plan.main)
+        config = factored_config(source.dense_config(), experts_modules(described, source.layouts(), self.plan.main))
         size, layers = self.plan.bytes["after"], list(self.entries)
         meant = {entry["layer"]: entry["answers"] for entry in entries if "answers" in entry}
-        code = remote_code(original)
+        code = remote_code(config)
         return publish(source, self.workspace, report, layers, config, code, size, meant, self.on_event)
 
 

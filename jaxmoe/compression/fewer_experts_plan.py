@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.families import architecture
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.errors import JaxmoeError

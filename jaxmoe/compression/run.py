@@ -22,7 +22,8 @@ import numpy as np
 import jaxmoe
 from jaxmoe.checkpoint import Checkpoint, MoELayer
 from jaxmoe.checkpoint.atomic import write_bytes
-from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.factored import CompressedCheckpoint
+from jaxmoe.checkpoint.factored_format import experts_modules, factored_config
 from jaxmoe.checkpoint.families import architecture
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
@@ -34,8 +35,8 @@ from jaxmoe.compression.svd_fallback import behind_svd, svd_instead
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.card import model_card
 from jaxmoe.export.checking import Answers, answers, check_written, dense_answers, first_and_last
-from jaxmoe.export.factored import factored_config, remote_code
 from jaxmoe.export.folder import complete_folder, side_files, write_report
+from jaxmoe.export.remote_code import remote_code
 from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense
 from jaxmoe.factors.error import relative_errors
 from jaxmoe.methods import Outcome
@@ -347,8 +348,8 @@ def _publish(checkpoint, plan, export, workspace, entries, report, on_event) -> 
             planned.source.module: (planned.source.shape, entries[planned.source.index]["spec"])
             for planned in plan.layers
         }
-        config = factored_config(checkpoint.dense_config(), modules, checkpoint.layouts())
-        code, size = remote_code(checkpoint.dense_config()), report["bytes"]["after"]
+        config = factored_config(checkpoint.dense_config(), experts_modules(modules, checkpoint.layouts()))
+        code, size = remote_code(config), report["bytes"]["after"]
     layers = [planned.source.index for planned in plan.layers]
     meant = {index: entry["answers"] for index, entry in entries.items() if "answers" in entry}
     return publish(checkpoint, workspace, report, layers, config, code, size, meant, on_event)

@@ -16,14 +16,14 @@ import ml_dtypes
 import numpy as np
 
 from jaxmoe.checkpoint import files
-from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.factored import CompressedCheckpoint
+from jaxmoe.checkpoint.factored_format import is_factored, layer_index
 from jaxmoe.checkpoint.families import find_family
 from jaxmoe.checkpoint.names import classify, is_mtp
 from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.tensor_file import listing
 from jaxmoe.errors import JaxmoeError, StorageError
-from jaxmoe.export.factored import is_factored, layer_index
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape
 
 Sortable = TypeVar("Sortable", int, str)
@@ -142,7 +142,7 @@ def _names(opened: CompressedCheckpoint) -> list[str]:
     family = find_family(opened.original)
     wanted: dict[str, tuple[int, ...]] = {}
     if family is not None and family.expert_biases:
-        for module, record in opened.records.items():
+        for module, record in opened.experts.items():
             experts, hidden, intermediate, _ = record.shape
             wanted[f"{module}.gate_up_proj_bias"] = (experts, 2 * intermediate)
             wanted[f"{module}.down_proj_bias"] = (experts, hidden)

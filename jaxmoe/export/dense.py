@@ -1,15 +1,16 @@
 """From factored back to dense: the checkpoint that `compress --export dense` would have written."""
 
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import jaxmoe
-from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.factored import CompressedCheckpoint
+from jaxmoe.checkpoint.factored_format import CODE, layer_index
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, finished, layer_file
 from jaxmoe.export.checking import check_written, dense_answers, first_and_last
-from jaxmoe.export.factored import layer_index, remote_code
 from jaxmoe.export.folder import complete_folder, side_files, write_report
 
 
@@ -37,21 +38,20 @@ def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
     files, meant = [], {}
     # Nothing is gone on with: reading and writing again is all there is to it.
     with workspace.opened([], resume=False), workspace.exclusive("convert"):
-        for module in opened.modules:
-            index = layer_index(module)
+        for index, modules in groupby(sorted((*opened.modules, *opened.linears), key=layer_index), layer_index):
             files.append(workspace.folder / layer_file(index))
-            write_tensors(files[-1], opened.dense_tensors(module))
-            if index in first_and_last(map(layer_index, opened.modules)):
+            write_tensors(files[-1], [tensor for module in modules for tensor in opened.dense_tensors(module)])
+        for module in opened.modules:
+            if (index := layer_index(module)) in first_and_last(map(layer_index, opened.modules)):
                 layer = opened.layer(module)
                 meant[index] = dense_answers(layer.materialize, layer.sizes)
-        code = remote_code(opened.config)
         stored = complete_folder(
             workspace.folder,
             layers=files,
             copied=opened.copied(),
             config=opened.dense_config(),
             code={},
-            beside={name: path for name, path in side_files(opened.folder).items() if name not in code},
+            beside={name: path for name, path in side_files(opened.folder).items() if name not in CODE},
         )
         check_written(workspace.folder, opened, meant)
         report = {"output": str(output), "stored": stored, "notes": list(opened.notes), "run": run}

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.checkpoint.compressed import CompressedCheckpoint
 from jaxmoe.checkpoint.decoder import Piece, end_pieces, join_expert_biases
+from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.tensor_file import DTYPES, Planned

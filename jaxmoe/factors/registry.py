@@ -70,7 +70,7 @@ def read_terms(
         where = f"{target}.{position}" if target else str(position)
         # A list: whatever stands there may not be hashable.
         if (kind := entry.get("kind")) not in list(KINDS):
-            raise JaxmoeError(f"unknown term {kind!r} in {where}: this version knows {', '.join(KINDS)}")
+            raise JaxmoeError(f"unknown term {kind!r} in {where}: this version knows {', '.join(sorted(KINDS))}")
         own = {name.removeprefix(f"{where}."): x for name, x in tensors.items() if name.startswith(f"{where}.")}
         taken |= {f"{where}.{name}" for name in own}
         try:

@@ -10,9 +10,20 @@ except ImportError as error:
     raise ImportError('jaxmoe.torch needs PyTorch and transformers: pip install "jaxmoe[torch]"') from error
 
 from jaxmoe.torch.registration import factored_classes, register
-from jaxmoe.torch.runtime import FactoredExperts, cache_blends, swap_experts
+from jaxmoe.torch.runtime.blended import cache_blends
+from jaxmoe.torch.runtime.experts import FactoredExperts
+from jaxmoe.torch.runtime.linear import FactoredLinear
+from jaxmoe.torch.runtime.loading import swap_modules
 from jaxmoe.torch.statistics import statistics
 
 register()
 
-__all__ = ["FactoredExperts", "cache_blends", "factored_classes", "register", "statistics", "swap_experts"]
+__all__ = [
+    "FactoredExperts",
+    "FactoredLinear",
+    "cache_blends",
+    "factored_classes",
+    "register",
+    "statistics",
+    "swap_modules",
+]

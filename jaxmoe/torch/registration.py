@@ -10,18 +10,32 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from jaxmoe.checkpoint.factored_format import PREFIX
 from jaxmoe.checkpoint.families import architecture, known
-from jaxmoe.export.factored import PREFIX, remote_code
-from jaxmoe.torch.runtime import Factored, copy_conversions
+from jaxmoe.export.remote_code import remote_code
+from jaxmoe.factors.registry import KINDS, twin
+from jaxmoe.torch.runtime.loading import Factored, copy_conversions
+
+
+def load_twins() -> None:
+    """Import the PyTorch twin of every registered term, which registers itself."""
+    for kind in KINDS:
+        import_module(twin(kind))
 
 
 class Installed(Factored):
     """The factored classes of the installed package: what they save carries its code, like any factored checkpoint."""
 
+    def __init__(self, config, *args, **kwargs):
+        # Terms may have been registered since this module was imported.
+        load_twins()
+        super().__init__(config, *args, **kwargs)
+
     def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
-            for name, text in remote_code({"model_type": self.config.model_type}).items():
+            code = remote_code({"model_type": self.config.model_type, "jaxmoe": self.config.jaxmoe})
+            for name, text in code.items():
                 Path(save_directory, name).write_text(text, encoding="utf-8")
 
 
@@ -76,5 +90,6 @@ def _stand_in(original: str) -> type:
 
 def register() -> None:
     """Register every factored architecture with `AutoConfig`, `AutoModel` and `AutoModelForCausalLM`."""
+    load_twins()
     for model_type in (name for name, family in known().items() if family.transformers):
         AutoConfig.register(PREFIX + model_type, _stand_in(model_type), exist_ok=True)

@@ -21,11 +21,11 @@ import tiny_models
 from hostile.edits import edit_json, edit_safetensors
 
 from jaxmoe.checkpoint import files
+from jaxmoe.checkpoint.factored_format import ExpertsModule, factored_config, read_record
 from jaxmoe.checkpoint.families import decoder_config, decoder_spec, find_family
 from jaxmoe.checkpoint.inspection import inspect
 from jaxmoe.checkpoint.tensor_file import file_metadata, read_header
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.factored import factored_config, read_spec
 from jaxmoe.factors import (
     CompressedLayer,
     Dense,
@@ -136,7 +136,8 @@ class Record:
         choose = choices(data)
         layer = self.layers[choose(len(self.layers))]
         config = factored_config(
-            {"model_type": "qwen3_moe", "hidden_size": 7}, {"model.layers.0.mlp.experts": (self.sizes, layer.spec())}
+            {"model_type": "qwen3_moe", "hidden_size": 7},
+            {"model.layers.0.mlp.experts": ExpertsModule(self.sizes, layer.spec())},
         )
         config = edit_json(json.loads(json.dumps(config)), choose, edits=choose(4))
         if not isinstance(config, dict):
@@ -154,8 +155,8 @@ class Record:
             shapes = ((columns, rows), (rows + 1, columns), (rows * columns,), (0, columns), (rows, columns, 1))
             dtype = ("float32", "int32", "int64", "float16", "bool")[choose(5)]
             tensors[name] = np.full(shapes[choose(5)], choose(300) - 100).astype(dtype)
-        for module in read_spec(config)[1].values():
-            read = CompressedLayer.from_tensors(tensors, module.terms, module.shape)
+        for module in read_record(config)[1].values():
+            read = module.read(tensors)
             assert read.count().numbers == sum(x.size for x in tensors.values())
 
 

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxmoe import compress, densify, make_plan, methods
 from jaxmoe.checkpoint import Checkpoint, Planned, read_header, write_tensors
-from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.files import INDEX, SINGLE, read_weights
 from jaxmoe.checkpoint.inspection import inspect
 from jaxmoe.checkpoint.stored_model import StoredModel

@@ -20,13 +20,13 @@ from jaxmoe.calibration.record import Record, Source
 from jaxmoe.calibration.statistics import LayerStatistics
 from jaxmoe.calibration.writer import save
 from jaxmoe.checkpoint import Checkpoint, Planned, read_header, write_tensors
-from jaxmoe.checkpoint.compressed import CompressedCheckpoint
+from jaxmoe.checkpoint.factored import CompressedCheckpoint
+from jaxmoe.checkpoint.factored_format import experts_modules, factored_config
 from jaxmoe.checkpoint.inspection import inspect
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import Workspace, finished
 from jaxmoe.cli import app
 from jaxmoe.data import demo_checkpoint
-from jaxmoe.export.factored import factored_config
 from jaxmoe.export.folder import write_report
 from jaxmoe.export.orbax import to_orbax, to_safetensors
 from jaxmoe.factors import CompressedLayer, Dense, Grouped, LayerShape, SharedBasis
@@ -114,7 +114,7 @@ def _factored(folder: Path) -> None:
             elif name.endswith("order"):
                 values[0] = np.arange(shape.experts)
             tensors.append(Planned(f"{source.module}.{name}", values.dtype, values.shape, partial(np.copy, values)))
-    config = factored_config(opened.dense_config(), layers, opened.layouts())
+    config = factored_config(opened.dense_config(), experts_modules(layers, opened.layouts()))
     planned = [Planned(p.name, p.dtype, p.shape, partial(np.copy, p.produce())) for p in tensors]
     write_tensors(folder / "model.safetensors", planned)
     (folder / "config.json").write_text(json.dumps(config))

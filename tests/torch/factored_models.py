@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from jaxmoe.export.factored import factored_config, remote_code
+from jaxmoe.checkpoint.factored_format import experts_modules, factored_config
+from jaxmoe.export.remote_code import remote_code
 from jaxmoe.factors import (
     CompressedLayer,
     Dense,
@@ -31,7 +32,7 @@ EXPERT_WEIGHT = re.compile(r"(^|\.)experts\.(?!.*_bias$)|\.block_sparse_moe\.(in
 """The experts' matrices on disk, of every tiny model."""
 
 
-def experts_modules(model) -> dict[str, torch.nn.Module]:
+def stock_experts(model) -> dict[str, torch.nn.Module]:
     """Return the stock experts modules of a model by path."""
     return {name: m for name, m in model.named_modules() if name.split(".")[-1] == "experts"}
 
@@ -215,7 +216,7 @@ def write_factored(source: Path, folder: Path, layers, *, dtype=torch.float32, l
     factors = {name: x.to(dtype) if x.is_floating_point() else x for name, x in factored_tensors(layers).items()}
     save_file({**kept, **factors}, folder / "model.safetensors", metadata={"format": "pt"})
     described = {module: (layer.check().sizes, layer.spec()) for module, layer in layers.items()}
-    config = factored_config(json.loads((source / "config.json").read_text()), described, layouts)
+    config = factored_config(json.loads((source / "config.json").read_text()), experts_modules(described, layouts))
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     for name, text in remote_code(config).items():
         (folder / name).write_text(text)

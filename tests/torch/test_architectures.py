@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from factored_models import Terms, basis_layer, experts_modules, low_rank_layer, set_dense, shape_of, write_factored
+from factored_models import Terms, basis_layer, low_rank_layer, set_dense, shape_of, stock_experts, write_factored
 from packaging.version import Version
 from tiny_models import FAMILIES, load_tiny, save_tiny
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, __version__
@@ -35,7 +35,7 @@ def test_equals_stock_model_with_same_matrices(family, tmp_path):
     twin = load_tiny(tmp_path / "dense")
     recipes = (low_rank_layer, basis_layer)
     layers = {}
-    for index, (path, native) in enumerate(experts_modules(twin).items()):
+    for index, (path, native) in enumerate(stock_experts(twin).items()):
         layers[path] = recipes[index % 2](Terms(shape_of(native), seed=index))
     assert layers
     write_factored(tmp_path / "dense", tmp_path / "factored", layers)

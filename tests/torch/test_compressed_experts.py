@@ -114,7 +114,7 @@ def test_stores_the_vectors_and_nothing_else(tmp_path):
         "down": (EXPERTS, INTERMEDIATE),
     }
     config = json.loads((small / "config.json").read_text())
-    for entry in config["jaxmoe"]["experts"].values():
+    for entry in config["jaxmoe"]["modules"].values():
         assert entry["main_experts"] == 2
         assert "renorm" not in entry
 

@@ -9,11 +9,11 @@ import torch
 from factored_models import (
     Terms,
     basis_layer,
-    experts_modules,
     low_rank_layer,
     mixed_layer,
     set_dense,
     shape_of,
+    stock_experts,
     write_factored,
 )
 from safetensors.torch import load_file, save_file
@@ -46,7 +46,7 @@ def factored(dense, tmp_path_factory):
 
 
 def layer(dense, index, recipe):
-    native = experts_modules(load_tiny(dense))[MODULES[index]]
+    native = stock_experts(load_tiny(dense))[MODULES[index]]
     return recipe(Terms(shape_of(native), seed=index))
 
 
@@ -152,9 +152,9 @@ def test_a_tensor_of_another_shape_is_an_error(factored, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda record: record.update(format_version=2), "format 2.*reads up to 1.*upgrade jaxmoe"),
-        (lambda record: record["experts"][MODULES[1]]["terms"]["down"][0].update(kind="wavelet"), "'wavelet'"),
-        (lambda record: record["experts"].update({"model.layers.9.mlp.experts": {}}), "no module model.layers.9"),
+        (lambda record: record.update(format_version=3), "format 3.*reads up to 2.*upgrade jaxmoe"),
+        (lambda record: record["modules"][MODULES[1]]["terms"]["down"][0].update(kind="wavelet"), "'wavelet'"),
+        (lambda record: record["modules"].update({"model.layers.9.mlp.experts": {}}), "no module model.layers.9"),
     ],
 )
 def test_refuses_what_it_does_not_know(factored, tmp_path, change, message):

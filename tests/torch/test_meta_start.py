@@ -9,13 +9,13 @@ from factored_models import (
     NEW,
     Terms,
     basis_layer,
-    experts_modules,
     grouped_layer,
     low_rank_layer,
     mixed_layer,
     residual_layer,
     set_dense,
     shape_of,
+    stock_experts,
     write_factored,
 )
 from safetensors.torch import load_file
@@ -164,7 +164,7 @@ def checkpoint(tmp_path_factory):
     save_tiny("qwen3_moe", root / "dense")
     twin = load_tiny(root / "dense")
     layers = {}
-    for recipe, (path, native) in zip((grouped_layer, residual_layer), experts_modules(twin).items()):
+    for recipe, (path, native) in zip((grouped_layer, residual_layer), stock_experts(twin).items()):
         layers[path] = recipe(Terms(shape_of(native)))
         set_dense(native, layers[path])
     write_factored(root / "dense", root / "factored", layers)

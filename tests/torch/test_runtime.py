@@ -1,8 +1,6 @@
 """The experts module by itself: every term, both ways of multiplying, the cache, gradients and refusals."""
 
-import ast
 import copy
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,17 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from jaxmoe.factors import CompressedLayer, Hashed, LayerShape
 from jaxmoe.factors.hashed import buckets
-from jaxmoe.torch import FactoredExperts, cache_blends, runtime, swap_experts
+from jaxmoe.torch import FactoredExperts, cache_blends, swap_modules
+from jaxmoe.torch.runtime import requirements
+from jaxmoe.torch.runtime import routing as products
+from jaxmoe.torch.runtime.blended import ACTIVATIONS
+from jaxmoe.torch.runtime.experts import TARGETS
+from jaxmoe.torch.runtime.grouped import GroupedTerm
+from jaxmoe.torch.runtime.hashed import HashedTerm
+from jaxmoe.torch.runtime.routing import Routing
+from jaxmoe.torch.runtime.shared import SharedTerm
+from jaxmoe.torch.runtime.shared_basis import SharedBasisTerm
+from jaxmoe.torch.runtime.term import TERMS
 
 torch.set_num_threads(1)
 EXPERTS, HIDDEN, INTERMEDIATE, TOP_K = 6, 20, 12, 2
@@ -29,7 +37,7 @@ def native_experts(dtype=torch.float32) -> Qwen3MoeExperts:
 
 
 def entry(layer: CompressedLayer) -> dict:
-    return {"shape": layer.sizes._asdict(), "terms": layer.spec()}
+    return {"kind": "experts", "shape": layer.sizes._asdict(), "terms": layer.spec()}
 
 
 def factored_and_native(recipe, dtype=torch.float32):
@@ -71,10 +79,10 @@ def test_grouped_products_equal_the_loop(recipe, dtype, monkeypatch):
 
     def grouped(routing, rows, weight):
         calls.append(weight.shape)
-        return runtime._grouped(rows, weight, routing.offsets)
+        return products._grouped(rows, weight, routing.offsets)
 
-    monkeypatch.setattr(runtime.Routing, "linear", grouped)
-    monkeypatch.setattr(runtime.Routing, "together", lambda routing, rows: True)
+    monkeypatch.setattr(Routing, "linear", grouped)
+    monkeypatch.setattr(Routing, "together", lambda routing, rows: True)
     out = factored(*batch)
     assert calls
     assert any(size % 8 for shape in calls for size in shape[1:]), "no size that has to be filled up"
@@ -112,15 +120,15 @@ def test_traces_without_a_break(recipe):
 def test_padded_products_of_all_experts_or_of_those_with_rows(recipe, compiling, monkeypatch):
     """As on an accelerator, where one call multiplies for all experts, traced or not."""
     factored, native, _ = factored_and_native(recipe)
-    padded, original = [], runtime.GroupedTerm._together
+    padded, original = [], GroupedTerm._together
 
     def together(term, rows, routing, experts, features):
         padded.append(len(experts))
         return original(term, rows, routing, experts, features)
 
-    monkeypatch.setattr(runtime.GroupedTerm, "_together", together)
-    monkeypatch.setattr(runtime.Routing, "together", lambda routing, rows: True)
-    monkeypatch.setattr(runtime.torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr(GroupedTerm, "_together", together)
+    monkeypatch.setattr(Routing, "together", lambda routing, rows: True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     batch = torch.randn(3, HIDDEN), torch.tensor([[1, 4], [4, 1], [1, 4]]), torch.rand(3, TOP_K)
     assert close(factored(*batch), native(*batch))
     assert set(padded) == {EXPERTS if compiling else 2}
@@ -149,13 +157,13 @@ def test_gradients_equal_those_through_the_matrices(recipe):
 def test_base_is_applied_once_for_every_token(monkeypatch):
     """Before the tokens go to their experts, and behind their weighted sum: no row for every choice."""
     factored, native, _ = factored_and_native("base")
-    seen, original = [], runtime.SharedTerm.forward
+    seen, original = [], SharedTerm.forward
 
     def forward(term, rows, routing=None):
         seen.append(len(rows))
         return original(term, rows, routing)
 
-    monkeypatch.setattr(runtime.SharedTerm, "forward", forward)
+    monkeypatch.setattr(SharedTerm, "forward", forward)
     batch = routed(tokens=17)
     assert close(factored(*batch), native(*batch))
     assert seen == [17, 17, 17]
@@ -176,7 +184,7 @@ def test_masked_channels_are_those_of_the_core():
     draw = Terms(LayerShape(EXPERTS, HIDDEN, INTERMEDIATE))
     for kept, axis in ((None, "out"), (9, "in"), (4, "out")):
         term = draw.shared("gate_up", kept, axis, dynamic=5)
-        twin = runtime.SharedTerm(term.spec(), term.shape, {"dtype": torch.float32, "device": "cpu"})
+        twin = SharedTerm(term.spec(), term.shape, {"dtype": torch.float32, "device": "cpu"})
         twin.load_state_dict({name: torch.tensor(x) for name, x in term.tensors().items()})
         rows = routed()[0]
         assert close(twin(rows), torch.tensor(np.asarray(term.apply(jnp.asarray(rows.numpy())))))
@@ -189,7 +197,7 @@ def test_hash_is_that_of_the_core(balanced):
     entries, seed = np.arange(0, 2**31, 12345677, dtype=np.uint32), 2**31 - 5
     expected = buckets(entries, np.array([seed], np.uint32), np.uint32(1000003), balanced=balanced)
     term = Hashed.abstract((4, 5, 6), "float32", buckets=7, balanced=balanced)
-    twin = runtime.HashedTerm(term.spec(), term.shape, {"dtype": torch.float32, "device": "cpu"})
+    twin = HashedTerm(term.spec(), term.shape, {"dtype": torch.float32, "device": "cpu"})
     twin.seed.fill_(seed)
     found = twin._bucket(torch.tensor(entries.astype(np.int64)), 1000003)
     np.testing.assert_array_equal(found.numpy(), expected)
@@ -243,13 +251,13 @@ def test_gradients_follow_the_dense_matrices(recipe):
 
 def spy_on_blends(monkeypatch) -> list[int]:
     """Record for how many experts blends are formed, call by call."""
-    formed, original = [], runtime.SharedBasisTerm.features
+    formed, original = [], SharedBasisTerm.features
 
     def features(term, mixing):
         formed.append(len(mixing))
         return original(term, mixing)
 
-    monkeypatch.setattr(runtime.SharedBasisTerm, "features", features)
+    monkeypatch.setattr(SharedBasisTerm, "features", features)
     return formed
 
 
@@ -263,7 +271,7 @@ def test_blends_are_formed_only_for_experts_with_tokens(monkeypatch):
 def test_blends_in_small_blocks_are_the_same(monkeypatch):
     factored, native, _ = factored_and_native("basis")
     formed = spy_on_blends(monkeypatch)
-    monkeypatch.setattr(runtime, "BLEND_NUMBERS", 2 * 7 * HIDDEN)
+    monkeypatch.setattr(products, "BLEND_NUMBERS", 2 * 7 * HIDDEN)
     batch = routed()
     assert close(factored(*batch), native(*batch))
     assert max(formed) <= 3
@@ -314,7 +322,7 @@ def test_swap_on_the_meta_device_allocates_nothing():
     with torch.device("meta"):
         model = Holder()
     layer = base_layer(Terms(shape_of(model.experts)))
-    swap_experts(model, {"model.experts": entry(layer)})  # the base model's paths lack the prefix
+    swap_modules(model, {"model.experts": entry(layer)})  # the base model's paths lack the prefix
     assert isinstance(model.experts, FactoredExperts)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
     copied = copy.deepcopy(model)
@@ -324,12 +332,13 @@ def test_swap_on_the_meta_device_allocates_nothing():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda e: e["terms"].update(down=[{"kind": "wavelet"}]), "unknown term 'wavelet' in down.*dense, low_rank"),
+        (lambda e: e["terms"].update(down=[{"kind": "wavelet"}]), "unknown term 'wavelet' in down.*dense, grouped"),
         (lambda e: e["terms"].update(sideways=[{"kind": "dense"}]), "unknown target 'sideways'"),
         (lambda e: e["terms"].pop("down"), "no term for down"),
         (lambda e: e["terms"].update(gate_up=[]), "no term for gate, up"),
         (lambda e: e["shape"].update(hidden=21), r"\(6, 21, 12\).*\(6, 20, 12\)"),
         (lambda e: e["shape"].update(gated=False), "gated False"),
+        (lambda e: e.update(kind="embedding"), "unknown kind 'embedding': this code knows experts, linear"),
         (lambda e: e["terms"]["down"][0].pop("rank"), "rank"),
     ],
 )
@@ -339,7 +348,7 @@ def test_refuses_a_spec_that_does_not_fit(change, message):
     spec = entry(low_rank_layer(Terms(shape_of(model["experts"]))))
     change(spec)
     with pytest.raises(ValueError, match=f"experts: .*{message}"):
-        swap_experts(model, {"experts": spec})
+        swap_modules(model, {"experts": spec})
 
 
 def test_refuses_an_unknown_activation():
@@ -348,45 +357,30 @@ def test_refuses_an_unknown_activation():
     spec = entry(basis_layer(Terms(shape_of(model["experts"]))))
     spec["terms"]["down"][0]["activation"] = "mish"
     with pytest.raises(ValueError, match="unknown activation 'mish'"):
-        swap_experts(model, {"experts": spec})
+        swap_modules(model, {"experts": spec})
 
 
 def test_names_every_missing_module():
     model = torch.nn.ModuleDict({"experts": native_experts()})
     model.base_model_prefix = "model"
     with pytest.raises(ValueError, match=r"no module layers\.7\.experts, layers\.8\.experts"):
-        swap_experts(model, {"layers.7.experts": {}, "experts": {}, "layers.8.experts": {}})
+        swap_modules(model, {"layers.7.experts": {}, "experts": {}, "layers.8.experts": {}})
 
 
 def test_terms_and_activations_are_those_of_the_core():
-    from jaxmoe.export import factored
+    from jaxmoe.checkpoint import factored_format
     from jaxmoe.factors import layer, registry, shared_basis
 
-    assert runtime.TERMS.keys() == registry.KINDS.keys()
-    assert runtime.SharedBasisTerm.activations.keys() == shared_basis.ACTIVATIONS.keys()
-    assert set(runtime.TARGETS) == set(layer.TARGETS)
-    assert factored.FORMAT_VERSION == runtime.FORMAT_VERSION
+    assert TERMS.keys() == registry.KINDS.keys()
+    assert ACTIVATIONS.keys() == shared_basis.ACTIVATIONS.keys()
+    assert set(TARGETS) == set(layer.TARGETS)
+    assert factored_format.FORMAT_VERSION == requirements.FORMAT_VERSION
 
 
-@pytest.mark.parametrize("activation", list(runtime.SharedBasisTerm.activations))
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_activations_equal_those_of_the_core(activation):
-    from jaxmoe.factors.shared_basis import ACTIVATIONS
+    from jaxmoe.factors import shared_basis
 
     x = torch.linspace(-4, 4, 101)
-    theirs = np.asarray(ACTIVATIONS[activation](x.numpy()))
-    np.testing.assert_allclose(runtime.SharedBasisTerm.activations[activation](x).numpy(), theirs, atol=2e-6)
-
-
-def test_runtime_file_stands_alone():
-    """It is copied into checkpoints, where only transformers and what that needs is sure to be there."""
-    with open(runtime.__file__, encoding="utf-8") as file:
-        text = file.read()
-    imported = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0
-            imported.add(str(node.module).split(".")[0])
-    assert imported - sys.stdlib_module_names == {"torch", "transformers", "packaging"}
-    assert text.startswith("# SPDX-License-Identifier: Apache-2.0")
+    theirs = np.asarray(shared_basis.ACTIVATIONS[activation](x.numpy()))
+    np.testing.assert_allclose(ACTIVATIONS[activation](x).numpy(), theirs, atol=2e-6)

@@ -7,10 +7,10 @@ from factored_models import (
     NEW,
     Terms,
     base_layer,
-    experts_modules,
     residual_layer,
     set_dense,
     shape_of,
+    stock_experts,
     write_factored,
 )
 from safetensors import safe_open
@@ -22,7 +22,8 @@ from jaxmoe import Checkpoint, CompressedCheckpoint, densify
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import registry as core
-from jaxmoe.torch import runtime
+from jaxmoe.torch import FactoredExperts
+from jaxmoe.torch.runtime import term as runtime
 
 torch.set_num_threads(1)
 TOKENS = torch.randint(3, 128, (2, 21), generator=torch.Generator().manual_seed(7))
@@ -37,7 +38,7 @@ def stored(request, tmp_path_factory):
     save_tiny(request.param, root / "dense")
     twin, layers = load_tiny(root / "dense"), {}
     recipes = list(NEW.values())
-    for index, (path, native) in enumerate(experts_modules(twin).items()):
+    for index, (path, native) in enumerate(stock_experts(twin).items()):
         # The last layers first: all three kinds, if there are three layers.
         layers[path] = recipes[(index + 1) % 3](Terms(shape_of(native), seed=index))
         set_dense(native, layers[path])
@@ -142,11 +143,11 @@ def test_an_older_reader_refuses_the_kind_by_name(stored, monkeypatch):
     monkeypatch.setattr(core, "KINDS", {name: core.KINDS[name] for name in ("dense", "low_rank", "shared_basis")})
     with pytest.raises(JaxmoeError, match=r"unknown term '(grouped|shared)'.*knows dense, low_rank, shared_basis"):
         CompressedCheckpoint.open(folder)
-    monkeypatch.setattr(runtime, "TERMS", {"dense": runtime.DenseTerm})
+    monkeypatch.setattr(runtime, "TERMS", {"dense": runtime.TERMS["dense"]})
     (path, own), *_ = layers.items()
     native = twin.get_submodule(path)
     with pytest.raises(ValueError, match=r"unknown term '(grouped|shared)'.*knows dense"):
-        runtime.FactoredExperts(native, {"shape": own.sizes._asdict(), "terms": own.spec()})
+        FactoredExperts(native, {"shape": own.sizes._asdict(), "terms": own.spec()})
 
 
 def test_conversion_to_dense_equals_direct_dense_export(tmp_path):

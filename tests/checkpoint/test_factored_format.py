@@ -1,18 +1,21 @@
-"""What stands in a factored checkpoint's configuration and code, without PyTorch."""
+"""What stands in a factored checkpoint's configuration, written and read."""
 
-import ast
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 import jaxmoe
-from jaxmoe.checkpoint.families import FAMILIES, exports
+from jaxmoe.checkpoint.factored_format import (
+    ExpertsModule,
+    LinearLayout,
+    LinearModule,
+    factored_config,
+    is_factored,
+    read_record,
+)
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.factored import factored_config, is_factored, read_spec, remote_code
-from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank, SharedBasis
+from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LinearShape, LowRank, SharedBasis
 
 SIZES = LayerShape(experts=4, hidden=6, intermediate=5)
 MODULE = "model.layers.3.mlp.experts"
@@ -45,8 +48,8 @@ def layer(*, abstract=False) -> CompressedLayer:
     return CompressedLayer.from_tensors(tensors, made.spec(), SIZES)
 
 
-def described(made: CompressedLayer):
-    return made.sizes, made.spec()
+def described(made: CompressedLayer) -> ExpertsModule:
+    return ExpertsModule(made.sizes, made.spec())
 
 
 def test_original_configuration_is_edited_in_place():
@@ -66,14 +69,15 @@ def test_original_configuration_is_edited_in_place():
     }
     record = config["jaxmoe"]
     assert {key: record[key] for key in ("format_version", "version", "minimum_transformers", "model_type")} == {
-        "format_version": 1,
+        "format_version": 2,
         "version": jaxmoe.__version__,
         "minimum_transformers": "5.16",
         "model_type": "qwen3_moe",
     }
     shared = {"kind": "shared_basis", "bases": 2, "rank": 3, "activation": "tanh", "transposed": True, "mean": True}
-    assert record["experts"] == {
+    assert record["modules"] == {
         MODULE: {
+            "kind": "experts",
             "shape": {"experts": 4, "hidden": 6, "intermediate": 5, "gated": True},
             "terms": {
                 "gate": [{"kind": "low_rank", "rank": 2}, {"kind": "dense"}],
@@ -103,7 +107,7 @@ def test_reading_gives_back_the_original_and_the_layers(original):
     config = json.loads(json.dumps(factored_config(original, {MODULE: described(made)})))
     assert is_factored(config)
     assert not is_factored(original)
-    back, layers = read_spec(config)
+    back, layers = read_record(config)
     assert back == original
     found = layers[MODULE]
     assert found.shape == SIZES
@@ -117,14 +121,14 @@ STACKS = [{"name": "a.gate_up", "target": "gate_up"}, {"name": "a.down", "target
 
 def entry(change):
     """Return a change of the record of the module."""
-    return lambda config: change(config["jaxmoe"]["experts"][MODULE])
+    return lambda config: change(config["jaxmoe"]["modules"][MODULE])
 
 
 def renamed(name, keep=False):
     """Return a change that gives the module another path."""
 
     def change(config):
-        experts = config["jaxmoe"]["experts"]
+        experts = config["jaxmoe"]["modules"]
         experts[name] = experts[MODULE]
         if not keep:
             del experts[MODULE]
@@ -135,19 +139,22 @@ def renamed(name, keep=False):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c["jaxmoe"].update(format_version=2, version="9.1"), "format 2, written by jaxmoe 9.1.*upgrade"),
+        (
+            lambda c: c["jaxmoe"].update(format_version=3, version="9.1"),
+            "format 3, written by jaxmoe 9.1.*up to 2.*upgrade",
+        ),
         (lambda c: c["jaxmoe"].pop("format_version"), "format None"),
         (lambda c: c.pop("jaxmoe"), "no jaxmoe record"),
         (lambda c: c.update(model_type="qwen3_moe"), "'qwen3_moe' is not a factored checkpoint"),
         (lambda c: c["jaxmoe"].update(format_version=True), "format True"),
-        (lambda c: c["jaxmoe"].pop("experts"), "does not hold.*experts"),
-        (lambda c: c["jaxmoe"].update(experts=[]), "does not hold.*Expected `object`"),
-        (lambda c: c["jaxmoe"].update(experts={}), "does not hold.*length >= 1"),
+        (lambda c: c["jaxmoe"].pop("modules"), "does not hold.*modules"),
+        (lambda c: c["jaxmoe"].update(modules=[]), "does not hold.*Expected `object`"),
+        (lambda c: c["jaxmoe"].update(modules={}), "does not hold.*length >= 1"),
         (lambda c: c["jaxmoe"].update(surprise=1), "unknown field `surprise`"),
         (lambda c: c["jaxmoe"].update(model_type="olmoe"), "'jaxmoe_qwen3_moe'.*'olmoe'"),
         (renamed("mlp.experts"), "does not hold.*key"),
         (renamed("model.layers.0.mlp\0.experts"), "does not hold.*key"),
-        (renamed("other.layers.3.mlp.experts", keep=True), "several modules of layer 3"),
+        (renamed("other.layers.3.mlp.experts", keep=True), "several experts of layer 3"),
         (entry(lambda e: e.pop("shape")), "does not hold.*shape"),
         (entry(lambda e: e["shape"].update(depth=3)), "does not hold.*depth"),
         (entry(lambda e: e["shape"].update(experts=-4)), "does not hold.*>= 1"),
@@ -173,7 +180,7 @@ def test_reading_refuses(change, message):
     config = json.loads(json.dumps(factored_config(ORIGINAL, {MODULE: described(layer())})))
     change(config)
     with pytest.raises(JaxmoeError, match=message):
-        read_spec(config)
+        read_record(config)
 
 
 def test_an_architecture_without_factored_form_is_refused():
@@ -187,25 +194,76 @@ def test_a_layer_that_lacks_a_projection_is_refused():
         half.check()
 
 
-@pytest.mark.parametrize("model_type", [name for name in FAMILIES if "factored" in exports(name)])
-def test_code_defines_the_classes_that_the_configuration_names(model_type):
-    config = factored_config({"model_type": model_type}, {MODULE: described(layer())})
-    code = remote_code(config)
-    assert code == remote_code({"model_type": model_type})
-    defined = {
-        name.removesuffix(".py"): {node.name for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
-        for name, text in code.items()
+LINEAR = "model.layers.3.self_attn.q_proj"
+
+
+def linear(**changes) -> LinearModule:
+    layout = LinearLayout("bfloat16", f"{LINEAR}.weight")
+    terms = [LowRank.abstract((1, 8, 6), "float32", rank=2).spec()]
+    return LinearModule(**{"shape": LinearShape(8, 6), "terms": terms, "layout": layout, "bias": True, **changes})
+
+
+def test_a_linear_map_stands_beside_the_experts():
+    modules = {MODULE: described(layer()), LINEAR: linear()}
+    config = json.loads(json.dumps(factored_config(ORIGINAL, modules)))
+    assert config["jaxmoe"]["modules"][LINEAR] == {
+        "kind": "linear",
+        "shape": {"out": 8, "in": 6},
+        "terms": [{"kind": "low_rank", "rank": 2}],
+        "bias": True,
+        "layout": {"dtype": "bfloat16", "name": "model.layers.3.self_attn.q_proj.weight"},
     }
-    for reference in config["auto_map"].values():
-        module, name = reference.split(".")
-        assert name in defined[module]
-    assert f'model_type = "jaxmoe_{model_type}"' in code["configuration_jaxmoe.py"]
+    assert read_record(config) == (ORIGINAL, modules)
+    alone = json.loads(json.dumps(factored_config(ORIGINAL, {LINEAR: linear()})))
+    assert read_record(alone)[1] == {LINEAR: linear()}
 
 
-def test_writing_needs_no_torch():
-    program = (
-        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None\n"
-        "from jaxmoe.export.factored import remote_code\n"
-        "assert 'class FactoredExperts' in remote_code({'model_type': 'gpt_oss'})['modeling_jaxmoe.py']"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: e.pop("kind"), "does not hold.*kind"),
+        (lambda e: e.update(kind="embedding"), "does not hold.*embedding"),
+        (lambda e: e.update(kind="experts"), "does not hold"),
+        (lambda e: e["shape"].update(out=0), "does not hold.*>= 1"),
+        (lambda e: e["shape"].update(experts=4), "does not hold.*experts"),
+        (lambda e: e.update(terms={}), "does not hold.*terms"),
+        (lambda e: e.pop("bias"), "does not hold.*bias"),
+        (lambda e: e.pop("layout"), "does not hold.*layout"),
+        (lambda e: e["layout"].update(dtype="int4"), "does not hold.*dtype"),
+        (lambda e: e["layout"].update(name="a\0"), r"layout of model.layers.3.self_attn.q_proj.*cannot be the name"),
+        (lambda e: e.update(main_experts=1), "does not hold.*main_experts"),
+    ],
+)
+def test_reading_refuses_a_linear_map_that_is_none(change, message):
+    config = json.loads(json.dumps(factored_config(ORIGINAL, {MODULE: described(layer()), LINEAR: linear()})))
+    change(config["jaxmoe"]["modules"][LINEAR])
+    with pytest.raises(JaxmoeError, match=message):
+        read_record(config)
+
+
+def test_format_1_has_experts_alone():
+    config = json.loads(json.dumps(factored_config(ORIGINAL, {MODULE: described(layer())})))
+    record = config["jaxmoe"]
+    entry = record["modules"][MODULE]
+    del entry["kind"]
+    experts = record.pop("modules")
+    old = {**config, "jaxmoe": {**record, "format_version": 1, "experts": experts}}
+    assert read_record(old) == (ORIGINAL, {MODULE: described(layer())})
+    for wrong in ([], None, {}, {MODULE: 3}):
+        with pytest.raises(JaxmoeError, match="does not hold"):
+            read_record({**old, "jaxmoe": {**old["jaxmoe"], "experts": wrong}})
+    with pytest.raises(JaxmoeError, match="does not hold"):
+        read_record({**old, "jaxmoe": {**old["jaxmoe"], "modules": {}}})
+
+
+def test_the_reader_of_format_1_refuses_format_2():
+    """What the last version that knew format 1 alone did with a record: its code, and no more of it."""
+    config = factored_config(ORIGINAL, {MODULE: described(layer())})
+
+    def read(record):
+        version = record.get("format_version")
+        if type(version) is not int or not 1 <= version <= 1:
+            raise JaxmoeError(f"the checkpoint has jaxmoe's format {version}, written by jaxmoe {record['version']}")
+
+    with pytest.raises(JaxmoeError, match=f"format 2, written by jaxmoe {jaxmoe.__version__}"):
+        read(config["jaxmoe"])
