@@ -3,6 +3,7 @@
 """What terms have in common whose experts blend bases."""
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,7 @@ class BlendedTerm(Term, ABC):
 
     bases: nn.Parameter
     mixing: nn.Parameter
+    _kept: Any
 
     def __init__(self, spec, shape):
         super().__init__()
