@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxmoe.checkpoint.names import ExpertName, classify
+from jaxmoe.checkpoint.names import ExpertName, Grammar
 from jaxmoe.checkpoint.quantization import Matrix
 from jaxmoe.checkpoint.tensor_file import TensorEntry, listing
 from jaxmoe.errors import JaxmoeError
@@ -53,11 +53,12 @@ class JoinedBiases:
         return own[index]
 
 
-def join_biases(matrices: Mapping[str, Matrix], *, interleaved: bool) -> dict[str, Matrix]:
+def join_biases(matrices: Mapping[str, Matrix], grammar: Grammar, *, interleaved: bool) -> dict[str, Matrix]:
     """Return all tensors by name, with the biases of single experts put together.
 
     Args:
         matrices: by the names that they have without quantisation.
+        grammar: of the architecture's names.
         interleaved: whether the architecture's stacks hold numbers of gate and up in turn.
 
     Raises:
@@ -65,7 +66,7 @@ def join_biases(matrices: Mapping[str, Matrix], *, interleaved: bool) -> dict[st
     """
     alone: dict[str, ExpertName] = {}
     for name, matrix in matrices.items():
-        parsed = classify(name, len(matrix.shape)) if name.endswith(".bias") else None
+        parsed = grammar.classify(name, len(matrix.shape)) if name.endswith(".bias") else None
         if parsed is not None and parsed.expert is not None and len(matrix.parts) == 1:
             alone[name] = parsed
     stacks: defaultdict[str, dict[tuple[int, str], str]] = defaultdict(dict)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxmoe.checkpoint.families import UNKNOWN, Family, decoder_config, lookup
 from jaxmoe.checkpoint.families.parts.moe_layers import moe_layers, num_layers
 from jaxmoe.checkpoint.layout import Stack
-from jaxmoe.checkpoint.names import ExpertName, classify, is_mtp, layer_number
+from jaxmoe.checkpoint.names import ExpertName, is_mtp, layer_number
 from jaxmoe.checkpoint.quantization import Matrix
 from jaxmoe.checkpoint.tensor_file import DTYPES, listing
 from jaxmoe.errors import JaxmoeError
@@ -36,6 +36,7 @@ class MoELayer:
 
     Args:
         index: of the decoder layer.
+        prefix: what the names of its tensors on disk begin with, such as `model.layers.3.`.
         module: path of the experts' module in transformers, such as `model.layers.3.mlp.experts`.
         shape: sizes.
         dtype: in which the matrices are stored and factors will be: bfloat16 where the source is quantised.
@@ -47,6 +48,7 @@ class MoELayer:
     """
 
     index: int
+    prefix: str
     module: str
     shape: LayerShape
     dtype: np.dtype
@@ -156,10 +158,11 @@ def _sort_names(
     near: list[str] = []
     mtp: set[str] = set()
     known = re.compile(family.known) if family and family.known else None
+    grammar = (family or UNKNOWN).grammar
     for name, matrix in matrices.items():
         if is_mtp(name):
             mtp.add(name)
-        elif (parsed := classify(name, len(matrix.shape))) is not None:
+        elif (parsed := grammar.classify(name, len(matrix.shape))) is not None:
             members[parsed.prefix].append(_Member(parsed, name, matrix))
         elif "expert" in name and "expert" in _KNOWN.sub("", name) and not (known and known.search(name)):
             near.append(name)
@@ -202,6 +205,7 @@ def _layer(
     apart = family is not None and family.expert_biases and layout[0].per_expert
     return MoELayer(
         index=found[0].parsed.layer,
+        prefix=prefix,
         module=family.memory(prefix) if family else assumed,
         shape=shape,
         dtype=DTYPES[usual],

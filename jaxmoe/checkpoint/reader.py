@@ -87,7 +87,7 @@ class Checkpoint:
             family = find_family(config)
             matrices = assemble(tensors, config)
             if family is not None and family.expert_biases:
-                matrices = join_biases(matrices, interleaved=family.interleaved)
+                matrices = join_biases(matrices, family.grammar, interleaved=family.interleaved)
             found = find_experts(matrices, config, family)
             weights.require(num_layers(decoder_config(config)))
         except JaxmoeError as error:

@@ -18,8 +18,8 @@ import numpy as np
 from jaxmoe.checkpoint import files
 from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.factored_format import is_factored, layer_index
-from jaxmoe.checkpoint.families import find_family
-from jaxmoe.checkpoint.names import classify, is_mtp
+from jaxmoe.checkpoint.families import UNKNOWN, find_family
+from jaxmoe.checkpoint.names import is_mtp
 from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.tensor_file import listing
@@ -153,8 +153,9 @@ def _names(opened: CompressedCheckpoint) -> list[str]:
         if held.get(name) != shape
     ]
     layers = {layer_index(module) for module in opened.modules}
+    grammar = (family or UNKNOWN).grammar
     for name, shape in held.items():
-        parsed = None if is_mtp(name) else classify(name, len(shape))
+        parsed = None if is_mtp(name) else grammar.classify(name, len(shape))
         inside = name.startswith(tuple(f"{module}." for module in opened.modules))
         if name not in wanted and (inside or (parsed is not None and parsed.layer in layers)):
             problems.append(f"{name} belongs to experts that are stored as factors")

@@ -16,7 +16,6 @@ import numpy as np
 from jaxmoe.checkpoint import Checkpoint, MoELayer
 from jaxmoe.checkpoint.decoder import check_fit, end_pieces, layer_pieces, layer_prefix
 from jaxmoe.checkpoint.families import UNKNOWN, decoder_config, decoder_spec, lookup, runs
-from jaxmoe.checkpoint.names import classify
 from jaxmoe.checkpoint.tensor_file import Planned
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
@@ -111,19 +110,11 @@ def slim_edited(
     return edited | _biases(checkpoint, layer, unit, keep, kept)
 
 
-def prefix(layer: MoELayer) -> str:
-    """Return what the names of a layer's tensors on disk begin with."""
-    name = layer.layout[0].name.replace("{expert}", "0")
-    parsed = classify(name, 3) or classify(name, 2)
-    assert parsed is not None
-    return parsed.prefix
-
-
 def _router(
     checkpoint: Checkpoint, layer: MoELayer, copied: Sequence[Planned], keep: int, kept: Kept
 ) -> dict[str, list[Planned]]:
     """Plan what has a row or a number for every expert, among the tensors beside the experts' matrices."""
-    begin = prefix(layer)
+    begin = layer.prefix
     family = checkpoint.family
     router = "" if family is None else begin + family.router
     if family is None or router not in checkpoint.matrices:
@@ -158,8 +149,10 @@ def _biases(checkpoint: Checkpoint, layer: MoELayer, unit: str, keep: int, kept:
     """Plan the biases of the experts that stay."""
     found: dict[str, list[Planned]] = {}
     interleaved = any(stack.interleaved for stack in layer.written)
+    grammar = (checkpoint.family or UNKNOWN).grammar
     for name in layer.biases:
-        matrix, parsed = checkpoint.matrices[name], classify(name, len(checkpoint.matrices[name].shape))
+        matrix = checkpoint.matrices[name]
+        parsed = grammar.classify(name, len(matrix.shape))
         assert parsed is not None
         expert = parsed.expert
         if unit == "experts" and expert is None:

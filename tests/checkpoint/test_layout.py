@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxmoe.checkpoint import Stack, plan_dense, read_header, write_tensors
-from jaxmoe.checkpoint.names import classify, layer_number
+from jaxmoe.checkpoint.names import Grammar, layer_number
 from jaxmoe.factors import TARGETS, LayerShape
 
 NAMES = [
@@ -41,7 +41,7 @@ NAMES = [
 
 @pytest.mark.parametrize(("name", "dimensions", "expected"), NAMES, ids=[name for name, *_ in NAMES])
 def test_grammar(name, dimensions, expected):
-    parsed = classify(name, dimensions)
+    parsed = Grammar().classify(name, dimensions)
     if expected is None:
         assert parsed is None
         return

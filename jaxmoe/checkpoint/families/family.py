@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from jaxmoe.checkpoint.families.parts import ALL, KINDS, NEUTRAL, USUAL, Kind, Rule, Settings, Shapes
 from jaxmoe.checkpoint.families.parts.keys import check_kinds, decoder_config, lookup
 from jaxmoe.checkpoint.families.parts.moe_layers import DEPTH
 from jaxmoe.checkpoint.families.parts.transformers_classes import TransformersClasses
+from jaxmoe.checkpoint.names import Grammar
 from jaxmoe.model.spec import DecoderSpec
 
 GROUPS, KEPT_GROUPS = "n_group|num_expert_group", "topk_group"
@@ -42,6 +44,7 @@ class Family:
         bias: the selection bias on disk, relative to the layer; empty if there is none.
         shared: the shared experts on disk, relative to the layer; empty if there are none.
         shared_module: their module in transformers, relative to the layer; empty if it has the name on disk.
+        projections: what it calls the experts' projections on disk beside the usual names (`checkpoint.names.ALIASES`).
         names: other names on disk that differ from the usual ones (`checkpoint.decoder.USUAL_NAMES`).
         transposed: whether fused tensors are `[expert, in, out]`; None: the shape decides.
         interleaved: whether rows of gate and up alternate in fused tensors.
@@ -76,6 +79,7 @@ class Family:
     bias: str = ""
     shared: str = ""
     shared_module: str = ""
+    projections: Mapping[str, str] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
     transposed: bool | None = False
     interleaved: bool = False
@@ -91,6 +95,11 @@ class Family:
         """The keys of the config that tell of its experts; of those that reach into an object, the object's."""
         names = (self.experts, self.top_k, self.intermediate, self.hidden, GROUPS, KEPT_GROUPS)
         return frozenset(key.split(".")[0] for own in names for key in own.split("|") if key)
+
+    @cached_property
+    def grammar(self) -> Grammar:
+        """How the names of its experts are parsed."""
+        return Grammar(self.projections)
 
     def memory(self, prefix: str) -> str:
         """Return the path of the experts' module in transformers from a layer's prefix on disk.
