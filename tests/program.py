@@ -27,7 +27,7 @@ def jaxmoe(*arguments, **options) -> subprocess.CompletedProcess:
 def call(*arguments) -> subprocess.CompletedProcess:
     """Run the program within this process; what escapes its last resort is raised."""
     words = [str(argument) for argument in arguments]
-    done = CliRunner().invoke(app, words)
+    done = CliRunner().invoke(app, words, env={"COLUMNS": ENVIRONMENT["COLUMNS"]})
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
     return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from program import ENVIRONMENT, call, checksums, command, jaxmoe
+from program import ENVIRONMENT, call, checksums, command
 
 from jaxmoe.data import demo_checkpoint, demo_texts
 
@@ -20,7 +20,7 @@ QUICK = ("--sequences", "4", "--length", "64")
 def statistics(tmp_path_factory) -> Path:
     """Return a small statistics folder of the bundled checkpoint."""
     folder = tmp_path_factory.mktemp("calibrated") / "statistics"
-    done = jaxmoe("calibrate", demo_checkpoint(), folder, "--text", TEXT, *QUICK, "--json")
+    done = call("calibrate", demo_checkpoint(), folder, "--text", TEXT, *QUICK, "--json")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["tokens"] == 5 * 4 * 63
@@ -143,12 +143,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_calibration(name, tmp_path):
+def test_bad_calibration(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "binary.txt").write_bytes(b"ab\0cd")
     (tmp_path / "short.txt").write_text("a few words")
     arguments, message = BAD[name]
-    done = jaxmoe("calibrate", demo_checkpoint(), "s", *arguments, "--json", cwd=tmp_path)
+    done = call("calibrate", demo_checkpoint(), "s", *arguments, "--json")
     assert done.returncode == 1, done.stderr
     assert message in json.loads(done.stdout)["error"]
     assert not (tmp_path / "s").exists()

@@ -27,7 +27,7 @@ def test_what_it_prints(tmp_path):
     assert call("compress", demo_checkpoint(), small, "--method", "svd", "--ratio", "0.6").returncode == 0
     arguments = ("evaluate", small, "--text", TEXT, "--text", demo_texts()[1], "--against", demo_checkpoint())
     arguments += ("--length", "64", "--sequences", "3", "--generate", "5")
-    done = jaxmoe(*arguments, "--json")
+    done = call(*arguments, "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert [text["name"] for text in said["texts"]] == ["code", "literature"]
@@ -45,7 +45,7 @@ def test_what_it_prints(tmp_path):
     events = [json.loads(line) for line in done.stderr.splitlines()]
     assert [event["done"] for event in events if event["model"] == "small"] == [1, 2, 3, 4]
 
-    shown = jaxmoe(*arguments)
+    shown = call(*arguments)
     assert shown.returncode == 0
     assert f"{said['geometric_mean_perplexity']:.3f}" in shown.stdout
     assert f"{said['against']['geometric_mean_perplexity']:.3f}" in shown.stdout

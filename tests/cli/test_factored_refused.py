@@ -5,11 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from program import call
 
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.families import exports
-from jaxmoe.cli import app
 from jaxmoe.compression.plan import make_plan
 from jaxmoe.compression.run import compress
 from jaxmoe.data import demo_checkpoint, demo_texts
@@ -18,10 +17,6 @@ from jaxmoe.methods import get
 
 KINDS = ["some_new_moe", "qwen3_vl_moe", "qwen3_5_moe", "bailing_moe"]
 TEXT = ("--text", str(demo_texts()[0]))
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
 
 
 def checkpoint(root: Path, kind: str) -> Path:
@@ -36,10 +31,10 @@ def checkpoint(root: Path, kind: str) -> Path:
 def test_plan_says_that_only_dense_can_be_written(tmp_path, kind):
     assert "factored" not in exports(kind)
     source = checkpoint(tmp_path, kind)
-    done = run("plan", source, "-m", "svd", "-r", 0.3)
-    assert done.exit_code == 0
+    done = call("plan", source, "-m", "svd", "-r", 0.3)
+    assert done.returncode == 0
     assert "only dense can be written, with --export dense" in done.stdout.replace("\n", " ")
-    assert json.loads(run("plan", source, "-m", "svd", "-r", 0.3, "--json").stdout)["exports"] == ["dense"]
+    assert json.loads(call("plan", source, "-m", "svd", "-r", 0.3, "--json").stdout)["exports"] == ["dense"]
 
 
 @pytest.mark.parametrize(
@@ -57,8 +52,8 @@ def test_plan_says_that_only_dense_can_be_written(tmp_path, kind):
 def test_refused_before_anything_runs(tmp_path, arguments):
     source = checkpoint(tmp_path, "bailing_moe")
     command, *options = arguments
-    done = run(command, source, tmp_path / "out", *options)
-    assert done.exit_code == 1
+    done = call(command, source, tmp_path / "out", *options)
+    assert done.returncode == 1
     assert "'bailing_moe' cannot be exported with factored experts" in done.stderr
     assert "--export dense" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import plain_checkpoint
 import pytest
-from program import checksums
-from typer.testing import CliRunner
+from program import call, checksums
 
 from jaxmoe.checkpoint import atomic, workspace
-from jaxmoe.cli import app
 from jaxmoe.comparison import run as comparison
 from jaxmoe.comparison.folder import ComparisonFolder
 from jaxmoe.data import demo_checkpoint, demo_texts
@@ -35,13 +33,9 @@ def place(tmp_path, monkeypatch):
     return place
 
 
-def run(*words):
-    return CliRunner().invoke(app, list(map(str, words)))
-
-
 def well(*words):
-    done = run(*words)
-    assert done.exit_code == 0, done.stderr
+    done = call(*words)
+    assert done.returncode == 0, done.stderr
 
 
 class Moments:
@@ -171,8 +165,8 @@ def test_sequential_compression_stopped_in_a_later_layer(place, monkeypatch, fil
             replace(old, new)
 
         patched.setattr(atomic.os, "replace", stop)
-        done = run("compress", "source", "output", *SEQUENTIAL)
-        assert done.exit_code == (130 if isinstance(error, KeyboardInterrupt) else 1)
+        done = call("compress", "source", "output", *SEQUENTIAL)
+        assert done.returncode == (130 if isinstance(error, KeyboardInterrupt) else 1)
         assert "same command" in done.stderr
     well("compress", "source", "output", *SEQUENTIAL)
     assert checksums(place / "output") == checksums(place / "quiet")

@@ -7,11 +7,9 @@ import shutil
 import subprocess
 
 import pytest
-from program import ENVIRONMENT, command
-from typer.testing import CliRunner
+from program import ENVIRONMENT, call, command
 
 from jaxmoe.checkpoint import inspection
-from jaxmoe.cli import app
 from jaxmoe.data import demo_checkpoint
 
 
@@ -54,14 +52,14 @@ def run(monkeypatch, error: BaseException, *arguments: str):
         raise error
 
     monkeypatch.setattr(inspection, "inspect", fail)
-    return CliRunner().invoke(app, [*arguments, "inspect", "somewhere", "--json"])
+    return call(*arguments, "inspect", "somewhere", "--json")
 
 
 @pytest.mark.parametrize("name", ERRORS)
 def test_one_message(monkeypatch, name):
     error, said = ERRORS[name]
     result = run(monkeypatch, error)
-    assert result.exit_code == 1
+    assert result.returncode == 1
     message = json.loads(result.stdout)["error"]
     assert result.stderr == f"error: {message}\n"
     assert all(text in message for text in said), message
@@ -70,20 +68,20 @@ def test_one_message(monkeypatch, name):
 
 def test_debug_shows_where_it_arose(monkeypatch):
     result = run(monkeypatch, IndexError("list index out of range"), "--debug")
-    assert result.exit_code == 1
+    assert result.returncode == 1
     assert result.stderr.startswith("Traceback")
     assert result.stderr.splitlines()[-1].startswith("error: ")
 
 
 def test_a_defect_names_its_line(monkeypatch):
     monkeypatch.setattr(inspection.files, "read_config", lambda folder: [][1])
-    result = CliRunner().invoke(app, ["inspect", str(demo_checkpoint())])
+    result = call("inspect", demo_checkpoint())
     assert "(jaxmoe/checkpoint/inspection.py, line " in result.stderr
 
 
 def test_stopping_is_no_error(monkeypatch):
     result = run(monkeypatch, KeyboardInterrupt())
-    assert result.exit_code == 130
+    assert result.returncode == 130
     assert result.stderr == "stopped\n"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import plain_checkpoint
 import pytest
 from filelock import FileLock
-from program import ENVIRONMENT, call, checksums, command, jaxmoe
+from program import ENVIRONMENT, call, checksums, command
 
 SVD = ("--method", "svd", "--ratio", "0.4")
 MOBE = ("--method", "mobe", "--ratio", "0.4", "--set", "steps=300")
@@ -22,7 +22,7 @@ def source_of(tmp_path, layers=6):
 def quiet(tmp_path):
     """A source and the checksums of an undisturbed run over it."""
     source = source_of(tmp_path)
-    done = jaxmoe("compress", source, tmp_path / "quiet", *MOBE)
+    done = call("compress", source, tmp_path / "quiet", *MOBE)
     assert done.returncode == 0, done.stderr
     return source, checksums(tmp_path / "quiet")
 
@@ -46,7 +46,7 @@ def test_killed_at_random_moments():
 def test_finished_layers_are_kept_and_corrupt_ones_are_not(tmp_path, quiet):
     source, expected = quiet
     output = tmp_path / "output"
-    done = jaxmoe("compress", source, output, *MOBE, "--layers", "0:4")
+    done = call("compress", source, output, *MOBE, "--layers", "0:4")
     assert done.returncode == 0, done.stderr
     assert not output.exists()
     assert "still to come" in done.stderr
@@ -54,7 +54,7 @@ def test_finished_layers_are_kept_and_corrupt_ones_are_not(tmp_path, quiet):
     content = bytearray(spoiled.read_bytes())
     content[-1] ^= 1
     spoiled.write_bytes(content)
-    again = jaxmoe("compress", source, output, *MOBE)
+    again = call("compress", source, output, *MOBE)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("kept from an earlier run") == 3
     assert checksums(output) == expected

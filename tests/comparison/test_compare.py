@@ -11,7 +11,7 @@ import time
 
 import numpy as np
 import pytest
-from program import ENVIRONMENT, command, jaxmoe
+from program import ENVIRONMENT, call, command, jaxmoe
 from small_comparison import ASKED, CALIBRATION, OPTIONS, RATIO, contender, contenders
 
 from jaxmoe.comparison import compare
@@ -100,14 +100,14 @@ def test_a_cell_equals_single_runs(compared, tmp_path):
     cell = compared.cell("svd", "improved")
     program, name, source, _, *options = shlex.split(cell["command"])
     assert (program, name, source) == ("jaxmoe", "compress", str(compared.source))
-    done = jaxmoe(name, source, tmp_path / "small", *options, "--json")
+    done = call(name, source, tmp_path / "small", *options, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     for key in ("requested", "achieved", "parameters", "bytes", "allocation", "outcomes"):
         assert cell[key] == report[key]
     assert [layer["projections"] for layer in cell["layers"]] == [layer["projections"] for layer in report["layers"]]
     texts = [part for path in demo_texts()[:2] for part in ("--text", path)]
-    done = jaxmoe("evaluate", tmp_path / "small", *texts, "--sequences", 2, "--length", 64, "--generate", 0, "--json",
+    done = call("evaluate", tmp_path / "small", *texts, "--sequences", 2, "--length", 64, "--generate", 0, "--json",
                   "--against", source)  # fmt: skip
     assert done.returncode == 0, done.stderr
     single = json.loads(done.stdout)
@@ -174,7 +174,7 @@ def test_a_killed_run_goes_on(compared, tmp_path):
         process.send_signal(signal.SIGKILL)
         process.communicate()
     before = times(report)
-    done = jaxmoe(*run, "--json")
+    done = call(*run, "--json")
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     after = times(report)

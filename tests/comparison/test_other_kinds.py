@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
-from program import checksums, jaxmoe
+from program import call, checksums
 from small_comparison import ASKED, contender, two_layers
 
 from jaxmoe.comparison import Contender, compare
@@ -74,7 +74,7 @@ def test_a_cell_equals_the_command_that_it_names(compared, tmp_path, method):
     assert words[:2] == ["jaxmoe", "compress"]
     made = Path(words[3])
     words[3] = str(tmp_path / "again")
-    run = jaxmoe(*words[1:], "--json")
+    run = call(*words[1:], "--json")
     assert run.returncode == 0, run.stderr
     assert checksums(tmp_path / "again") == checksums(made)
     report = json.loads(run.stdout)
@@ -85,6 +85,6 @@ def test_a_cell_equals_the_command_that_it_names(compared, tmp_path, method):
 def test_an_unknown_step_is_refused(compared, tmp_path):
     source, *_ = compared
     for name, message in (("svd+mobe", "svd stores factors"), ("reap+nothing", "unknown method 'nothing'")):
-        run = jaxmoe("compress", source, tmp_path / "out", "-m", name, "-r", 0.5, "--text", ASKED["texts"][0])
+        run = call("compress", source, tmp_path / "out", "-m", name, "-r", 0.5, "--text", ASKED["texts"][0])
         assert run.returncode == 1
         assert message in run.stderr

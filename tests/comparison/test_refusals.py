@@ -1,17 +1,12 @@
 """What `compare` says to bad input: the offender and the mend, exit code 1, and nothing is written."""
 
 import pytest
-from typer.testing import CliRunner
+from program import call
 
-from jaxmoe.cli import app
 from jaxmoe.data import demo_checkpoint, demo_texts
 
 TEXT = ("--text", demo_texts()[0])
 SVD = ("--methods", "svd", "--ratios", "0.4")
-
-
-def run(*arguments):
-    return CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": "200"})
 
 
 @pytest.mark.parametrize(
@@ -32,8 +27,8 @@ def run(*arguments):
     ],
 )
 def test_said_before_anything_runs(tmp_path, arguments, words):
-    done = run("compare", demo_checkpoint(), tmp_path / "report", *arguments)
-    assert done.exit_code == 1
+    done = call("compare", demo_checkpoint(), tmp_path / "report", *arguments)
+    assert done.returncode == 1
     for word in words:
         assert word in done.stderr
     assert not (tmp_path / "report").exists()
@@ -41,25 +36,25 @@ def test_said_before_anything_runs(tmp_path, arguments, words):
 
 def test_folder_with_other_content(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    done = run("compare", demo_checkpoint(), tmp_path, *SVD, *TEXT)
-    assert done.exit_code == 1
+    done = call("compare", demo_checkpoint(), tmp_path, *SVD, *TEXT)
+    assert done.returncode == 1
     assert f"{tmp_path} holds something that `jaxmoe compare` did not write" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-    done = run("compare", demo_checkpoint(), tmp_path / "thesis.txt", *SVD, *TEXT)
-    assert done.exit_code == 1
+    done = call("compare", demo_checkpoint(), tmp_path / "thesis.txt", *SVD, *TEXT)
+    assert done.returncode == 1
     assert "is a file" in done.stderr
 
 
 def test_folder_of_another_checkpoint(tmp_path):
     (tmp_path / ".jaxmoe" / "records").mkdir(parents=True)
     (tmp_path / ".jaxmoe" / "comparison.json").write_text('{"source": "another"}')
-    done = run("compare", demo_checkpoint(), tmp_path, *SVD, *TEXT)
-    assert done.exit_code == 1
+    done = call("compare", demo_checkpoint(), tmp_path, *SVD, *TEXT)
+    assert done.returncode == 1
     assert "compares another checkpoint" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["no_such_module", "no_such_file.py"])
 def test_import_that_fails(tmp_path, name):
-    done = run("--import", name, "compare", demo_checkpoint(), tmp_path / "report", *SVD, *TEXT)
-    assert done.exit_code == 1
+    done = call("--import", name, "compare", demo_checkpoint(), tmp_path / "report", *SVD, *TEXT)
+    assert done.returncode == 1
     assert f"--import {name}: " in done.stderr

@@ -8,12 +8,10 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from program import ENVIRONMENT, checksums, command, jaxmoe
-from typer.testing import CliRunner
+from program import ENVIRONMENT, call, checksums, command
 
 from jaxmoe import StoredModel
 from jaxmoe.calibration.collect import calibrate_windows
-from jaxmoe.cli import app
 from jaxmoe.compression.expert_vectors import Examples, distil, importance
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
@@ -30,8 +28,8 @@ LEARN = ("--text", TEXT, "--sequences", "6", "--length", "64", "--set", "steps=3
 
 
 def run(*arguments) -> dict:
-    done = CliRunner().invoke(app, [*map(str, arguments), "--json"])
-    assert done.exit_code == 0, done.stderr
+    done = call(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
@@ -173,14 +171,14 @@ def test_a_killed_run_goes_on_with_the_same_bytes(learned, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (tmp_path / "small").exists()
-    done = jaxmoe(*arguments)
+    done = call(*arguments)
     assert done.returncode == 0, done.stderr
     assert "layer 0 " not in done.stderr
     assert checksums(tmp_path / "small") == checksums(folder)
-    again, other = (CliRunner().invoke(app, [*map(str, arguments), "--seed", seed]) for seed in ("0", "1"))
-    assert again.exit_code == 0
+    again, other = (call(*arguments, "--seed", seed) for seed in ("0", "1"))
+    assert again.returncode == 0
     assert again.stderr.strip() == f"written: {tmp_path / 'small'}"
-    assert other.exit_code == 1
+    assert other.returncode == 1
     assert "something else" in other.stderr
 
 
@@ -204,8 +202,8 @@ BAD = {
 def test_bad_options(name, tmp_path):
     options, words = BAD[name]
     line = ["compress", demo_checkpoint(), tmp_path / "small", "--method", "compressed_experts", *options]
-    done = CliRunner().invoke(app, [*map(str, line)])
-    assert done.exit_code == 1
+    done = call(*line)
+    assert done.returncode == 1
     assert all(word in done.stderr for word in words), done.stderr
     assert not list(tmp_path.iterdir())
 
@@ -216,13 +214,13 @@ def test_bad_options(name, tmp_path):
 @pytest.mark.parametrize("name", ["plan", "compress"])
 def test_other_methods_take_a_ratio(name, options, code, word, tmp_path):
     output = [tmp_path / "small"] if name == "compress" else []
-    done = CliRunner().invoke(app, [*map(str, [name, demo_checkpoint(), *output, "--method", "svd", *options])])
-    assert done.exit_code == code
+    done = call(name, demo_checkpoint(), *output, "--method", "svd", *options)
+    assert done.returncode == code
     assert word in done.stderr
 
 
 def test_vectors_do_not_stand_in_twice(learned, tmp_path):
     line = ["compress", learned[0], tmp_path / "twice", "--method", "compressed_experts", "--main-experts", "1"]
-    done = CliRunner().invoke(app, [*map(str, line)])
-    assert done.exit_code == 1
+    done = call(*line)
+    assert done.returncode == 1
     assert "stand in for experts already" in done.stderr

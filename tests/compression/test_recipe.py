@@ -6,7 +6,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 import pytest
-from program import checksums, jaxmoe
+from program import call, checksums
 
 from jaxmoe import Checkpoint
 from jaxmoe.calibration.collect import calibrate_windows
@@ -154,7 +154,7 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input(what, tmp_path):
     options, message = BAD[what]
-    done = jaxmoe("compress", demo_checkpoint(), tmp_path / "out", *options, "--text", demo_texts()[0])
+    done = call("compress", demo_checkpoint(), tmp_path / "out", *options, "--text", demo_texts()[0])
     assert done.returncode == 1
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
@@ -162,7 +162,7 @@ def test_bad_input(what, tmp_path):
 
 
 def test_without_text_it_says_what_it_needs(tmp_path):
-    done = jaxmoe("compress", demo_checkpoint(), tmp_path / "out", "-m", "reap+svd", "-r", 0.4)
+    done = call("compress", demo_checkpoint(), tmp_path / "out", "-m", "reap+svd", "-r", 0.4)
     assert done.returncode == 1
     assert "every step is calibrated on what it finds; give --text" in done.stderr
 
@@ -171,7 +171,7 @@ def test_the_command_of_a_cell_has_its_shares(tmp_path):
     chain, settings = chained("reap+svd")
     contender = Contender(method=chain, settings=replace(settings, shares=(1.0, 2.0)))
     assert contender.options()[4:] == ["--set", "reap.share=1.0", "--set", "svd.share=2.0"]
-    done = jaxmoe("plan", demo_checkpoint(), "-r", 0.4, *contender.options(), "--json")
+    done = call("plan", demo_checkpoint(), "-r", 0.4, *contender.options(), "--json")
     assert done.returncode == 0, done.stderr
     plan = plan_chain(Checkpoint.open(demo_checkpoint()), chain, contender.settings, ratio=0.4)
     assert json.loads(done.stdout)["steps"] == plan["steps"]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import plain_checkpoint
 import pytest
-from program import jaxmoe
+from program import call
 
 from jaxmoe import Checkpoint, make_plan, methods
 from jaxmoe.compression.evidence import moments
@@ -195,10 +195,10 @@ def test_without_gradients_importance_is_refused_by_the_command_line(tmp_path):
     text = ("--text", demo_texts()[0])
     for arguments in ((), ("--statistics", tmp_path / "statistics")):
         if arguments:
-            made = jaxmoe("calibrate", demo_checkpoint(), arguments[1], *text, "--sequences", "1", "--length", "16")
+            made = call("calibrate", demo_checkpoint(), arguments[1], *text, "--sequences", "1", "--length", "16")
             assert made.returncode == 0, made.stderr
         given = ("--method", "svd", "--ratio", "0.4", "--allocation", "importance", *arguments)
-        done = jaxmoe("compress", demo_checkpoint(), tmp_path / "small", *given)
+        done = call("compress", demo_checkpoint(), tmp_path / "small", *given)
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1].startswith("error: allocation importance")
         assert "--gradients" in done.stderr

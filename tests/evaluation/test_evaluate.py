@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import plain_checkpoint
 import pytest
-from program import jaxmoe
+from program import call
 
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.data import demo_checkpoint, demo_texts
@@ -35,7 +35,7 @@ def compressed(tmp_path_factory):
         ("convert", folder / "factored", folder / "dense", "--to", "dense"),
         ("compress", demo_checkpoint(), folder / "svd", "--method", "svd", "--ratio", "0.5"),
     ):
-        done = jaxmoe(*step)
+        done = call(*step)
         assert done.returncode == 0, done.stderr
     return folder
 

@@ -10,7 +10,7 @@ from importlib import import_module
 
 import numpy as np
 import pytest
-from program import ENVIRONMENT, checksums, command, jaxmoe
+from program import ENVIRONMENT, call, checksums, command
 
 from jaxmoe.checkpoint import files
 from jaxmoe.checkpoint.stored_model import StoredModel
@@ -23,7 +23,7 @@ TRAINING = ("--steps", 4, "--rows", 2, "--length", 32, "--learning-rate", 0.01, 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory):
     output = tmp_path_factory.mktemp("compressed") / "small"
-    done = jaxmoe("compress", demo_checkpoint(), output, "--method", "svd", "--ratio", 0.8)
+    done = call("compress", demo_checkpoint(), output, "--method", "svd", "--ratio", 0.8)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -38,7 +38,7 @@ def recovered(compressed, text):
     """An undisturbed run, its command, and its report."""
     output = compressed.with_name("recovered")
     arguments = ("--teacher", demo_checkpoint(), "--text", text, "--train", "factors,router", *TRAINING)
-    done = jaxmoe("recover", compressed, output, *arguments, "--json")
+    done = call("recover", compressed, output, *arguments, "--json")
     assert done.returncode == 0, done.stderr
     return output, arguments, json.loads(done.stdout)
 
@@ -88,9 +88,9 @@ def test_the_result_runs_in_pytorch_and_is_closer_to_the_original(compressed, re
 
 def test_the_same_command_finds_the_result(compressed, recovered):
     output, arguments, report = recovered
-    again = jaxmoe("recover", compressed, output, *arguments, "--json")
+    again = call("recover", compressed, output, *arguments, "--json")
     assert json.loads(again.stdout) == report
-    other = jaxmoe("recover", compressed, output, *arguments, "--seed", 1)
+    other = call("recover", compressed, output, *arguments, "--seed", 1)
     assert other.returncode == 1
     assert "exists and holds something else" in other.stderr
 
@@ -106,10 +106,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(compressed, recovered, tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not killed.exists()
-    other = jaxmoe("recover", compressed, killed, *arguments, "--seed", 1)
+    other = call("recover", compressed, killed, *arguments, "--seed", 1)
     assert other.returncode == 1
     assert "was begun with other settings: seed" in other.stderr
-    done = jaxmoe("recover", compressed, killed, *arguments)
+    done = call("recover", compressed, killed, *arguments)
     assert done.returncode == 0, done.stderr
     assert "step 1 of 4" not in done.stderr
     assert checksums(killed) == checksums(output)
@@ -132,7 +132,7 @@ def test_a_damaged_state_costs_the_steps_since_the_one_before(compressed, recove
     last = max(int(path.stem) for path in (training / "states").glob("*.json"))
     damaged = next(path for path in sorted((training / "states" / str(last)).rglob("*")) if path.is_file())
     damaged.write_bytes(b"?" + damaged.read_bytes()[1:])
-    done = jaxmoe("recover", compressed, tmp_path / "out", *arguments)
+    done = call("recover", compressed, tmp_path / "out", *arguments)
     assert done.returncode == 0, done.stderr
     assert f"{damaged}: not what was written, the state cannot be used: going on from step {last - 1}" in done.stderr
     assert checksums(tmp_path / "out") == checksums(output)
@@ -144,7 +144,7 @@ def test_a_damaged_state_costs_the_steps_since_the_one_before(compressed, recove
 def test_training_that_diverges_says_so_and_keeps_the_last_state(compressed, text, tmp_path):
     options = list(TRAINING)
     options[options.index("--learning-rate") + 1] = 1e12
-    done = jaxmoe("recover", compressed, tmp_path / "out", "--text", text, "--train", "all", *options)
+    done = call("recover", compressed, tmp_path / "out", "--text", text, "--train", "all", *options)
     assert done.returncode == 1
     assert "not finite, training diverged; the state of step" in done.stderr
     assert "smaller --learning-rate" in done.stderr
@@ -159,7 +159,7 @@ def test_dialogues_are_learned_from(text, tmp_path):
     options = ("--train", "router", "--loss", "next_token,balance=0.01", *TRAINING, "--json")
     learned = []
     for name, extra in (("answers", ()), ("all", ("--prompts",))):
-        done = jaxmoe("recover", demo_checkpoint(), tmp_path / name, "--instructions", talk, *extra, *options)
+        done = call("recover", demo_checkpoint(), tmp_path / name, "--instructions", talk, *extra, *options)
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
         assert set(report["losses"]) == {"loss", "next_token", "balance"}

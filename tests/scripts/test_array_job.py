@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from program import ENVIRONMENT, checksums, jaxmoe
+from program import ENVIRONMENT, call, checksums
 
 from jaxmoe.data import demo_checkpoint
 
@@ -31,7 +31,7 @@ def test_tasks_complete_one_checkpoint(tmp_path):
         assert not output.exists()
         done = task(number, 3, output)
         assert done.returncode == 0, done.stderr
-    single = jaxmoe("compress", demo_checkpoint(), tmp_path / "single", *METHOD)
+    single = call("compress", demo_checkpoint(), tmp_path / "single", *METHOD)
     assert single.returncode == 0, single.stderr
     assert checksums(output) == checksums(tmp_path / "single")
 

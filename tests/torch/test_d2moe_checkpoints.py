@@ -6,15 +6,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from program import checksums
+from program import call, checksums
 from tiny_models import EXPERTS, HIDDEN, INTERMEDIATE, VOCABULARY, load_tiny, save_tiny
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 from jaxmoe import StoredModel
 from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.checkpoint.files import read_tensors
-from jaxmoe.cli import app
 from jaxmoe.texts import Windows
 
 torch.set_num_threads(1)
@@ -48,8 +46,8 @@ def calibrated(request, tmp_path_factory):
 
 
 def jaxmoe(*arguments) -> dict:
-    done = CliRunner().invoke(app, [*map(str, arguments), "--json"])
-    assert done.exit_code == 0, done.stderr
+    done = call(*arguments, "--json")
+    assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from program import jaxmoe
+from program import call
 from tiny_models import EXPERTS, HIDDEN, INTERMEDIATE, save_tiny
 from transformers import AutoModelForCausalLM
 
@@ -58,7 +58,7 @@ def difference(a, b):
 )
 def test_factored_equals_dense(source, tmp_path, family, setting):
     given = {"paper": PAPER, "improved": IMPROVED}[setting]
-    done = jaxmoe("compress", source(family), tmp_path / "small", "--method", "rfid", *given, "--json")
+    done = call("compress", source(family), tmp_path / "small", "--method", "rfid", *given, "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     layers = len(report["layers"])
