@@ -13,7 +13,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from jaxmoe.factors import CompressedLayer, Hashed, LayerShape
 from jaxmoe.factors.hashed import buckets
-from jaxmoe.torch import FactoredExperts, cache_blends, swap_modules
+from jaxmoe.torch import FactoredExperts, cache_blends, register, swap_modules
 from jaxmoe.torch.runtime import requirements
 from jaxmoe.torch.runtime import routing as products
 from jaxmoe.torch.runtime.blended import ACTIVATIONS
@@ -371,6 +371,7 @@ def test_terms_and_activations_are_those_of_the_core():
     from jaxmoe.checkpoint import factored_format
     from jaxmoe.factors import layer, registry, shared_basis
 
+    register()
     assert TERMS.keys() == registry.KINDS.keys()
     assert ACTIVATIONS.keys() == shared_basis.ACTIVATIONS.keys()
     assert set(TARGETS) == set(layer.TARGETS)
