@@ -25,6 +25,7 @@ def calibrate(
     length: int | None = None,
     gradients: str | None = None,
     moments: str = "weighted",
+    targets: str | Collection[str] = "experts",
     layers: tuple[int, int] | None = None,
     resume: bool = True,
     revision: str | None = None,
@@ -41,6 +42,8 @@ def calibrate(
         length: tokens in a window; None for what `texts.window_length` says.
         gradients: keep the Fisher information too, of each "sequence" or "token"; None for none.
         moments: which second moments to keep: "none", "pooled", "expert" or "weighted".
+        targets: what beside the "experts" is to have the second moments of its inputs kept, for methods that replace it
+            too: "attention", "shared", "dense".
         layers: `(first, end)`: keep the decoder layers first <= index < end only; None for all.
         resume: whether to resume an unfinished run.
         revision: branch, tag or commit of a hub id.
@@ -72,6 +75,7 @@ def calibrate(
         tokenizer=tokenizer.fingerprint,
         gradients=gradients,
         moments=moments,
+        targets=(targets,) if isinstance(targets, str) else targets,
         layers=layers,
         resume=resume,
         on_event=on_event,

@@ -13,10 +13,13 @@ import numpy as np
 
 from jaxmoe.checkpoint.decoder import Piece, check_fit, layer_pieces, layer_prefix
 from jaxmoe.checkpoint.experts import FLOATS
+from jaxmoe.checkpoint.factored_format import LinearModule
 from jaxmoe.checkpoint.families import Family, decoder_config, decoder_spec
 from jaxmoe.checkpoint.quantization import Matrix
-from jaxmoe.checkpoint.tensor_file import DTYPES
+from jaxmoe.checkpoint.tensor_file import DTYPES, listing
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors import CompressedLinear, LinearShape
+from jaxmoe.model.linear import Outputs
 from jaxmoe.model.roles import LINEAR_TARGETS, ROLES, check_offered
 from jaxmoe.model.spec import DecoderSpec
 
@@ -33,7 +36,8 @@ class LinearMap:
         name: its role, such as `attention.query`, or its roles as one, such as `shared.gate_up`.
         module: path of the linear module in transformers.
         tensor: name of its weight on disk, without quantisation.
-        shape: `(out, in)`.
+        shape: sizes.
+        bias: whether there is one, which stays as it is.
         rows: of each role, by role: those of its outputs.
     """
 
@@ -41,7 +45,8 @@ class LinearMap:
     name: str
     module: str
     tensor: str
-    shape: tuple[int, int]
+    shape: LinearShape
+    bias: bool
     rows: Mapping[str, slice]
 
     @property
@@ -54,10 +59,13 @@ class LinearMap:
         """The activations that it is applied to, see `model.roles`."""
         return ROLES[next(iter(self.rows))].reads
 
-    @property
-    def numbers(self) -> int:
-        """Numbers of its weight."""
-        return self.shape[0] * self.shape[1]
+    def parameters(self, stored: CompressedLinear) -> dict[str, CompressedLinear | Outputs]:
+        """Return what `jaxmoe.model` computes with where terms stand for the map, by the arrays' names."""
+        if len(self.rows) == 1:
+            return {f"{role}.weight": stored for role in self.rows}
+        return {
+            f"{role}.weight": Outputs(whole=stored, start=own.start, stop=own.stop) for role, own in self.rows.items()
+        }
 
 
 def linear_maps(pieces: Mapping[str, Piece], index: int, family: Family) -> tuple[LinearMap, ...]:
@@ -84,7 +92,8 @@ def linear_maps(pieces: Mapping[str, Piece], index: int, family: Family) -> tupl
                 name=f"{part}.{'_'.join(role.partition('.')[2] for role in own)}",
                 module=family.linear_module(tensor),
                 tensor=tensor,
-                shape=(ends[-1], next(iter(own.values())).shape[1]),
+                shape=LinearShape(ends[-1], next(iter(own.values())).shape[1]),
+                bias=any(f"{role}.bias" in pieces for role in own),
                 rows={role: slice(a, b) for role, a, b in zip(own, ends, ends[1:])},
             )
         )
@@ -147,3 +156,23 @@ def _check_dtypes(maps: Mapping[int, tuple[LinearMap, ...]], matrices: Mapping[s
 def weight_dtype(own: LinearMap, matrices: Mapping[str, Matrix]) -> np.dtype:
     """Return the dtype in which a map's weight is read, and its factors are stored."""
     return np.dtype(DTYPES[matrices[own.tensor].dtype])
+
+
+def check_factored(maps: Mapping[str, LinearMap], modules: Mapping[str, LinearModule]) -> None:
+    """Raise unless what a factored checkpoint says of linear modules fits the decoder; all offenders are listed.
+
+    Args:
+        maps: the decoder's linear maps that are factored, by module.
+        modules: what the checkpoint's record says, by module.
+    """
+    problems = [f"{name} is no linear map of this decoder" for name in modules if name not in maps]
+    for name, own in maps.items():
+        record = modules[name]
+        found = (record.shape, record.bias, record.layout.name)
+        wanted = (own.shape, own.bias, own.tensor)
+        if found != wanted:
+            problems.append(f"{name} is {found}, and the decoder has {wanted}")
+    if problems:
+        raise JaxmoeError(
+            f"the factored linear maps do not fit the decoder: {listing(sorted(problems))}; write the checkpoint again"
+        )

@@ -32,7 +32,7 @@ from jaxmoe.checkpoint.families.parts.keys import brief
 from jaxmoe.checkpoint.names import layer_number
 from jaxmoe.checkpoint.quantization import Matrix
 from jaxmoe.checkpoint.reader import Checkpoint
-from jaxmoe.checkpoint.roles import LinearMap, linear_maps, targets_of
+from jaxmoe.checkpoint.roles import LinearMap, check_factored, linear_maps, targets_of
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, Term
 from jaxmoe.model.auxiliary import MainExperts, main_experts
@@ -128,7 +128,10 @@ class StoredModel:
 
     def layer(self, index: int) -> dict[str, Any]:
         """Return a layer's arrays by the names of `jaxmoe.model`, the routed experts as a `CompressedLayer`."""
-        arrays: dict[str, Any] = read(self.pieces(index), self.matrices)
+        arrays: dict[str, Any] = read(self._dense_pieces(index), self.matrices)
+        if isinstance(self.checkpoint, CompressedCheckpoint):
+            for own in self.factored_maps(index):
+                arrays |= own.parameters(self.checkpoint.linear(own.module))
         block = self.spec.layers[index].feed_forward
         if isinstance(block, ExpertBlock):
             arrays["experts"] = self.experts(index)
@@ -189,6 +192,18 @@ class StoredModel:
         """Return a layer's linear maps beside the routed experts."""
         return linear_maps(self.pieces(index), index, self.family)
 
+    def factored_maps(self, index: int) -> tuple[LinearMap, ...]:
+        """Return those of a layer's linear maps that terms stand for."""
+        if not isinstance(self.checkpoint, CompressedCheckpoint):
+            return ()
+        linears = self.checkpoint.linears
+        return tuple(own for own in self.linear_maps(index) if own.module in linears)
+
+    def _dense_pieces(self, index: int) -> dict[str, Piece]:
+        """Return what those of a layer's arrays are read from that no terms stand for."""
+        factored = {own.tensor for own in self.factored_maps(index)}
+        return {name: piece for name, piece in self.pieces(index).items() if piece.tensor not in factored}
+
     def linear_sizes(self, index: int) -> dict[str, tuple[int, int]]:
         """Return `(out, in)` of a layer's linear maps beside the routed experts, by role."""
         return role_sizes((name, piece.shape) for name, piece in self.pieces(index).items())
@@ -208,12 +223,15 @@ class StoredModel:
         pieces = [*end_pieces(self.spec, self.family).values()]
         biases: set[str] = set()
         for index, layer in enumerate(self.spec.layers):
-            pieces += self.pieces(index).values()
+            pieces += self._dense_pieces(index).values()
             if isinstance(layer.feed_forward, ExpertBlock) and layer.feed_forward.bias:
                 biases |= set(self.biases(index))
         check_fit(pieces, {name: matrix.shape for name, matrix in self.matrices.items()})
         wanted = biases | {piece.tensor for piece in pieces}
         check_all_known(self._decoder_tensors(), wanted)
+        if isinstance(self.checkpoint, CompressedCheckpoint):
+            maps = {own.module: own for index in range(len(self.spec.layers)) for own in self.factored_maps(index)}
+            check_factored(maps, self.checkpoint.linears)
 
     def _decoder_tensors(self) -> set[str]:
         """Return the names that should be the decoder's: all but routed experts and multi-token prediction."""

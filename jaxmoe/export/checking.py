@@ -22,14 +22,14 @@ from jaxmoe.checkpoint.families import UNKNOWN, find_family
 from jaxmoe.checkpoint.names import is_mtp
 from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.checkpoint.tensor_file import listing
+from jaxmoe.checkpoint.tensor_file import DTYPES, listing
 from jaxmoe.errors import JaxmoeError, StorageError
-from jaxmoe.factors import CompressedLayer, Dense, LayerShape
+from jaxmoe.factors import CompressedLayer, CompressedLinear, Dense, LayerShape, LinearShape
 
 Sortable = TypeVar("Sortable", int, str)
 
 Answers = Mapping[str, list[float]]
-"""What the experts of a layer make of random inputs: numbers by projection, see `answers`."""
+"""What matrices of a layer make of random inputs: numbers by projection of the experts, see `answers`, or by tensor."""
 
 ROWS = 4
 """Random inputs of every expert."""
@@ -99,13 +99,34 @@ def dense_answers(read, shape: LayerShape) -> Answers:
     return found
 
 
+def linear_answers(linear: CompressedLinear) -> list[float]:
+    """Return u_r^T W v_r of a linear map for random u_r and v_r, `ROWS` numbers.
+
+    Example:
+        >>> len(linear_answers(CompressedLinear(terms=(Dense(weight=jnp.ones((1, 3, 2))),), sizes=LinearShape(3, 2))))
+        4
+    """
+    random = np.random.default_rng(0)
+    left, right = (random.standard_normal((ROWS, size), np.float32) for size in linear.sizes)
+    with jax.default_matmul_precision("float32"):
+        given = linear.apply(jnp.asarray(right))
+    return (np.asarray(given, np.float64) * left).sum(-1).tolist()
+
+
+def dense_linear_answers(matrix) -> list[float]:
+    """Return the answers of a dense linear map, `[out, in]`."""
+    weight = jnp.asarray(matrix)[None]
+    return linear_answers(CompressedLinear(terms=(Dense(weight=weight),), sizes=LinearShape(*matrix.shape)))
+
+
 def check_written(folder: Path, source: Checkpoint | CompressedCheckpoint, meant: Mapping[int, Answers]) -> None:
     """Raise unless a folder can be used as it is.
 
     Args:
         folder: complete.
         source: what it was made of.
-        meant: what the experts of some layers are to answer, by the layers' indices.
+        meant: what the experts of some layers are to answer, by the layers' indices, and under the names of their
+            tensors on disk the layers' other linear maps that were replaced.
 
     Raises:
         StorageError: it cannot be opened, lacks tensors, has some that belong to nothing, or holds other numbers than
@@ -159,29 +180,56 @@ def _names(opened: CompressedCheckpoint) -> list[str]:
         inside = name.startswith(tuple(f"{module}." for module in opened.modules))
         if name not in wanted and (inside or (parsed is not None and parsed.layer in layers)):
             problems.append(f"{name} belongs to experts that are stored as factors")
+    for module, record in opened.linears.items():
+        strays = {record.layout.name, *(name for name in held if name.startswith(f"{module}."))} & held.keys()
+        problems += [f"{n} belongs to a map that is stored as factors" for n in strays - {f"{module}.bias"}]
     return problems
 
 
 def _numbers(opened: Checkpoint | CompressedCheckpoint, meant: Mapping[int, Answers]) -> list[str]:
-    """Return where the experts on disk answer otherwise than was meant."""
+    """Return where the experts and linear maps on disk answer otherwise than was meant."""
     problems = []
     for index, expected in meant.items():
-        found, dtype = _answers(opened, index)
+        found, dtype = _answers(opened, index, expected)
         for name, numbers in expected.items():
             one, other = np.asarray(numbers), np.asarray(found.get(name, []))
             bound = max(LEAST, ROUNDINGS * float(ml_dtypes.finfo(dtype).eps)) * np.sqrt(np.mean(one**2))
             if one.shape != other.shape or not (np.abs(one - other) <= bound).all():
-                problems.append(f"layer {index}, {name}: the experts do not answer random inputs as they should")
+                who = name if name.endswith(".weight") else f"layer {index}, {name}: the experts"
+                problems.append(f"{who} do not answer random inputs as they should")
     return problems
 
 
-def _answers(opened: Checkpoint | CompressedCheckpoint, index: int) -> tuple[Answers, np.dtype]:
-    """Return the answers of a layer as it stands in the files, and the coarsest dtype of its numbers."""
+def _answers(opened: Checkpoint | CompressedCheckpoint, index: int, names: Iterable[str]) -> tuple[Answers, np.dtype]:
+    """Return the answers of a layer as it stands in the files, and the coarsest dtype of its numbers.
+
+    Args:
+        opened: the folder.
+        index: of the layer.
+        names: of what is asked for; of these only linear maps have to be named, by their tensors.
+    """
+    found: dict[str, list[float]] = {}
+    dtypes: list[np.dtype] = []
     if isinstance(opened, CompressedCheckpoint):
-        (module,) = (name for name in opened.modules if layer_index(name) == index)
-        layer = opened.layer(module)
-        floats = [x.dtype for x in layer.tensors().values() if jnp.issubdtype(x.dtype, jnp.floating)]
-        found = {**answers(layer), **vector_answers(opened.auxiliary(module))}
-        return found, max(floats, key=lambda dtype: ml_dtypes.finfo(dtype).eps)
-    (own,) = (layer for layer in opened.layers if layer.index == index)
-    return dense_answers(lambda name: opened.projection(own, name), own.shape), own.dtype
+        for module in (name for name in opened.modules if layer_index(name) == index):
+            layer = opened.layer(module)
+            found |= {**answers(layer), **vector_answers(opened.auxiliary(module))}
+            dtypes += _floats(layer)
+        for module, record in opened.linears.items():
+            if record.layout.name in names:
+                linear = opened.linear(module)
+                found[record.layout.name] = linear_answers(linear)
+                dtypes += _floats(linear)
+    else:
+        for own in (layer for layer in opened.layers if layer.index == index):
+            found |= dense_answers(lambda name, own=own: opened.projection(own, name), own.shape)
+            dtypes.append(own.dtype)
+        for name in names:
+            if (matrix := opened.matrices.get(name)) is not None:
+                found[name] = dense_linear_answers(matrix.read())
+                dtypes.append(DTYPES[matrix.dtype])
+    return found, max(dtypes, key=lambda dtype: ml_dtypes.finfo(dtype).eps)
+
+
+def _floats(stored: CompressedLayer | CompressedLinear) -> list[np.dtype]:
+    return [x.dtype for x in stored.tensors().values() if jnp.issubdtype(x.dtype, jnp.floating)]

@@ -10,7 +10,7 @@ from jaxmoe.checkpoint.factored_format import CODE, layer_index
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, finished, layer_file
-from jaxmoe.export.checking import check_written, dense_answers, first_and_last
+from jaxmoe.export.checking import check_written, dense_answers, first_and_last, linear_answers
 from jaxmoe.export.folder import complete_folder, side_files, write_report
 
 
@@ -35,7 +35,8 @@ def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
     if (done := finished(output, run)) is not None:
         return done
     workspace = Workspace(output, run)
-    files, meant = [], {}
+    files: list[Path] = []
+    meant: dict[int, dict[str, list[float]]] = {}
     # Nothing is gone on with: reading and writing again is all there is to it.
     with workspace.opened([], resume=False), workspace.exclusive("convert"):
         for index, modules in groupby(sorted((*opened.modules, *opened.linears), key=layer_index), layer_index):
@@ -44,7 +45,10 @@ def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
         for module in opened.modules:
             if (index := layer_index(module)) in first_and_last(map(layer_index, opened.modules)):
                 layer = opened.layer(module)
-                meant[index] = dense_answers(layer.materialize, layer.sizes)
+                meant[index] = dict(dense_answers(layer.materialize, layer.sizes))
+        for module, record in opened.linears.items():
+            if (index := layer_index(module)) in first_and_last(map(layer_index, opened.linears)):
+                meant.setdefault(index, {})[record.layout.name] = linear_answers(opened.linear(module))
         stored = complete_folder(
             workspace.folder,
             layers=files,

@@ -1,4 +1,4 @@
-"""How far a compressed layer is from the original: relative error per projection and expert, as stored.
+"""How far a compressed layer, or linear map, is from the original: relative error of every matrix, as stored.
 
 || (W_e - What_e) C_e^(1/2) ||  /  || W_e C_e^(1/2) ||,      C_e the second moment of the inputs, or the identity
 """
@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from jaxmoe.factors.layer import CompressedLayer
+from jaxmoe.factors.linear import CompressedLinear
 
 BLOCK = 1 << 24
 """Numbers that are materialised at once."""
@@ -51,9 +52,29 @@ def relative_errors(weight, layer: CompressedLayer, projection: str, *, moment=N
     for start in range(0, experts, step):
         block = slice(start, min(start + step, experts))
         own = moment if moment is None or len(moment) == 1 else moment[block]
-        own = None if own is None else jnp.asarray(own, jnp.float32)
-        sums = _sums(weight[block], layer.materialize(projection, block), own)
-        error, norm = (np.asarray(x, np.float64) for x in sums)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            errors[block] = np.where((error == 0) & (norm == 0), 0.0, np.sqrt(error / norm))
+        errors[block] = _relative(weight[block], layer.materialize(projection, block), own)
     return errors
+
+
+def linear_error(weight, linear: CompressedLinear, *, moment=None) -> float:
+    """Return the relative error of one matrix, as `relative_errors` does.
+
+    Args:
+        weight: the original matrix, `[out, in]`.
+        linear: its compressed twin.
+        moment: `[1, in, in]`; None weighs all directions alike.
+
+    Example:
+        >>> from jaxmoe.factors import Dense, LinearShape
+        >>> half = CompressedLinear(terms=(Dense(weight=0.5 * jnp.ones((1, 3, 4))),), sizes=LinearShape(3, 4))
+        >>> linear_error(jnp.ones((3, 4)), half)
+        0.5
+    """
+    return float(_relative(weight[None], linear.materialize()[None], moment)[0])
+
+
+def _relative(weight, materialized, moment) -> np.ndarray:
+    moment = None if moment is None else jnp.asarray(moment, jnp.float32)
+    error, norm = (np.asarray(x, np.float64) for x in _sums(weight, materialized, moment))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where((error == 0) & (norm == 0), 0.0, np.sqrt(error / norm))

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxmoe.allocation import water_fill
-from jaxmoe.factors import Grouped, LayerShape, LowRank
+from jaxmoe.factors import Grouped, LayerShape, LinearShape, LowRank
 from jaxmoe.methods.method import Evidence, Fit, Method, Slot, check_setting, stacked_targets
 from jaxmoe.solvers.weighted_svd import weighted_svd
 
@@ -61,6 +61,11 @@ def slot(target: str, shape: LayerShape, dtype, settings: SVDSettings, kept: flo
     return Slot(lambda total: (Grouped.abstract(sizes, dtype, total=total),), experts, experts * most)
 
 
+def linear_slot(shape: LinearShape, dtype, settings: SVDSettings) -> Slot:
+    """Return the ladder of ranks of a linear map beside the routed experts; none of them saves where `high` is 0."""
+    return Slot(lambda rank: (LowRank.abstract(shape.terms, dtype, rank=rank),), 1, break_even(shape.terms))
+
+
 @functools.partial(jax.jit, static_argnames="rank")
 def _factors(weight, moment, rank):
     return weighted_svd(weight, rank=rank, column_moment=moment)
@@ -93,4 +98,13 @@ def working_bytes(template) -> int:
     return 4 * experts * (3 * min(out, in_) ** 2 + rank * (out + in_))
 
 
-SVD = Method("svd", "truncated SVD of every expert", SVDSettings, targets, slot, fit, working_bytes)
+SVD = Method(
+    "svd",
+    "truncated SVD of every expert",
+    SVDSettings,
+    targets,
+    slot,
+    fit,
+    working_bytes,
+    linear_slot=linear_slot,
+)

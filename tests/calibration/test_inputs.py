@@ -7,7 +7,7 @@ import pytest
 from test_collect import random_windows
 from tiny_models import load_tiny, save_tiny
 
-from jaxmoe.calibration.collect import calibrate
+from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.calibration.merging import merge
 from jaxmoe.checkpoint import Checkpoint
@@ -53,7 +53,7 @@ def test_moments_are_those_of_what_the_modules_in_torch_read(family, tmp_path):
     save_tiny(family, tmp_path / "model")
     model, text = StoredModel(tmp_path / "model"), random_windows()
     assert model.linear_targets == OFFERED[family]
-    found = calibrate(model, [text], tmp_path / "statistics", targets=["experts", *OFFERED[family]], tokens=32)
+    found = calibrate_windows(model, [text], tmp_path / "statistics", targets=["experts", *OFFERED[family]], tokens=32)
     found.check(Checkpoint.open(tmp_path / "model"))
     maps = [own for index in range(len(model.spec.layers)) for own in model.linear_maps(index)]
     expected = seen_by_torch(tmp_path / "model", text, [own.module for own in maps])
@@ -68,7 +68,9 @@ def test_moments_are_those_of_what_the_modules_in_torch_read(family, tmp_path):
 def test_every_activation_is_kept_once(tmp_path):
     save_tiny("deepseek_v3", tmp_path / "model")
     model = StoredModel(tmp_path / "model")
-    found = calibrate(model, [random_windows()], tmp_path / "statistics", targets=["experts", "shared", "dense"])
+    found = calibrate_windows(
+        model, [random_windows()], tmp_path / "statistics", targets=["experts", "shared", "dense"]
+    )
     # What the router sees is the experts' own moment already.
     kept = {0: {"block.input": 64, "feed_forward.intermediate": 56}}
     assert found.record.inputs == kept | {index: {"shared.intermediate": 48} for index in (1, 2)}
@@ -80,7 +82,7 @@ def test_folders_of_experts_alone_are_as_they_were(tmp_path):
     save_tiny("qwen3_moe", tmp_path / "model")
     model = StoredModel(tmp_path / "model")
     for name, targets in ("experts", ["experts"]), ("both", ["experts", "attention"]):
-        calibrate(model, [random_windows()], tmp_path / name, targets=targets)
+        calibrate_windows(model, [random_windows()], tmp_path / name, targets=targets)
     experts, both = (json.loads((tmp_path / name / "statistics.json").read_text()) for name in ("experts", "both"))
     assert (experts["schema"], both["schema"]) == (1, 2)
     assert both["targets"] == ["attention"]
@@ -92,15 +94,15 @@ def test_folders_of_experts_alone_are_as_they_were(tmp_path):
 def test_gradients_and_resumed_runs_keep_the_same_moments(tmp_path, monkeypatch):
     save_tiny("deepseek_v3", tmp_path / "model")
     model, text, targets = StoredModel(tmp_path / "model"), random_windows(), ["experts", "attention", "dense"]
-    whole = calibrate(model, [text], tmp_path / "whole", targets=targets)
+    whole = calibrate_windows(model, [text], tmp_path / "whole", targets=targets)
 
     def stop(event):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        calibrate(model, [text], tmp_path / "resumed", targets=targets, on_event=stop)
-    resumed = calibrate(model, [text], tmp_path / "resumed", targets=targets)
-    back = calibrate(model, [text], tmp_path / "back", targets=targets, gradients="sequence")
+        calibrate_windows(model, [text], tmp_path / "resumed", targets=targets, on_event=stop)
+    resumed = calibrate_windows(model, [text], tmp_path / "resumed", targets=targets)
+    back = calibrate_windows(model, [text], tmp_path / "back", targets=targets, gradients="sequence")
     for index, own in whole.record.inputs.items():
         for name in own:
             expected = whole.inputs(index, name).sums
@@ -114,14 +116,14 @@ def test_merged_moments_are_those_of_all_texts(tmp_path):
     texts = [random_windows("one"), random_windows("two", seed=1)]
     targets = ["experts", "attention", "dense"]
     for text in texts:
-        calibrate(model, [text], tmp_path / text.name, targets=targets)
+        calibrate_windows(model, [text], tmp_path / text.name, targets=targets)
     merged = merge([tmp_path / text.name for text in texts], tmp_path / "merged")
-    both = calibrate(model, texts, tmp_path / "both", targets=targets)
+    both = calibrate_windows(model, texts, tmp_path / "both", targets=targets)
     for index, name in (0, "block.input"), (1, "attention.mixed"):
         one, other = merged.inputs(index, name), both.inputs(index, name)
         assert one.tokens == other.tokens
         assert np.array_equal(one.sums, other.sums)
-    calibrate(model, [texts[0]], tmp_path / "experts")
+    calibrate_windows(model, [texts[0]], tmp_path / "experts")
     with pytest.raises(JaxmoeError, match="differ in targets"):
         merge([tmp_path / "experts", tmp_path / "two"], tmp_path / "never")
 
@@ -138,14 +140,14 @@ def test_merged_moments_are_those_of_all_texts(tmp_path):
 def test_targets_that_cannot_be_are_refused(options, message, tmp_path):
     save_tiny("mixtral", tmp_path / "model")
     with pytest.raises(JaxmoeError, match=message):
-        calibrate(StoredModel(tmp_path / "model"), [random_windows()], tmp_path / "statistics", **options)
+        calibrate_windows(StoredModel(tmp_path / "model"), [random_windows()], tmp_path / "statistics", **options)
 
 
 def test_damaged_moments_are_named(tmp_path):
     from jaxmoe.checkpoint import Planned, read_header, write_tensors
 
     save_tiny("mixtral", tmp_path / "model")
-    found = calibrate(
+    found = calibrate_windows(
         StoredModel(tmp_path / "model"), [random_windows()], tmp_path / "statistics", targets=["attention"]
     )
     path = tmp_path / "statistics" / "text" / "layer00001.safetensors"

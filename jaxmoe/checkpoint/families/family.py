@@ -120,7 +120,7 @@ class Family:
             >>> record.linear_module("model.layers.1.mlp.shared_mlp.up_proj.weight")
             'model.layers.1.mlp.shared_experts.up_proj'
         """
-        path = tensor.removesuffix(".weight")
+        path = tensor.removesuffix(".weight").replace(*self.renamed, 1)
         return path.replace(f".{self.shared}.", f".{self.shared_module}.") if self.shared_module else path
 
     def read(self, config: Mapping[str, Any], keys: str) -> Any:
