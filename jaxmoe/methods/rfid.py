@@ -128,8 +128,10 @@ def slot(target: str, shape: LayerShape, dtype, settings: RFIDSettings, kept: fl
     dense = experts * out * in_
     transposed = settings.setting == "improved" and lies_transposed(out, in_)
     rows, columns = (in_, out) if transposed else (out, in_)
-    size = min(experts, settings.group or _group_size(sizes, kept, weighted and not transposed))
-    groups = -(-experts // size)
+    # As many groups as a mixture should have bases, or more.
+    size = settings.group or experts // choose_bases(sizes, kept, weighted=weighted and not transposed)
+    size = min(experts, size)
+    groups, mixed = -(-experts // size), settings.mixing == "padded"
     residual = abstract_residual(
         sizes,
         dtype,
@@ -145,9 +147,9 @@ def slot(target: str, shape: LayerShape, dtype, settings: RFIDSettings, kept: fl
             dtype,
             total=total,
             size=size,
-            activation=_activation(settings),
+            activation=cast(str, settings.activation) if mixed else "identity",
             transposed=transposed,
-            mixed=settings.mixing == "padded",
+            mixed=mixed,
             ordered=True,
         )
         return (grouped, *residual)
@@ -155,15 +157,6 @@ def slot(target: str, shape: LayerShape, dtype, settings: RFIDSettings, kept: fl
     fixed, step = count(at(0)).numbers, size * rows + columns
     high = min((dense - 1 - fixed) // step, groups * _cap(settings, size, rows, columns))
     return Slot(at, groups, max(groups, high))
-
-
-def _activation(settings: RFIDSettings) -> str:
-    return "identity" if settings.mixing == "none" else cast(str, settings.activation)
-
-
-def _group_size(sizes, kept: float, weighted: bool) -> int:
-    """Return the experts in a group that give as many groups as a mixture should have bases, or more."""
-    return sizes[0] // choose_bases(sizes, kept, weighted=weighted)
 
 
 def _cap(settings: RFIDSettings, size: int, rows: int, columns: int) -> int:

@@ -8,17 +8,13 @@ a layer go where they keep the most energy. Source: Eckart and Young 1936; with 
 without its inverse.
 """
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
-
 from jaxmoe.allocation import water_fill
 from jaxmoe.factors import Grouped, LayerShape, LinearShape, LowRank
+from jaxmoe.methods.low_rank import expert_factors
 from jaxmoe.methods.method import Evidence, Fit, Method, Slot, check_setting, stacked_targets
-from jaxmoe.solvers.weighted_svd import weighted_svd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,23 +62,11 @@ def linear_slot(shape: LinearShape, dtype, settings: SVDSettings) -> Slot:
     return Slot(lambda rank: (LowRank.abstract(shape.terms, dtype, rank=rank),), 1, break_even(shape.terms))
 
 
-@functools.partial(jax.jit, static_argnames="rank")
-def _factors(weight, moment, rank):
-    return weighted_svd(weight, rank=rank, column_moment=moment)
-
-
 def fit(weight, template, settings: SVDSettings, *, evidence: Evidence, key=None) -> Fit:
-    """Return the factors of one target, computed in float64 where a second moment weights them."""
+    """Return the factors of one target."""
     (term,) = template
     even = isinstance(term, LowRank)
-    rank = term.rank if even else min(term.shape[1:])
-    if evidence.moment is None:
-        found = _factors(jnp.asarray(weight, jnp.float32), None, rank)
-    else:
-        # The moment squares the condition number of the inputs, the Gram matrix that of the weights.
-        with jax.enable_x64(True):
-            found = _factors(jnp.asarray(weight, jnp.float64), jnp.asarray(evidence.moment, jnp.float64), rank)
-            found = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), found)
+    found = expert_factors(weight, evidence.moment, term.rank if even else min(term.shape[1:]))
     if even:
         dtype = term.left.dtype
         return Fit((LowRank(left=found.left.astype(dtype), right=found.right.astype(dtype)),))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.solvers.group_spectra import group_energies, group_spectra
 from jaxmoe.solvers.mixture import Ragged, owners, solve_coefficients
 
@@ -59,7 +60,7 @@ def group(
     order: Int[np.ndarray, " expert"],
     *,
     size: int,
-    moment: Float[Array | np.ndarray, "experts in in"] | None = None,
+    moment: Float[AnyArray, "experts in in"] | None = None,
     transposed: bool = False,
     with_bases: bool = False,
 ) -> Grouping:

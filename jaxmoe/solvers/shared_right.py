@@ -18,13 +18,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.solvers.decompositions import eigh
 from jaxmoe.solvers.group_spectra import FLOOR, group_bases
 from jaxmoe.solvers.mixture import HIGHEST, solve_coefficients, squared_norms
 
 
 def shared_right(
-    weight: Float[Array, "expert out in"], *, rank: int, moment: Array | None = None, refit: bool = True
+    weight: Float[Array, "expert out in"],
+    *,
+    rank: int,
+    moment: Float[AnyArray, "..."] | None = None,
+    refit: bool = True,
 ) -> tuple[Float[Array, "expert out rank"], Float[Array, "rank in"]]:
     """Return left factors and the right factor that all experts share.
 

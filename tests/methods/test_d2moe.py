@@ -13,8 +13,9 @@ from jaxmoe import Checkpoint, make_plan, methods
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Grouped, LayerShape, LowRank, Shared
 from jaxmoe.methods import Evidence
-from jaxmoe.methods.d2moe import D2MOE, D2MoESettings, published_keep
+from jaxmoe.methods.d2moe import D2MOE, D2MoESettings
 from jaxmoe.methods.method import count
+from jaxmoe.methods.published_size import published_keep
 from jaxmoe.model.experts import run_experts
 from jaxmoe.model.spec import Gate
 from jaxmoe.solvers.merging import merge, regmean, ties
