@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import jaxmoe
 from jaxmoe import methods
-from jaxmoe.methods.compressed_experts import METHOD
 
 project = "jaxmoe"
 author = "The jaxmoe developers"
@@ -141,7 +140,7 @@ class SettingsTable(Directive):
 
     def run(self):
         name = self.arguments[0]
-        method = METHOD if name == METHOD.name else methods.get(name)
+        method = methods.get(name)
         # Settings that several methods have are described once, in the class that they extend.
         meaning = {name: text for own in reversed(method.settings.__mro__) for name, text in documented(own).items()}
         both = [method.settings(setting=setting) for setting in ("paper", "improved")]

@@ -4,10 +4,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxmoe import methods
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.output import output_folder
-from jaxmoe.compression.recipe import carry_out, plan_compression
+from jaxmoe.compression.api import compress
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.evaluation import evaluate
 from jaxmoe.report.tables import table
@@ -33,12 +32,11 @@ def run(output: Path, on_event) -> tuple[Any, ...]:
     for name, chosen in METHODS.items():
         for ratio in RATIOS:
             folder = output / f"{name}-{ratio}"
-            recipe = methods.get(name)
-            plan = plan_compression(source, recipe, recipe.settings(**chosen), ratio=ratio, of="experts")
             start = time.perf_counter()
             command = f"jaxmoe compress {source.folder} {folder} --method {name} --ratio {ratio}"
             command += "".join(f" --set {setting}={value}" for setting, value in chosen.items())
-            report = carry_out(source, folder, plan, command=command, on_event=on_event)
+            options = {"settings": chosen, "command": command, "on_event": on_event}
+            report = compress(source.folder, folder, name, ratio=ratio, **options).as_json()
             rows.append(
                 {
                     "name": f"{name} {ratio:.0%}",

@@ -83,7 +83,7 @@ for text in demo_texts():
 result = compare(
     demo_checkpoint(),
     folder / "report",
-    [Contender(method=method, settings=method.settings()) for method in (mine, SVD)],
+    [Contender(recipe=find(name)) for name in (mine.name, "svd")],
     ratios=[0.5],
     texts=[folder / "unseen"],
     calibration_texts=[folder / "calibration"],

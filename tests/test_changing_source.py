@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
+from planned import compress, make_plan
 from program import ENVIRONMENT, checksums
 
-from jaxmoe import compress, make_plan, methods
+from jaxmoe import methods
 from jaxmoe.calibration.checkpoint import calibrate
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.data import demo_checkpoint, demo_texts

@@ -3,15 +3,17 @@
 from functools import partial
 
 import pytest
+from planned import compress, make_plan
 from program import checksums
 from tiny_models import FAMILIES, save_tiny
 
-from jaxmoe import Checkpoint, densify, inspect, make_plan, methods
+from jaxmoe import Checkpoint, densify, inspect, methods
 from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.families import exports
 from jaxmoe.checkpoint.files import read_tensors
-from jaxmoe.compression.plan import PlannedLayer, assemble
-from jaxmoe.compression.run import compress
+from jaxmoe.compression.factor import assemble
+from jaxmoe.compression.plan import PlannedLayer
+from jaxmoe.compression.step import Found
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, LowRank
 
@@ -118,7 +120,7 @@ def test_full_rank_reproduces_the_original(source, tmp_path):
         terms = {t: (term(sizes.of(t), rank=min(sizes.of(t)[1:])),) for t in ("gate_up", "down")}
         return PlannedLayer(layer, CompressedLayer(terms=terms, sizes=sizes), ("gate_up", "down"))
 
-    plan = assemble(checkpoint, recipe, recipe.settings(), [full(x) for x in checkpoint.layers], requested={})
+    plan = assemble(Found.of(checkpoint), recipe, recipe.settings(), [full(x) for x in checkpoint.layers], requested={})
     compress(checkpoint, tmp_path / "full", plan)
     ours = logits(load(tmp_path / "full", trust_remote_code=True))
     assert difference(ours, logits(load(source("qwen3_moe")))) < 1e-5

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import plain_checkpoint
+from planned import run
 
-from jaxmoe import Checkpoint, StoredModel, methods
+from jaxmoe import Checkpoint, StoredModel
 from jaxmoe.calibration.collect import calibrate_windows
-from jaxmoe.compression.recipe import carry_out, plan_compression
 from jaxmoe.texts import Windows
 
 SHAPES = {"small": (16, 128, 64), "narrow": (32, 256, 128), "wide": (8, 128, 256), "square": (8, 96, 96)}
@@ -39,11 +39,8 @@ def main(folder: Path, names: list[str]) -> None:
     for label, shape in SHAPES.items():
         checkpoint, statistics = prepared(folder / label, shape)
         for name in names:
-            method = methods.get(name)
-            plan = plan_compression(
-                checkpoint, method, method.settings(**SETTINGS[name]), ratio=0.4, weighted=True, statistics=statistics
-            )
-            report = carry_out(checkpoint, folder / f"{label}-{name}", plan, statistics=statistics)
+            options = {"settings": SETTINGS[name], "statistics": statistics}
+            report = run(checkpoint, folder / f"{label}-{name}", name, ratio=0.4, **options)
             assert report["complete"]
             print(label, name, flush=True)
 

@@ -1,14 +1,12 @@
 """Calibrate a checkpoint on text files: what `jaxmoe calibrate` does."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.calibration.folder import Statistics
-from jaxmoe.calibration.sequential import Sequential
-from jaxmoe.checkpoint.output import PARTIAL, output_folder
+from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.checkpoint.workspace import JOURNAL
 from jaxmoe.report.events import OnEvent, ignore
 from jaxmoe.texts import Paths, Tokenizer, paths, text_windows, window_length
 
@@ -80,22 +78,3 @@ def calibrate(
         resume=resume,
         on_event=on_event,
     )
-
-
-def sequential_statistics(
-    source: str | Path,
-    texts: Sequence[str | Path],
-    output: Path,
-    *,
-    sequences: int | None = SEQUENCES,
-    length: int | None = None,
-    ignore_config_keys: Collection[str] = (),
-) -> Sequential:
-    """Return statistics that follow the compression of a checkpoint into a folder; the arguments are as above."""
-    model = StoredModel(source, ignore_config_keys=ignore_config_keys)
-    tokenizer = Tokenizer.open(model.folder)
-    cut = text_windows(texts, tokenizer, length=window_length(model.longest, length), count=sequences)
-    # In the journal of the unfinished output, which goes when that is published.
-    output = output_folder(output, [model.folder, *texts])
-    folder = output.with_name(output.name + PARTIAL) / JOURNAL / "states"
-    return Sequential(model, cut, folder, tokenizer=tokenizer.fingerprint)

@@ -4,7 +4,7 @@ The record in its `config.json` says what each module's terms are and how the de
 before, so that they can be written back in just that form.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ class CompressedCheckpoint:
         linears: what the config says of matrices outside of them, by the paths of their modules.
         tensors: every tensor on disk by name.
         notes: what a user should know about how the checkpoint was read, one sentence each.
+        ignored: keys of the config that are left out of account.
     """
 
     folder: Path
@@ -48,10 +49,18 @@ class CompressedCheckpoint:
     linears: Mapping[str, LinearModule] = field(repr=False)
     tensors: Mapping[str, TensorEntry] = field(repr=False)
     notes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @classmethod
-    def open(cls, source: str | Path, revision: str | None = None) -> "CompressedCheckpoint":
+    def open(
+        cls, source: str | Path, revision: str | None = None, *, ignore_config_keys: Collection[str] = ()
+    ) -> "CompressedCheckpoint":
         """Open a factored checkpoint and check that the files hold what its config says.
+
+        Args:
+            source: a folder or a hub id.
+            revision: branch, tag or commit on the hub.
+            ignore_config_keys: keys of its config to leave out of account when the model is run.
 
         Raises:
             JaxmoeError: it is not factored, of a newer format, damaged, or lacks tensors.
@@ -76,6 +85,7 @@ class CompressedCheckpoint:
             linears={name: own for name, own in modules.items() if isinstance(own, LinearModule)},
             tensors=weights.tensors,
             notes=weights.notes,
+            ignored=tuple(sorted({*ignore_config_keys} & decoder_config(original).keys())),
         )
         for module in opened.modules:
             opened.abstract_layer(module)

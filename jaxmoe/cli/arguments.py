@@ -4,11 +4,9 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated
 
 import typer
 
@@ -159,70 +157,20 @@ def names(text: str | None) -> tuple[str, ...]:
     return tuple(part for part in (name.strip() for name in (text or "").split(",")) if part)
 
 
-def method_settings(method, setting: Setting, given: list[str] | None):
-    """Build a method's settings from `--setting` and `--set NAME=VALUE`."""
-    hints = get_type_hints(method.settings)
-    names = [f.name for f in fields(method.settings) if f.name != "setting"]
-    values: dict[str, Any] = {"setting": setting.value}
-    for text in given or []:
-        name, separator, value = text.partition("=")
-        if not separator or name not in names:
-            known = ", ".join(names) or "none"
-            raise JaxmoeError(f"--set {text}: give NAME=VALUE; the settings of {method.name} are: {known}")
-        values[name] = _parse(method.name, name, value, hints[name])
-    return method.settings(**values)
-
-
-def chain_settings(chain, setting: Setting, given: list[str] | None):
-    """Build the settings of a chain from `--setting` and `--set STEP.NAME=VALUE`; `STEP.share` is the chain's own."""
-    from jaxmoe.compression.chain import ChainSettings
-
-    names = [step.name for step in chain.steps]
-    own: dict[str, list[str]] = {name: [] for name in names}
-    shares: dict[str, float] = {}
-    for text in given or []:
-        step, separator, rest = text.partition(".")
-        if not separator or step not in own:
-            raise JaxmoeError(f"--set {text}: give STEP.NAME=VALUE with a step of {chain.name}")
-        if rest.startswith("share="):
-            shares[step] = _parse(chain.name, f"{step}.share", rest.removeprefix("share="), float)
-        else:
-            own[step].append(rest)
-    steps = tuple(method_settings(step, setting, own[step.name]) for step in chain.steps)
-    parts = tuple(shares.get(name, 1.0) for name in names) if shares else None
-    return ChainSettings(setting=setting.value, steps=steps, shares=parts)
-
-
-def _parse(method: str, name: str, text: str, hint: Any) -> Any:
-    kinds = get_args(hint) if get_origin(hint) is UnionType or get_args(hint) else (hint,)
-    for kind in kinds:
-        if kind is bool:
-            if text.lower() not in ("true", "false"):
-                raise JaxmoeError(f"--set {name}={text}: {method} takes {name} as true or false")
-            return text.lower() == "true"
-        if kind in (int, float, str):
-            try:
-                return kind(text)
-            except ValueError:
-                raise JaxmoeError(f"--set {name}={text}: {method} takes {name} as {kind.__name__}") from None
-    raise JaxmoeError(f"--set {name}={text}: {name} cannot be set from the command line")
-
-
-def loss_weights(text: str) -> dict[str, float]:
-    """Return the losses that `--loss NAME[=WEIGHT],...` names, by weight.
+def given_settings(given: list[str] | None) -> dict[str, str]:
+    """Return what `--set NAME=VALUE` gives, by name.
 
     Example:
-        >>> loss_weights("distillation,balance=0.01")
-        {'distillation': 1.0, 'balance': 0.01}
+        >>> given_settings(["steps=20", "mobe.rank=4"])
+        {'steps': '20', 'mobe.rank': '4'}
     """
-    weights = {}
-    for part in text.split(","):
-        name, separator, weight = part.partition("=")
-        try:
-            weights[name] = float(weight) if separator else 1.0
-        except ValueError:
-            raise JaxmoeError(f"--loss {text}: {weight!r} is no number; give NAME or NAME=WEIGHT") from None
-    return weights
+    found = {}
+    for text in given or []:
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise JaxmoeError(f"--set {text}: give NAME=VALUE")
+        found[name] = value
+    return found
 
 
 def mesh_sizes(text: str) -> tuple[int, int]:
@@ -269,34 +217,21 @@ def import_module(name: str) -> None:
 def named_contenders(names: str, setting: Settings, given: list[str] | None):
     """Build what `compare` compares from `--methods`, `--setting` and `--set METHOD[:SETTING]:NAME=VALUE`."""
     from jaxmoe.comparison import Contender
-    from jaxmoe.compression.chain import Chain, find
-    from jaxmoe.methods.compressed_experts import METHOD
+    from jaxmoe.compression.recipe import find
 
-    recipes = [
-        METHOD if name == METHOD.name else find(name)
-        for name in dict.fromkeys(filter(None, map(str.strip, names.split(","))))
-    ]
-    settings = [Setting.paper, Setting.improved] if setting is Settings.both else [Setting(setting.value)]
-    wanted: dict[tuple[str, Setting], list[str]] = {(recipe.name, own): [] for recipe in recipes for own in settings}
+    recipes = [find(name).name for name in dict.fromkeys(filter(None, map(str.strip, names.split(","))))]
+    settings = ["paper", "improved"] if setting is Settings.both else [setting.value]
+    wanted: dict[tuple[str, str], dict[str, str]] = {(name, own): {} for name in recipes for own in settings}
     for text in given or []:
         head, separator, value = text.partition("=")
         method, *scope, name = head.split(":")
-        to = [key for key in wanted if key[0] == method and (not scope or scope == [key[1].value])]
+        to = [key for key in wanted if key[0] == method and (not scope or scope == [key[1]])]
         if not separator or not to:
             known = ", ".join(":".join(key) for key in wanted)
             raise JaxmoeError(f"--set {text}: give METHOD:NAME=VALUE or METHOD:SETTING:NAME=VALUE of {known}")
         for key in to:
-            wanted[key].append(f"{name}={value}")
-    return [
-        Contender(
-            method=recipe,
-            settings=(chain_settings if isinstance(recipe, Chain) else method_settings)(
-                recipe, own, wanted[recipe.name, own]
-            ),
-        )
-        for recipe in recipes
-        for own in settings
-    ]
+            wanted[key][name] = value
+    return [Contender(recipe=find(name, setting=own, options=options)) for (name, own), options in wanted.items()]
 
 
 def fractions(text: str) -> list[float]:

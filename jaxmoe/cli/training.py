@@ -18,7 +18,6 @@ from jaxmoe.cli.arguments import (
     OutputArgument,
     Schedule,
     SeedOption,
-    loss_weights,
     mesh_sizes,
     names,
 )
@@ -83,6 +82,7 @@ def recover(
     as_json: JsonOption = False,
 ) -> None:
     """Train a compressed checkpoint on text, towards its original or on the text alone."""
+    from jaxmoe.recovery.losses import loss_weights
     from jaxmoe.report.progress import progress
     from jaxmoe.report.tables import recovery_tables
 

@@ -22,7 +22,7 @@ from jaxmoe.checkpoint.atomic import remove, write_bytes
 from jaxmoe.checkpoint.output import PARTIAL
 from jaxmoe.checkpoint.records import read_record, read_sealed, sealed
 from jaxmoe.checkpoint.workspace import JOURNAL, check_plain, fingerprint, locked, make_folder
-from jaxmoe.compression.chain import STEPS
+from jaxmoe.compression.engine import STEPS
 from jaxmoe.errors import StorageError
 
 _CHECKPOINTS, _GOING = "checkpoints", ".going"

@@ -1,48 +1,17 @@
 """Make the checkpoint of a cell: what its kind of method needs of the common calibration, and the run itself."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.comparison.cells import Cell
-from jaxmoe.compression.chain import Chain, compress_chain
-from jaxmoe.compression.fewer_experts import compress_experts
-from jaxmoe.compression.fewer_experts_plan import make_main_plan
-from jaxmoe.compression.recipe import carry_out, plan_compression
-from jaxmoe.compression.run import check_statistics
+from jaxmoe.compression.engine import compress
+from jaxmoe.compression.step import Options, Texts
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.methods.compressed_experts import MainMethod
-from jaxmoe.model.auxiliary import MainExperts
 from jaxmoe.report.events import OnEvent
-from jaxmoe.texts import Windows
-
-
-class Texts(NamedTuple):
-    """The texts of the calibration, as they were given and as they were cut.
-
-    Args:
-        paths: as given.
-        sequences: windows of each, None for all.
-        length: tokens in a window.
-        windows: the windows.
-        tokenizer: fingerprint of what cut them.
-    """
-
-    paths: Sequence[str]
-    sequences: int | None
-    length: int
-    windows: Sequence[Windows]
-    tokenizer: str | None
-
-    def options(self) -> list[str]:
-        """Return what the command line is to be told of them."""
-        words = [word for path in self.paths for word in ("--text", path)]
-        words += ["--sequences", str(self.sequences)] if self.sequences is not None else []
-        return [*words, "--length", str(self.length)]
 
 
 @dataclass(frozen=True)
@@ -73,11 +42,16 @@ class Making:
     def _calibration(self, cell: Cell) -> list[str]:
         if self.statistics is None or self.texts is None:
             return []
-        if isinstance(cell.contender.method, MainMethod):
-            return self.texts.options()
-        if isinstance(cell.contender.method, Chain):
-            return [*self.texts.options(), *(["--gradients", "sequence"] if self.gradients else [])]
-        return ["--statistics", str(self.statistics.folder)]
+        if not cell.contender.learns_from_text:
+            return ["--statistics", str(self.statistics.folder)]
+        gradients = (
+            ["--gradients", self._gradients] if self._gradients and cell.contender.recipe.accepts("gradients") else []
+        )
+        return [*_told(self.texts), *gradients]
+
+    @property
+    def _gradients(self) -> str | None:
+        return "sequence" if self.gradients else None
 
     def make(self, cell: Cell, output: Path, command: str) -> dict[str, Any]:
         """Write the checkpoint of a cell and return the report.
@@ -85,28 +59,29 @@ class Making:
         Raises:
             JaxmoeError: the size cannot be reached, the calibration is missing, or the run fails.
         """
-        method, settings = cell.contender.method, cell.contender.settings
-        shared: dict[str, Any] = {"seed": cell.seed, "command": command, "on_event": self.on_event}
-        calibrated = self.texts if self.statistics is not None else None
-        if isinstance(method, MainMethod):
-            plan = make_main_plan(self.model, MainExperts(cell.size["main_experts"], settings.renorm))
-            learned = {} if calibrated is None else {"texts": calibrated.windows, "tokenizer": calibrated.tokenizer}
-            return compress_experts(plan, output, settings, **learned, **shared)
-        if isinstance(method, Chain):
-            if calibrated is None:
-                raise JaxmoeError(f"{method.name}: every step is calibrated on what it finds; give --calibration-text")
-            return compress_chain(
-                self.checkpoint,
-                output,
-                method,
-                settings,
-                **cell.size,
-                texts=calibrated.windows,
-                tokenizer=calibrated.tokenizer,
-                gradients="sequence" if self.gradients else None,
-                statistics=self.statistics,
-                **shared,
-            )
-        plan = plan_compression(self.checkpoint, method, settings, **cell.size, statistics=self.statistics)
-        check_statistics(plan, self.statistics)
-        return carry_out(self.checkpoint, output, plan, statistics=self.statistics, **shared)
+        recipe, texts = cell.contender.recipe, None
+        if cell.contender.learns_from_text and self.statistics is not None:
+            texts = self.texts
+        if texts is None and len(recipe.passes(texts=True)) > 1 and recipe.calibration == "required":
+            raise JaxmoeError(f"{recipe.name}: every step is calibrated on what it finds; give --calibration-text")
+        gradients = self._gradients if texts is not None and recipe.accepts("gradients") else None
+        report = compress(
+            self.checkpoint,
+            output,
+            recipe,
+            recipe.asked(**cell.size),
+            options=Options(gradients=gradients),
+            texts=texts,
+            statistics=self.statistics if recipe.accepts("statistics") else None,
+            seed=cell.seed,
+            command=command,
+            on_event=self.on_event,
+        )
+        return report.as_json()
+
+
+def _told(texts: Texts) -> list[str]:
+    """Return what the command line is to be told of some texts."""
+    words = [word for path in texts.paths for word in ("--text", str(path))]
+    words += ["--sequences", str(texts.sequences)] if texts.sequences is not None else []
+    return [*words, "--length", str(texts.length)]

@@ -28,10 +28,11 @@ from jaxmoe.comparison.cells import Cell, Contender, cells, check_forms, with_ba
 from jaxmoe.comparison.costs import forget_peak, token_costs
 from jaxmoe.comparison.diagnostics import routing, spectra
 from jaxmoe.comparison.folder import ComparisonFolder
-from jaxmoe.comparison.making import Making, Texts
+from jaxmoe.comparison.making import Making
 from jaxmoe.comparison.summary import rows
-from jaxmoe.compression.fewer_experts_plan import blocks
-from jaxmoe.compression.run import where
+from jaxmoe.compression.fewer_experts import blocks
+from jaxmoe.compression.run import environment
+from jaxmoe.compression.step import Texts
 from jaxmoe.errors import JaxmoeError, StorageError
 from jaxmoe.evaluation.evaluate import evaluate_windows
 from jaxmoe.evaluation.windows import Walked, walk
@@ -161,7 +162,7 @@ class _Run:
         self.statistics: Statistics | None = None
         self.calibration: dict[str, Any] | None = None
         self.texts_seen: Texts | None = None
-        self.common = {"model": model.fingerprint(), **where()}
+        self.common = {"model": model.fingerprint(), **environment()}
         self.question = {**self.common, "texts": _windows_identity(texts)}
         self.walked: Walked | None = None
 
@@ -192,7 +193,7 @@ class _Run:
         statistics = self.statistics if contender.calibrated else None
         # Statistics with gradients serve those who do not use these just as well: their cells stay what they are.
         gradients = statistics is not None and contender.wants_gradients and statistics.record.gradients
-        decided = {**contender.identity(), **cell.size, "seed": cell.seed}
+        decided = {**contender.recipe.identity(), **cell.size, "seed": cell.seed}
         context = self.context(contender.calibrated)
         key = fingerprint({"cell": decided, "context": context, "gradients": gradients or None})
         output = self.folder.checkpoint(cell.name, key)

@@ -1,150 +1,195 @@
-"""Write a checkpoint of which fewer experts run: one layer at a time, kept as it is finished, published when complete.
+"""Skipping experts: fewer of a token's experts run, and small vectors compensate for the others.
 
-Without text the vectors that stand in for experts are ones. With text, the hidden states of the original walk through
-its layers, and each layer's vectors learn from what its experts read and gave there. A run that is killed goes on at
-the layer where it stopped, and ends with the same bytes.
+Without text the vectors are ones. With text, the hidden states of the model walk through its layers, and each layer's
+vectors learn from what its experts read and gave there. A run that is killed resumes at the layer where it stopped, and
+ends with the same bytes.
 """
 
-import time
-from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar
 
 import numpy as np
 
-import jaxmoe
 from jaxmoe.calibration.collect import make_record
-from jaxmoe.checkpoint.factored_format import experts_modules, factored_config
-from jaxmoe.checkpoint.output import output_folder
-from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
-from jaxmoe.checkpoint.workspace import JOURNAL, Workspace, fingerprint, finished, layer_file
-from jaxmoe.compression.expert_vectors import Examples, Vectors, distil, importance, observe
-from jaxmoe.compression.fewer_experts_plan import MainPlan
-from jaxmoe.compression.plan import describe
-from jaxmoe.compression.run import peak_bytes, publish, where
+from jaxmoe.calibration.record import Record
+from jaxmoe.checkpoint.families import decoder_config, decoder_spec
+from jaxmoe.checkpoint.workspace import fingerprint
+from jaxmoe.compression.budget import Sizes
+from jaxmoe.compression.expert_vectors import distil, importance, observe
+from jaxmoe.compression.step import Asked, Context, Found, Layer, Options, Source, Texts
+from jaxmoe.compression.term_pass import TermStep, check_factored
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.checking import answers, first_and_last, vector_answers
-from jaxmoe.export.remote_code import remote_code
-from jaxmoe.methods.compressed_experts import METHOD, Settings
-from jaxmoe.model.auxiliary import ones
-from jaxmoe.model.spec import ExpertBlock
-from jaxmoe.report.events import Complete, OnEvent, VectorsLearned, ignore
-from jaxmoe.report.records import Improvement
+from jaxmoe.factors import Count
+from jaxmoe.methods.method import Outcome
+from jaxmoe.model.auxiliary import MainExperts, main_experts, ones
+from jaxmoe.model.spec import DecoderSpec, ExpertBlock
+from jaxmoe.model.work import Activity, activity
 from jaxmoe.streaming import HiddenStates, Prefetched, run_layer, start
-from jaxmoe.texts import Windows
 
 
-def compress_experts(
-    plan: MainPlan,
-    output: str | Path,
-    settings: Settings,
-    *,
-    texts: Sequence[Windows] = (),
-    tokenizer: str | None = None,
-    seed: int = 0,
-    resume: bool = True,
-    command: str = "",
-    on_event: OnEvent = ignore,
-) -> dict[str, Any]:
-    """Carry out a plan and write the checkpoint.
+@dataclass(frozen=True, kw_only=True)
+class FewerExperts(TermStep):
+    """A step that runs fewer experts for every token."""
+
+    stage: ClassVar[int] = 3
+    once: ClassVar[bool] = True
+    takes: ClassVar[str | None] = "main_experts"
+    without_text: ClassVar[str] = (
+        "published Compressed Experts learn with the whole model: write them without text, then `jaxmoe recover` trains"
+        " them; or give --setting improved, which learns from text layer by layer"
+    )
+
+    @property
+    def calibration(self) -> str:
+        """Only the improved setting learns from text here."""
+        return "none" if self.settings.setting == "paper" else "optional"
+
+    def joins(self, texts: bool) -> bool:
+        """Where there is no text to learn from, in the pass of the step before."""
+        return not texts or self.calibration == "none"
+
+    def forms(self, checkpoint: Source) -> list[str]:
+        """Return the one form that has a place for the vectors."""
+        return ["factored"]
+
+    def check(self, checkpoint: Source, options: Options) -> None:
+        """Raise if the vectors could not be written."""
+        if options.export not in (None, "factored"):
+            raise JaxmoeError(f"--export {options.export}: {self.name} has vectors, which only a factored form holds")
+        check_factored(checkpoint, "factored")
+
+    def adds(self, found: Found) -> Count:
+        """Count the vectors."""
+        return found.vectors()
+
+    def plan(self, found: Found, asked: Asked, **_: Any) -> "PlannedFewerExperts":
+        """Plan that so many experts of a token run.
+
+        Raises:
+            JaxmoeError: the number is out of range, vectors compensate for experts already, or jaxmoe cannot run the
+                model or write it with factors.
+        """
+        found.model()
+        check_factored(found.checkpoint, "factored")
+        if found.main is not None:
+            raise JaxmoeError(
+                f"{found.checkpoint.folder}: vectors compensate for experts already, and only {found.main.count} run:"
+                " give the checkpoint that this one was made of"
+            )
+        spec = decoder_spec(
+            decoder_config(found.checkpoint.dense_config()),
+            {index: layer.sizes for index, layer in found.layers.items()},
+            found.checkpoint.ignored,
+        )
+        if asked.main_experts is None:
+            choices = _choices(spec)
+            raise JaxmoeError(f"{self.name}: give --main-experts, 1 to {choices - 1} of the {choices} of a token")
+        main = MainExperts(asked.main_experts, self.settings.renorm)
+        fewer = main_experts(spec, dict.fromkeys(found.layers, main))
+        return PlannedFewerExperts(step=self, found=found, main=main, whole=spec, fewer=fewer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedFewerExperts:
+    """A model of which only the main experts of a token are to run.
 
     Args:
-        plan: which experts run.
-        output: the folder to create; work in progress lies in `OUTPUT.partial` beside it.
-        settings: how the vectors learn.
-        texts: windows to learn from, of one length; none leaves the vectors at one.
-        tokenizer: fingerprint of what made the windows, None if unknown.
-        seed: of the order of the tokens.
-        resume: whether to go on with an unfinished run; False starts over.
-        command: the command line, for the report.
-        on_event: called with a small record after every layer.
-
-    Returns:
-        The report, also written to `report.json`.
-
-    Raises:
-        JaxmoeError: the output exists, the folder belongs to another run, activations are not finite, or the disk is
-            full.
+        step: what is planned.
+        found: the model.
+        main: how many run.
+        whole: what the model computes with all chosen experts.
+        fewer: what it will compute.
     """
-    if texts and settings.setting == "paper":
-        raise JaxmoeError(
-            "published Compressed Experts learn with the whole model: write them without text, then `jaxmoe recover`"
-            " trains them; or give --setting improved, which learns from text layer by layer"
+
+    step: FewerExperts
+    found: Found = field(repr=False)
+    main: MainExperts
+    whole: DecoderSpec = field(repr=False)
+    fewer: DecoderSpec = field(repr=False)
+
+    @property
+    def after(self) -> Found:
+        """The model with vectors."""
+        return replace(self.found, main=self.main)
+
+    @property
+    def peak_bytes(self) -> None:
+        """Unknown: examples lie in files, and a batch is small."""
+
+    def work(self) -> tuple[Activity, Activity]:
+        """Return stored and active numbers and operations, before and after."""
+        rest = self.found.after()
+        other = rest.model.numbers - rest.experts.numbers
+        before, after = (
+            activity(other, [(block, self.found.layers[index]) for index, block in blocks(spec)])
+            for spec in (self.whole, self.fewer)
         )
-    output = output_folder(output, [plan.model.folder])
-    begun = time.perf_counter()
-    record = make_record(plan.model, texts, tokenizer, moments="none") if texts else None
-    run = {
-        "source": plan.model.fingerprint(),
-        "method": METHOD.name,
-        "settings": asdict(settings),
-        "requested": plan.main.as_json(),
-        "texts": None if record is None else fingerprint(record.as_json()),
-        "seed": seed,
-        **where(),
-    }
-    if (done := finished(output, run)) is not None:
-        on_event(Complete(output=str(output)))
-        return done
-    workspace = Workspace(output, run)
-    with workspace.opened(sorted(plan.model.modules), resume=resume):
-        walk = _Run(plan, settings, workspace, run, seed, on_event)
-        walk.with_text(texts) if texts else walk.without()
-        return walk.publish(
-            {
-                "jaxmoe": jaxmoe.__version__,
-                "source": str(plan.model.folder),
-                "output": str(output),
-                "command": command,
-                "seed": seed,
-                "export": "factored",
-                "settings": asdict(settings),
-                **plan.summary(),
-                "calibration": None if record is None else {"sequential": False, **record.describe()},
-                "seconds": time.perf_counter() - begun,
-                "complete": True,
-                "run": run,
-            }
-        )
+        return before, after
 
+    def summary(self, sizes: Sizes) -> dict[str, Any]:
+        """Return the plan as JSON."""
+        before, after = self.work()
+        return {
+            "method": self.step.name,
+            "settings": asdict(self.step.settings),
+            "requested": self.main.as_json(),
+            "experts_per_token": {"before": _choices(self.whole), "after": self.main.count},
+            "achieved": sizes.removed(),
+            **sizes.model(),
+            "active_parameters": {"before": before.active, "after": after.active},
+            "operations_per_token": {"before": before.operations, "after": after.operations},
+        }
 
-class _Run:
-    """One run: what its steps share."""
+    def identity(self, context: Context) -> dict[str, Any]:
+        """Return what decides the vectors."""
+        record = self._record(context)
+        return {
+            "method": self.step.name,
+            "settings": asdict(self.step.settings),
+            "requested": self.main.as_json(),
+            "texts": None if record is None else fingerprint(record.as_json()),
+        }
 
-    def __init__(self, plan: MainPlan, settings: Settings, workspace: Workspace, run, seed: int, on_event: OnEvent):
-        self.plan, self.settings, self.workspace, self.seed, self.on_event = plan, settings, workspace, seed, on_event
-        self.model = plan.model
-        self.keys = {index: fingerprint({"run": run, "layer": index}) for index in sorted(self.model.modules)}
-        self.entries = {index: workspace.entry(index, key) for index, key in self.keys.items()}
+    def calibration(self, context: Context) -> dict[str, Any] | None:
+        """Return the text that the vectors learn from."""
+        record = self._record(context)
+        return None if record is None else {"sequential": False, **record.describe()}
 
-    def without(self) -> None:
-        """Write every layer with vectors of ones."""
-        for index in self.missing():
-            begun = time.perf_counter()
-            shape = self.model.shapes[index]
-            self._write(index, ones(shape), {}, begun)
+    def _texts(self, context: Context) -> Texts | None:
+        """Return the texts that the vectors learn from."""
+        return None if self.step.calibration == "none" else context.setup.texts
 
-    def missing(self) -> list[int]:
-        """Return the layers that are not finished."""
-        return [index for index, entry in self.entries.items() if entry is None]
+    def _record(self, context: Context) -> Record | None:
+        texts = self._texts(context)
+        if texts is None:
+            return None
+        return make_record(self.found.model(), texts.windows, texts.tokenizer, moments="none")
 
-    def with_text(self, texts: Sequence[Windows]) -> None:
-        """Walk the texts' hidden states through the original, and let the vectors of every layer learn."""
-        if not (missing := self.missing()):
+    def layers(self, layers: Iterator[Layer], context: Context) -> Iterator[Layer]:
+        """Give every layer its vectors."""
+        texts = self._texts(context)
+        if texts is None:
+            return (replace(layer, vectors=ones(self.found.layers[layer.index].sizes)) for layer in layers)
+        return self._learned(list(layers), texts, context)
+
+    def _learned(self, layers: list[Layer], texts: Texts, context: Context) -> Iterator[Layer]:
+        """Walk the texts' hidden states through the model, and let the vectors of every layer learn."""
+        if not layers:
             return
-        ids, counted = (np.concatenate([getattr(text, name) for text in texts]) for name in ("ids", "counted"))
-        states = HiddenStates(ids, self.workspace.folder / JOURNAL / "states", self.model.spec.hidden)
-        first = next((index for index in range(missing[0], -1, -1) if states.whole(index)), None)
+        model, wanted = self.found.model(), {layer.index: layer for layer in layers}
+        ids, counted = (np.concatenate([getattr(text, name) for text in texts.windows]) for name in ("ids", "counted"))
+        states = HiddenStates(ids, context.journal / "states", model.spec.hidden)
+        begin, last = min(wanted), max(wanted)
+        first = next((index for index in range(begin, -1, -1) if states.whole(index)), None)
         if first is None:
             first = 0
-            start(self.model, states)
-        for index, parameters in Prefetched(self.model, range(first, missing[-1] + 1)):
-            out = None if index == missing[-1] else states.create(index + 1)
-            spec = self.model.spec.layers[index]
+            start(model, states)
+        for index, parameters in Prefetched(model, range(first, last + 1)):
+            out = None if index == last else states.create(index + 1)
+            spec = model.spec.layers[index]
             examples = None
-            begun = time.perf_counter()
-            if index in self.entries:
+            if index in self.found.layers:
                 # Also where nothing is missing: another program might round the states differently.
                 examples = observe(index, parameters, spec, states, out, counted)
             else:
@@ -152,78 +197,39 @@ class _Run:
                     pass
             if out is not None:
                 states.finish(index + 1)
-            if examples is not None and index in missing:
-                self._learn(index, parameters, examples, begun)
+            if examples is not None and index in wanted:
+                yield self._learn(wanted[index], parameters, examples, context.setup.seed)
             states.remove(index)
 
-    def _learn(self, index: int, parameters: dict[str, Any], examples: Examples, begun: float) -> None:
-        block = self.plan.spec.layers[index].feed_forward
+    def _learn(self, layer: Layer, parameters: dict[str, Any], examples, seed: int) -> Layer:
+        block = self.fewer.layers[layer.index].feed_forward
         assert isinstance(block, ExpertBlock)
-        found = distil(examples, parameters, block, self.settings, (self.seed, index))
-        learned = {
+        found = distil(examples, parameters, block, self.step.settings, (seed, layer.index))
+        facts = {
             "error": {"before": found.before, "after": found.after},
             "steps": found.steps,
             "losses": found.losses,
             "importance": importance(examples, block.shape.experts, block.running),
             "never_auxiliary": list(found.never),
         }
-        self._write(index, found.vectors, learned, begun)
-
-    def _write(self, index: int, vectors: Vectors, learned: dict[str, Any], begun: float) -> None:
-        layer, module = self.model.experts(index), self.model.modules[index]
-        arrays = {**layer.tensors(), **vectors}
-        tensors = [
-            Planned(f"{module}.{name}", array.dtype, array.shape, lambda array=array: np.asarray(array))
-            for name, array in arrays.items()
-        ]
-        checksum = write_tensors(self.workspace.folder / layer_file(index), tensors)
-        checked = index in first_and_last(self.model.modules)
-        record = {
-            "layer": index,
-            "spec": layer.spec(),
-            "projections": describe(layer),
-            **learned,
-            **({"answers": {**answers(layer), **vector_answers(vectors)}} if checked else {}),
-            "seconds": time.perf_counter() - begun,
-            "peak_bytes": peak_bytes(),
-        }
-        self.entries[index] = self.workspace.finish(index, self.keys[index], checksum, record)
-        done = len(self.entries) - len(self.missing())
-        error = Improvement(**learned["error"]) if learned else None
-        told = {"layer": index, "error": error, "seconds": record["seconds"]}
-        self.on_event(VectorsLearned(done=done, total=len(self.entries), **told))
-
-    def publish(self, report: dict[str, Any]) -> dict[str, Any]:
-        """Complete the folder and return the report."""
-        entries = [entry for entry in self.entries.values() if entry is not None]
-        kept = ("key", "sha256", "spec", "peak_bytes", "answers")
-        report["layers"] = [{name: entry[name] for name in entry if name not in kept} for entry in entries]
-        report["layer_seconds"] = sum(entry["seconds"] for entry in entries)
-        report["peak_bytes"] = max([peak_bytes(), *(entry["peak_bytes"] for entry in entries)])
-        source = self.model.checkpoint
-        report["outcomes"] = [_outcome(None, "note", note) for note in getattr(source, "notes", ())]
-        report["outcomes"] += [outcome for entry in entries for outcome in _outcomes(entry)]
-        described = {
-            self.model.modules[entry["layer"]]: (self.model.shapes[entry["layer"]], entry["spec"]) for entry in entries
-        }
-        config = factored_config(source.dense_config(), experts_modules(described, source.layouts(), self.plan.main))
-        size, layers = self.plan.bytes["after"], list(self.entries)
-        meant = {entry["layer"]: entry["answers"] for entry in entries if "answers" in entry}
-        code = remote_code(config)
-        return publish(source, self.workspace, report, layers, config, code, size, meant, self.on_event)
+        outcomes = list(layer.outcomes)
+        if found.never:
+            named = ", ".join(map(str, found.never))
+            detail = f"experts {named} were never auxiliary in the text, and keep vectors of ones"
+            outcomes.append(Outcome("never_auxiliary", "auxiliary", detail))
+        if found.after >= found.before:
+            detail = "no vectors were better than ones on the tokens set apart: give more text, or a smaller rate"
+            outcomes.append(Outcome("kept_ones", "auxiliary", detail))
+        return replace(layer, vectors=found.vectors, outcomes=tuple(outcomes), facts={**layer.facts, **facts})
 
 
-def _outcomes(entry: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what a user should know of a layer whose vectors learned."""
-    found = []
-    if never := entry.get("never_auxiliary"):
-        detail = f"experts {', '.join(map(str, never))} were never auxiliary in the text, and keep vectors of ones"
-        found.append(_outcome(entry["layer"], "never_auxiliary", detail))
-    if (error := entry.get("error")) is not None and error["after"] >= error["before"]:
-        detail = "no vectors were better than ones on the tokens set apart: give more text, or a smaller rate"
-        found.append(_outcome(entry["layer"], "kept_ones", detail))
-    return found
+def blocks(spec: DecoderSpec) -> Iterable[tuple[int, ExpertBlock]]:
+    """Yield the index and the experts of every layer that has any."""
+    for index, layer in enumerate(spec.layers):
+        if isinstance(layer.feed_forward, ExpertBlock):
+            yield index, layer.feed_forward
 
 
-def _outcome(layer: int | None, kind: str, detail: str) -> dict[str, Any]:
-    return {"layer": layer, "kind": kind, "target": None if layer is None else "auxiliary", "detail": detail}
+def _choices(spec: DecoderSpec) -> int:
+    """Return how many experts the router chooses for every token; the most of any layer."""
+    return max(block.router.top_k for _, block in blocks(spec))

@@ -1,141 +1,183 @@
-"""Carry out a slim plan: one layer at a time, resumable, the output under its name only when complete."""
+"""Removing: whole experts or channels go, and what stays is a checkpoint of the original architecture."""
 
-import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-import jaxmoe
 from jaxmoe.checkpoint import Checkpoint, MoELayer
 from jaxmoe.checkpoint.layout import plan_dense
-from jaxmoe.checkpoint.output import output_folder
-from jaxmoe.checkpoint.tensor_file import write_tensors
-from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, layer_file
+from jaxmoe.checkpoint.tensor_file import Planned
+from jaxmoe.compression.budget import Sizes
 from jaxmoe.compression.evidence import LayerSums, Sums, evidence
-from jaxmoe.compression.pruned_sizes import SlimPlan
-from jaxmoe.compression.run import (
-    Amend,
-    check_statistics,
-    layer_done,
-    measured_errors,
-    peak_bytes,
-    publish,
-    reads,
-    unchanged,
-    where,
-)
+from jaxmoe.compression.layer_errors import measured_errors
+from jaxmoe.compression.prune_plan import PrunePlan, make_prune_plan, unwritten
+from jaxmoe.compression.run import OF_A_STEP, Files, Written, run, step_outcomes
+from jaxmoe.compression.step import Asked, Found, Options, Setup, Source, Step
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.checking import dense_answers, first_and_last
 from jaxmoe.export.pruned import slim_config, slim_copied, slim_edited
 from jaxmoe.factors import CompressedLayer, Dense
 from jaxmoe.factors.slicing import slice_channels
-from jaxmoe.methods import Outcome
+from jaxmoe.methods.method import Outcome
 from jaxmoe.methods.pruning import Pruned
-from jaxmoe.report.events import Complete, OnEvent, ignore
+from jaxmoe.report.records import Report
 
 
-def slim(
-    checkpoint: Checkpoint,
-    output: str | Path,
-    plan: SlimPlan,
-    *,
-    statistics: Sums | None,
-    resume: bool = True,
-    command: str = "",
-    amend: Amend = unchanged,
-    on_event: OnEvent = ignore,
-) -> dict[str, Any]:
-    """Write the checkpoint that a plan describes.
+@dataclass(frozen=True, kw_only=True)
+class Prune(Step):
+    """A step that removes experts or channels."""
+
+    stage: ClassVar[int] = 0
+    takes: ClassVar[str | None] = "ratio"
+    whole: ClassVar[bool] = True
+    stores: ClassVar[str] = "slim"
+    # Some of these only to say why not.
+    accepts: ClassVar[frozenset[str]] = frozenset({"layers", "sequential", "allocation", "gradients", "statistics"})
+
+    def forms(self, checkpoint: Source) -> list[str]:
+        """Return the one form that it writes."""
+        return ["slim"]
+
+    def check(self, checkpoint: Source, options: Options) -> None:
+        """Raise if it is to work on some layers alone, or otherwise than it can."""
+        if options.layers is not None or options.sequential or options.export not in (None, "slim"):
+            raise JaxmoeError(
+                f"{self.name} goes through all layers at once and writes a checkpoint of the original architecture:"
+                " leave out --layers, --sequential and --export"
+            )
+
+    def plan(
+        self,
+        found: Found,
+        asked: Asked,
+        *,
+        options: Options,
+        then: Sequence[Step] = (),
+        nearest: bool = False,
+        **_: Any,
+    ) -> "PrunePass":
+        """Choose how many experts or channels stay."""
+        if options.allocation not in (None, "uniform"):
+            raise JaxmoeError(f"--allocation {options.allocation}: {self.name} keeps the same number in every layer")
+        assert asked.budget is not None
+        plan = make_prune_plan(found.original, self.method, self.settings, asked.budget, nearest=nearest, then=then)
+        return PrunePass(found=found, plan=plan)
+
+    def begin(self, planned: Sequence["PrunePass"], found: Found, setup: Setup) -> "PrunePass":
+        """Return the pass, of which it is the only step."""
+        return replace(planned[0], statistics=setup.statistics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunePass:
+    """A pass over the layers that leaves fewer or smaller experts.
 
     Args:
-        checkpoint: the source, which is never written to.
-        output: the folder to create; work in progress lies in `OUTPUT.partial` beside it.
-        plan: from `make_slim_plan`.
-        statistics: calibrated statistics; all slimming methods so far need some.
-        resume: whether to go on with an unfinished run; False starts over.
-        command: the command line, for the report.
-        amend: has the last word on the report.
-        on_event: called with a small record after every layer.
-
-    Returns:
-        The report, also written to `report.json`.
-
-    Raises:
-        JaxmoeError: the output exists, the folder belongs to another run, the statistics lack something, or the disk is
-            full.
+        found: the model.
+        plan: how many stay.
+        statistics: calibrated on the model; all pruning methods so far need some.
     """
-    output = output_folder(output, [checkpoint.folder, *reads(statistics)])
-    begun = time.perf_counter()
-    check_statistics(plan, statistics)
-    run = {
-        "source": checkpoint.fingerprint(),
-        "method": plan.method.name,
-        "settings": asdict(plan.settings),
-        "requested": plan.requested,
-        "kept": {plan.method.unit: plan.keep},
-        "statistics": None if statistics is None else statistics.fingerprint(),
-        "export": "slim",
-        **where(),
-    }
-    if (done := finished(output, run)) is not None:
-        on_event(Complete(output=str(output)))
-        return done
-    workspace = Workspace(output, run)
-    copied = slim_copied(checkpoint)
-    with workspace.opened([layer.index for layer in checkpoint.layers], resume=resume):
-        entries = []
-        for position, layer in enumerate(checkpoint.layers):
-            key = fingerprint({"run": run, "layer": layer.index})
-            entry = workspace.entry(layer.index, key)
-            resumed = entry is not None
-            if entry is None:
-                sums = None if statistics is None else statistics.layer(layer.index)
-                entry = _layer(checkpoint, plan, layer, copied, sums, workspace, key)
-            entries.append(entry)
-            on_event(layer_done(entry, position + 1, len(checkpoint.layers), resumed=resumed))
-        report = {
-            "jaxmoe": jaxmoe.__version__,
-            "source": str(checkpoint.folder),
-            "output": str(output),
-            "command": command,
-            "seed": 0,
-            "export": "slim",
-            **plan.summary(),
-            "layers": [
-                {name: entry[name] for name in ("layer", "kept", "projections", "seconds") if name in entry}
-                for entry in entries
-            ],
-            "outcomes": _outcomes(checkpoint, entries),
-            "calibration": None if statistics is None else statistics.describe(),
-            "predicted_peak_bytes": plan.peak_bytes,
-            "peak_bytes": max([peak_bytes(), *(entry["peak_bytes"] for entry in entries)]),
-            "layer_seconds": sum(entry["seconds"] for entry in entries),
-            "seconds": time.perf_counter() - begun,
-            "complete": True,
-            "run": run,
+
+    found: Found = field(repr=False)
+    plan: PrunePlan
+    statistics: Sums | None = None
+
+    @property
+    def export(self) -> str:
+        """The one form that there is."""
+        return "slim"
+
+    @property
+    def seed(self) -> int:
+        """Nothing is random."""
+        return 0
+
+    @property
+    def source(self) -> Checkpoint:
+        """The checkpoint that is read."""
+        return self.found.original
+
+    @property
+    def indices(self) -> list[int]:
+        """The layers with routed experts."""
+        return [layer.index for layer in self.source.layers]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak of memory."""
+        return self.plan.peak_bytes
+
+    @property
+    def after(self) -> Found:
+        """The model that it leaves: all names and sizes, but no values."""
+        return Found.of(unwritten(self.source, self.plan))
+
+    def carry_out(self, output: str | Path, **options: Any) -> Report:
+        """Write what comes of it; the options are those of `run`."""
+        return run(self, output, **options)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result."""
+        plan = self.plan
+        return {
+            "method": plan.method.name,
+            "settings": asdict(plan.settings),
+            "requested": plan.requested,
+            "kept": {plan.method.unit: plan.keep},
         }
-        edited = {name for entry in entries for name in entry["edited"]}
-        return publish(
-            checkpoint,
-            workspace,
-            amend(report),
-            [layer.index for layer in checkpoint.layers],
-            slim_config(checkpoint, plan.method.unit, plan.keep),
-            {},
-            plan.bytes["after"],
-            {entry["layer"]: entry["answers"] for entry in entries if "answers" in entry},
-            on_event,
-            copied=[tensor for tensor in copied if tensor.name not in edited],
-        )
+
+    def layers(self, indices: Sequence[int], journal: Path) -> Iterator[Written]:
+        """Write the layers with their routers and biases, one after the other."""
+        copied = slim_copied(self.source)
+        for layer in self.source.layers:
+            if layer.index in indices:
+                sums = None if self.statistics is None else self.statistics.layer(layer.index)
+                yield _pruned(self.source, self.plan, layer, copied, sums)
+
+    def summary(self, entries: Mapping[int, Mapping[str, Any]] = {}) -> dict[str, Any]:
+        """Return the keys of the plan."""
+        return self.plan.summary()
+
+    def steps(self, entries: Mapping[int, Mapping[str, Any]] = {}) -> list[dict[str, Any]]:
+        """Return what is reported of the step."""
+        own = {name: value for name, value in self.summary().items() if name in OF_A_STEP}
+        return [{**own, **step_outcomes(self, entries)}]
+
+    def sizes(self, entries: Mapping[int, Mapping[str, Any]] = {}) -> Sizes:
+        """Return the sizes."""
+        return self.plan.sizes
+
+    def calibration(self) -> dict[str, Any] | None:
+        """Return what the report says of the text behind the statistics."""
+        return None if self.statistics is None else self.statistics.describe()
+
+    def notes(self) -> list[Outcome]:
+        """Return how the source was read, and what is left out."""
+        source = self.source
+        notes = [note for note in source.notes if "multi-token prediction" not in note]
+        if source.mtp:
+            notes.append(
+                f"{len(source.mtp)} tensors of multi-token prediction are left out, and their layers set to 0 in"
+                " config.json: they have as many experts as the model had"
+            )
+        return [Outcome("note", "", note) for note in notes]
+
+    def files(self, entries: Mapping[int, Mapping[str, Any]]) -> Files:
+        """Return the config and all tensors that no layer edits."""
+        edited = {name for entry in entries.values() for name in entry["edited"]}
+        copied = [tensor for tensor in slim_copied(self.source) if tensor.name not in edited]
+        config = slim_config(self.source, self.plan.method.unit, self.plan.keep)
+        return Files(config, {}, copied, self.plan.sizes.after.model.bytes)
 
 
-def _layer(checkpoint, plan: SlimPlan, layer: MoELayer, copied, sums: LayerSums | None, workspace, key):
-    """Slim one layer and write it with its router and biases."""
-    start = time.perf_counter()
+def _pruned(
+    checkpoint: Checkpoint, plan: PrunePlan, layer: MoELayer, copied: Sequence[Planned], sums: LayerSums | None
+) -> Written:
+    """Remove what goes of one layer, and plan its tensors with those of its router and biases."""
     unit = plan.method.unit
     read = partial(checkpoint.projection, layer)
     known = evidence(sums, "down", lambda name: read(name).astype(np.float32))
@@ -152,24 +194,19 @@ def _layer(checkpoint, plan: SlimPlan, layer: MoELayer, copied, sums: LayerSums 
             terms={name: (Dense(weight=_padded(rest(name), found.kept, layer.shape.of(name), name, unit)),)},
             sizes=layer.shape,
         )
-        record |= measured_errors(checkpoint, layer, padded, name, sums)
-    checksum = write_tensors(workspace.folder / layer_file(layer.index), tensors)
-    outcomes = [*_never_routed(sums), *found.outcomes]
+        record |= measured_errors(read, padded, name, sums)
     checked = layer.index in first_and_last(own.index for own in checkpoint.layers)
     record = {
-        "layer": layer.index,
         **({"kept": found.kept.tolist()} if unit == "experts" else {}),
         "edited": sorted(edited),
         "projections": projections,
-        **({"answers": dense_answers(rest, plan.shapes[layer.index])} if checked else {}),
-        "outcomes": [{"layer": layer.index, **outcome._asdict()} for outcome in outcomes],
-        "seconds": time.perf_counter() - start,
-        "peak_bytes": peak_bytes(),
     }
-    return workspace.finish(layer.index, key, checksum, record)
+    outcomes = [*_never_routed(sums), *found.outcomes]
+    answers = dense_answers(rest, plan.shapes[layer.index]) if checked else None
+    return Written(layer.index, tensors, record, outcomes, answers)
 
 
-def _check(found: Pruned, plan: SlimPlan, layer: MoELayer) -> None:
+def _check(found: Pruned, plan: PrunePlan, layer: MoELayer) -> None:
     """Raise unless a method kept just so many, and gave numbers."""
     lead = () if plan.method.unit == "experts" else (layer.shape.experts,)
     if found.kept.shape != (*lead, plan.keep) or (np.diff(found.kept, axis=-1) <= 0).any():
@@ -206,14 +243,3 @@ def _never_routed(sums: LayerSums | None) -> list[Outcome]:
         return []
     detail = f"no calibration token chose experts {', '.join(map(str, never))}: they count for nothing"
     return [Outcome("never_routed", "", detail)]
-
-
-def _outcomes(checkpoint: Checkpoint, entries: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    found = [outcome for entry in entries for outcome in entry["outcomes"]]
-    notes = [note for note in checkpoint.notes if "multi-token prediction" not in note]
-    if checkpoint.mtp:
-        notes.append(
-            f"{len(checkpoint.mtp)} tensors of multi-token prediction are left out, and their layers set to 0 in"
-            " config.json: they have as many experts as the model had"
-        )
-    return found + [{"layer": None, "kind": "note", "target": None, "detail": note} for note in notes]

@@ -1,182 +1,211 @@
-"""Compress a checkpoint: one layer at a time, each finished layer kept, the output under its name only when complete.
+"""Carry out one pass over the layers of a model: finished layers are kept, and the output appears when it is complete.
 
-Nothing ever holds the whole model: a layer is read target by target, fitted, measured, written and journaled before the
-next one starts. A run that is killed goes on where it stopped and ends with the same bytes; runs over disjoint layers
-share one folder and complete it together.
+Nothing ever holds the whole model: a layer is worked on, written and journaled before the next one starts. A run that
+is killed resumes where it stopped and ends with the same bytes; runs over disjoint layers share one folder and complete
+it together. What happens to a layer is the pass's business, see `Pass`: none is known here.
 """
 
 import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jaxmoe
-from jaxmoe.checkpoint import Checkpoint, MoELayer
 from jaxmoe.checkpoint.atomic import write_bytes
-from jaxmoe.checkpoint.factored import CompressedCheckpoint
-from jaxmoe.checkpoint.factored_format import experts_modules, factored_config
-from jaxmoe.checkpoint.families import architecture
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, layer_file
-from jaxmoe.compression.evidence import LayerSums, Sums, evidence, moments
-from jaxmoe.compression.evidence import outcomes as weighing_outcomes
-from jaxmoe.compression.plan import Plan, PlannedLayer, describe
-from jaxmoe.compression.svd_fallback import behind_svd, svd_instead
+from jaxmoe.compression.budget import Sizes, Totals
+from jaxmoe.compression.evidence import Sums
+from jaxmoe.compression.step import Source
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.card import model_card
-from jaxmoe.export.checking import Answers, answers, check_written, dense_answers, first_and_last
+from jaxmoe.export.checking import Answers, check_written
 from jaxmoe.export.folder import complete_folder, side_files, write_report
-from jaxmoe.export.remote_code import remote_code
-from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense
-from jaxmoe.factors.error import relative_errors
-from jaxmoe.methods import Outcome
-from jaxmoe.methods.method import REORDERED, count
+from jaxmoe.methods.method import Outcome
 from jaxmoe.report.events import Complete, LayerDone, OnEvent, Waiting, ignore
-from jaxmoe.report.records import Projection
+from jaxmoe.report.records import Improvement, Projection, Report
 
-EXPORTS = ("factored", "dense")
-Amend = Callable[[dict[str, Any]], dict[str, Any]]
+_NOT_REPORTED = ("key", "sha256", "spec", "stored", "counts", "edited", "answers", "outcomes", "peak_bytes")
+"""What the journal says of a layer and the report does not."""
 
-
-def unchanged(report: dict[str, Any]) -> dict[str, Any]:
-    """Return a report as it is."""
-    return report
+OF_A_STEP = ("method", "settings", "requested", "achieved", "kept", "parameters", "bytes", "outcomes", "layer_seconds")
+"""What the report of a recipe says of each of its steps."""
 
 
-def compress(
-    checkpoint: Checkpoint,
-    output: str | Path,
-    plan: Plan,
-    *,
-    export: str = "factored",
-    seed: int = 0,
-    layers: tuple[int, int] | None = None,
-    resume: bool = True,
-    command: str = "",
-    statistics: Sums | None = None,
-    amend: Amend = unchanged,
-    on_event: OnEvent = ignore,
-) -> dict[str, Any]:
-    """Carry out a plan and write the compressed checkpoint.
+class Written(NamedTuple):
+    """A layer as a pass leaves it.
 
     Args:
-        checkpoint: the source, which is never written to.
-        output: the folder to create; work in progress lies in `OUTPUT.partial` beside it.
-        plan: what to store, from `make_plan`.
-        export: "factored" (smaller on disk, runs through remote code) or "dense" (original architecture and size).
-        seed: of everything random.
-        layers: `(first, end)`: work on the decoder layers first <= index < end only; the run that finishes the last
-            layer publishes.
-        resume: whether to go on with an unfinished run; False starts over.
-        command: the command line, for the report.
-        statistics: calibrated statistics, asked for one layer at a time; the errors are then weighted by what the
-            experts see, see `weighing`. None weighs all directions alike.
-        amend: has the last word on the report of a complete run.
-        on_event: called with a small record after every step.
-
-    Returns:
-        The report, also written to `report.json`; its `complete` is False while layers of other runs are missing.
-
-    Raises:
-        JaxmoeError: the output exists, the folder belongs to another run, a weight is not finite, or the disk is full.
+        index: of the layer.
+        tensors: what its file will hold.
+        record: what the journal will say of it, `projections` and whatever else the pass needs later, as JSON.
+        outcomes: what the user should know.
+        answers: what its experts are to answer, see `export.checking`; None where that is not checked.
     """
-    check_export(checkpoint, export)
-    output = output_folder(output, [checkpoint.folder, *reads(statistics)])
-    begun = time.perf_counter()
-    check_statistics(plan, statistics)
-    run = _run_record(checkpoint, plan, export, seed, statistics)
-    if (done := finished(output, run)) is not None:
-        on_event(Complete(output=str(output)))
-        return done
-    mine = _selected(plan, layers)
-    workspace = Workspace(output, run)
-    with workspace.opened([planned.source.index for planned in mine], resume=resume):
-        keys = {planned.source.index: _layer_key(run, planned) for planned in plan.layers}
-        for position, planned in enumerate(mine):
-            index = planned.source.index
-            entry = workspace.entry(index, keys[index])
-            resumed = entry is not None
-            if entry is None:
-                entry = _compress_layer(checkpoint, plan, planned, export, seed, statistics, workspace, keys[index])
-            on_event(layer_done(entry, position + 1, len(mine), resumed=resumed))
-        entries = {index: workspace.entry(index, key) for index, key in keys.items()}
-        report = _report(checkpoint, output, plan, export, seed, command, entries, time.perf_counter() - begun)
-        report["calibration"] = None if statistics is None else statistics.describe()
-        if not report["complete"]:
-            # Another run may have finished the last layer and published while this one was still counting.
-            if (done := finished(output, run)) is not None:
-                return done
-            on_event(Waiting(layers=report["missing_layers"]))
-            return report
-        with workspace.exclusive("publish"):
-            return _publish(checkpoint, plan, export, workspace, entries, amend({**report, "run": run}), on_event)
+
+    index: int
+    tensors: Sequence[Planned]
+    record: Mapping[str, Any]
+    outcomes: Sequence[Outcome] = ()
+    answers: Answers | None = None
 
 
-def layer_done(entry: Mapping[str, Any], done: int, total: int, *, resumed: bool) -> LayerDone:
-    """Return the event for a layer whose entry in the journal is written."""
-    projections = {name: Projection.read(own) for name, own in entry["projections"].items()}
-    told = {"layer": entry["layer"], "seconds": entry["seconds"], "projections": projections}
-    return LayerDone(done=done, total=total, resumed=resumed, **told)
+class Files(NamedTuple):
+    """What a complete folder holds beside the layers' files.
+
+    Args:
+        config: what `config.json` will say.
+        code: the Python files that travel along.
+        copied: the tensors that no layer's file holds.
+        size: bytes that all tensors take together, None if that was not counted before.
+    """
+
+    config: Mapping[str, Any]
+    code: Mapping[str, str]
+    copied: Sequence[Planned]
+    size: int | None
 
 
-def check_export(checkpoint: Checkpoint, export: str) -> None:
-    """Raise if a checkpoint cannot be written in a form, so that nothing is fitted in vain."""
-    if export not in EXPORTS:
-        raise JaxmoeError(f"export {export!r}: give {' or '.join(EXPORTS)}")
-    if export == "factored":
-        architecture(checkpoint.model_type)
-        biases = checkpoint.family is not None and checkpoint.family.expert_biases
-        if wrong := [layer.index for layer in checkpoint.layers if bool(layer.biases) is not biases]:
-            there = (
-                "lack their biases" if biases else "have biases, for which their module in transformers has no place"
-            )
-            raise JaxmoeError(
-                f"{checkpoint.folder}: the experts of layers {', '.join(map(str, wrong))} {there}, so that their"
-                " factors could not be loaded: mend the checkpoint, or give --export dense"
-            )
+class Pass(Protocol):
+    """One pass over the layers of a model, planned: everything that differs between the steps of recipes."""
+
+    @property
+    def source(self) -> Source:
+        """What is read, and never written to."""
+        ...
+
+    @property
+    def export(self) -> str:
+        """Form of the result: "factored", "dense" or "slim"."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of everything random."""
+        ...
+
+    @property
+    def statistics(self) -> Sums | None:
+        """Calibrated statistics, None without."""
+        ...
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """The layers to work on, ascending."""
+        ...
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Predicted peak of memory beyond that of the idle program; None where nothing predicts it."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the bytes of the result beside source, statistics, form and seed, as JSON."""
+        ...
+
+    def layers(self, indices: Sequence[int], journal: Path) -> Iterator[Written]:
+        """Work on some layers, ascending; `journal` is a folder for what is kept meanwhile."""
+        ...
+
+    def summary(self, entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the keys of the plan as they came true, given the journal's entries of the layers that are done."""
+        ...
+
+    def steps(self, entries: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the same for each step of the pass."""
+        ...
+
+    def sizes(self, entries: Mapping[int, Mapping[str, Any]]) -> Sizes:
+        """Return the sizes as they came true."""
+        ...
+
+    def calibration(self) -> dict[str, Any] | None:
+        """Return what the report says of the text behind it."""
+        ...
+
+    def notes(self) -> list[Outcome]:
+        """Return what the user should know of the whole."""
+        ...
+
+    def files(self, entries: Mapping[int, Mapping[str, Any]]) -> Files:
+        """Return what joins the layers' files, all of which are written."""
+        ...
 
 
-def reads(statistics: Sums | None) -> tuple[Path, ...]:
-    """Return the folders that statistics come from."""
-    return () if statistics is None else statistics.reads
+@dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A recipe of several steps, of which a pass is the last: its report is about all of them.
+
+    Args:
+        identity: everything that decides the result; None where that is what decides the pass.
+        source: folder that the recipe began with.
+        summary: its `method`, `settings` and `requested`.
+        before: what the source holds.
+        reports: of the passes before, as JSON.
+        begun: when the run began.
+    """
+
+    identity: Mapping[str, Any] | None
+    source: Path
+    summary: Mapping[str, Any]
+    before: Totals
+    reports: Sequence[Mapping[str, Any]]
+    begun: float
+
+    def report(
+        self,
+        last: Mapping[str, Any],
+        sizes: Sizes,
+        steps: Sequence[Mapping[str, Any]],
+        note: str = "errors of the matrices are the last step's, against what the steps before it left",
+    ) -> dict[str, Any]:
+        """Return the report of the whole.
+
+        Args:
+            last: that of the last pass.
+            sizes: its.
+            steps: what it says of each of its steps.
+            note: what to know of the errors, where there were passes before it.
+        """
+        known = [step for report in self.reports for step in report["steps"]]
+        outcomes = [outcome for report in self.reports for outcome in report["outcomes"]]
+        notes = [_told(None, Outcome("note", "", note))] if self.reports else []
+        return {
+            **last,
+            **self.summary,
+            **whole_sizes(self.before, sizes, self.summary["requested"]),
+            "source": str(self.source),
+            "outcomes": [*outcomes, *last["outcomes"], *notes],
+            "steps": [*known, *steps],
+            "layer_seconds": sum(report["layer_seconds"] for report in self.reports) + last["layer_seconds"],
+            "seconds": time.perf_counter() - self.begun,
+            **({} if self.identity is None else {"run": dict(self.identity)}),
+        }
 
 
-def check_statistics(plan: Any, statistics: Sums | None) -> None:
-    """Raise if the method of a plan needs what the statistics did not keep."""
-    keeps = frozenset() if statistics is None else statistics.keeps
-    if missing := {name: mend for name, mend in plan.method.requires(plan.settings).items() if name not in keeps}:
-        mends = "; ".join(dict.fromkeys(missing.values()))
-        have = "there are no statistics" if statistics is None else f"the statistics lack {', '.join(missing)}"
-        raise JaxmoeError(f"{plan.method.name} with these settings cannot run: {have}; {mends}")
+def whole_sizes(before: Totals, last: Sizes, requested: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a recipe removes, as JSON, given its source and the sizes of its last step.
+
+    Args:
+        before: what the source holds.
+        last: sizes of the last step.
+        requested: what was asked for.
+    """
+    # Where several steps worked on the model, all routed experts are what they replaced.
+    after = last.after._replace(touched=last.after.experts)
+    sizes = Sizes(before._replace(touched=before.experts), after)
+    return {"achieved": sizes.removed(requested.get("unit", "parameters")), **sizes.model()}
 
 
-def _run_record(checkpoint: Checkpoint, plan: Plan, export: str, seed: int, statistics) -> dict[str, Any]:
-    """Return everything that decides the bytes of the result."""
-    return {
-        "source": checkpoint.fingerprint(),
-        "method": plan.method.name,
-        "settings": asdict(plan.settings),
-        "requested": plan.requested,
-        "allocation": plan.allocation,
-        "terms": fingerprint({str(p.source.index): p.template.spec() for p in plan.layers}),
-        "statistics": None if statistics is None else statistics.fingerprint(),
-        "export": export,
-        "seed": seed,
-        **where(),
-    }
-
-
-def where() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Return what beside the input decides the bytes of a result: versions and platform."""
     return {
         "versions": {"jaxmoe": jaxmoe.__version__, "jax": jax.__version__, "numpy": np.__version__},
@@ -184,226 +213,184 @@ def where() -> dict[str, Any]:
     }
 
 
-def _layer_key(run: Mapping[str, Any], planned: PlannedLayer) -> str:
-    return fingerprint({"run": run, "layer": planned.source.index, "terms": planned.template.spec()})
+def run(
+    work: Pass,
+    output: str | Path,
+    *,
+    layers: tuple[int, int] | None = None,
+    resume: bool = True,
+    command: str = "",
+    whole: Whole | None = None,
+    on_event: OnEvent = ignore,
+) -> Report:
+    """Carry out a pass and write what comes of it.
 
+    Args:
+        work: what happens to the layers.
+        output: the folder to create; work in progress lies in `OUTPUT.partial` beside it.
+        layers: `(first, end)`: work on the decoder layers first <= index < end only; the run that finishes the last
+            layer publishes.
+        resume: whether to resume an unfinished run; False starts over.
+        command: the command line, for the report.
+        whole: the recipe that the pass completes, where it has other steps.
+        on_event: called with a small record after every layer.
 
-def _selected(plan: Plan, layers: tuple[int, int] | None) -> list[PlannedLayer]:
-    if layers is None:
-        return list(plan.layers)
-    first, end = layers
-    chosen = [planned for planned in plan.layers if first <= planned.source.index < end]
-    if not chosen:
-        known = [planned.source.index for planned in plan.layers]
-        raise JaxmoeError(f"layers {first}:{end} hold no routed experts: they lie in layers {known[0]} to {known[-1]}")
-    return chosen
+    Returns:
+        The report, also written to `report.json`; its `complete` is False while layers of other runs are missing.
 
-
-def _compress_layer(checkpoint, plan, planned, export, seed, statistics, workspace, key) -> dict[str, Any]:
-    start = time.perf_counter()
-    source = planned.source
-    sums = None if statistics is None else statistics.layer(source.index)
-    layer, outcomes, histories = fit_layer(checkpoint, plan, planned, seed, sums)
-    touched = {projection for target in planned.touched for projection in TARGETS[target]}
-    projections = {
-        projection: {**record, **measured_errors(checkpoint, source, layer, projection, sums, projection in touched)}
-        for projection, record in describe(layer).items()
+    Raises:
+        JaxmoeError: the output exists, the folder belongs to another run, a weight is not finite, or the disk is full.
+    """
+    statistics = work.statistics
+    output = output_folder(output, [work.source.folder, *(() if statistics is None else statistics.reads)])
+    begun = time.perf_counter()
+    identity = {
+        "source": work.source.fingerprint(),
+        **work.identity(),
+        "statistics": None if statistics is None else statistics.fingerprint(),
+        "export": work.export,
+        "seed": work.seed,
+        **environment(),
     }
-    if export == "dense":
-        tensors = checkpoint.dense_tensors(source, partial(_materialized, layer))
-    else:
-        tensors = [
-            Planned(f"{source.module}.{name}", array.dtype, array.shape, partial(np.asarray, array))
-            for name, array in layer.tensors().items()
-        ]
-    if statistics is not None:
-        # Before the journal says that the layer is done: a run that goes on finds everything behind it.
-        statistics.follow(source.index, layer)
-    checksum = write_tensors(workspace.folder / layer_file(source.index), tensors)
-    stored = layer.count()
-    checked = source.index in first_and_last(own.source.index for own in plan.layers)
+    recorded = identity if whole is None or whole.identity is None else dict(whole.identity)
+    if (before := finished(output, recorded)) is not None:
+        on_event(Complete(output=str(output)))
+        return Report.read(before)
+    mine = _selected(work.indices, layers)
+    workspace = Workspace(output, identity)
+    with workspace.opened(mine, resume=resume):
+        keys = {index: fingerprint({"run": identity, "layer": index}) for index in work.indices}
+        entries = {index: workspace.entry(index, key) for index, key in keys.items()}
+        missing = [index for index in mine if entries[index] is None]
+        stream = work.layers(missing, workspace.journal)
+        for position, index in enumerate(mine):
+            known = entries[index]
+            entry = entries[index] = known or _next(stream, workspace, keys)
+            on_event(_layer_done(entry, position + 1, len(mine), resumed=known is not None))
+        # What other runs did meanwhile.
+        entries |= {index: workspace.entry(index, keys[index]) for index in keys.keys() - {*mine}}
+        done = {index: entry for index, entry in sorted(entries.items()) if entry is not None}
+        report = {"output": str(output), "command": command, **_report(work, done, time.perf_counter() - begun)}
+        if not report["complete"]:
+            # Another run may have finished the last layer and published while this one was still counting.
+            if (other := finished(output, recorded)) is not None:
+                return Report.read(other)
+            on_event(Waiting(layers=report["missing_layers"]))
+            return Report.read(report)
+        report["run"] = recorded
+        if whole is not None:
+            report = whole.report(report, work.sizes(done), work.steps(done))
+        with workspace.exclusive("publish"):
+            return _publish(work, workspace, done, Report.read(report), on_event)
+
+
+def _selected(indices: Sequence[int], layers: tuple[int, int] | None) -> list[int]:
+    if layers is None:
+        return list(indices)
+    first, end = layers
+    if chosen := [index for index in indices if first <= index < end]:
+        return chosen
+    raise JaxmoeError(f"layers {first}:{end} hold no routed experts: they lie in layers {indices[0]} to {indices[-1]}")
+
+
+def _next(stream: Iterator[Written], workspace: Workspace, keys: Mapping[int, str]) -> dict[str, Any]:
+    """Have the next layer worked on, and write and journal it."""
+    start = time.perf_counter()
+    layer = next(stream)
+    checksum = write_tensors(workspace.folder / layer_file(layer.index), layer.tensors)
     record = {
-        "layer": source.index,
-        "spec": layer.spec(),
-        "stored": stored._asdict(),
-        "projections": projections,
-        "outcomes": [{"layer": source.index, **outcome._asdict()} for outcome in outcomes],
-        "losses": histories,
-        **({"answers": _meant(layer, export)} if checked else {}),
+        "layer": layer.index,
+        **layer.record,
+        **({} if layer.answers is None else {"answers": layer.answers}),
+        "outcomes": [_told(layer.index, outcome) for outcome in layer.outcomes],
         "seconds": time.perf_counter() - start,
         "peak_bytes": peak_bytes(),
     }
-    return workspace.finish(source.index, key, checksum, record)
+    return workspace.finish(layer.index, keys[layer.index], checksum, record)
 
 
-def measured_errors(
-    checkpoint: Checkpoint,
-    source: MoELayer,
-    layer: CompressedLayer,
-    projection: str,
-    sums: LayerSums | None,
-    touched: bool = True,
-) -> dict[str, Any]:
-    """Return what a report says of one projection's errors; those that were not touched are known to be zero."""
-    errors = weighted = np.zeros(source.shape.experts)
-    # As shrunk, but without the floor: what the calibration tokens lose.
-    moment = moments(sums, projection, floor=0.0)
-    if touched:
-        weight = checkpoint.projection(source, projection)
-        errors = relative_errors(weight, layer, projection)
-        weighted = relative_errors(weight, layer, projection, moment=moment)
+def _layer_done(entry: Mapping[str, Any], done: int, total: int, *, resumed: bool) -> LayerDone:
+    return LayerDone(
+        done=done,
+        total=total,
+        layer=entry["layer"],
+        resumed=resumed,
+        seconds=entry["seconds"],
+        projections={name: Projection.read(own) for name, own in entry["projections"].items()},
+        error=Improvement.read(entry["error"]) if "error" in entry else None,
+    )
+
+
+def _told(layer: int | None, outcome: Outcome) -> dict[str, Any]:
+    own = outcome._asdict()
+    return {"layer": layer, **own, "target": own["target"] if layer is not None else None}
+
+
+def step_outcomes(work: Pass, entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the outcomes and the time of a pass, for the record of its last step; nothing where none ran.
+
+    Args:
+        work: the pass.
+        entries: the journal's, of the layers that are done.
+    """
+    if not entries:
+        return {}
+    told = [outcome for entry in entries.values() for outcome in entry["outcomes"]]
     return {
-        "error": float(errors.mean()),
-        "worst_error": float(errors.max()),
-        "worst_expert": int(errors.argmax()),
-        "weighted_error": None if moment is None else float(weighted.mean()),
+        "outcomes": told + [_told(None, note) for note in work.notes()],
+        "layer_seconds": sum(entry["seconds"] for entry in entries.values()),
     }
 
 
-def fit_layer(
-    checkpoint: Checkpoint, plan: Plan, planned: PlannedLayer, seed: int, sums: LayerSums | None
-) -> tuple[CompressedLayer, list[Outcome], dict[str, list[float]]]:
-    """Fit one layer and return it with what happened and the thinned history of the losses."""
-    source, template = planned.source, planned.template
-    key = jax.random.fold_in(jax.random.key(seed), source.index)
-    terms, outcomes, histories = {}, weighing_outcomes(sums, planned.touched, source.shape), {}
-
-    def read(target: str) -> jax.Array:
-        return jax.device_put(checkpoint.target(source, target), may_alias=True)
-
-    for position, (target, abstract) in enumerate(template.terms.items()):
-        if target not in planned.touched:
-            terms[target] = (Dense(weight=checkpoint.projection(source, target)),)
-            continue
-        weight, known = read(target), evidence(sums, target, read, gated=source.shape.gated)
-        fit = plan.method.fit(weight, abstract, plan.settings, evidence=known, key=jax.random.fold_in(key, position))
-        for array in jax.tree_util.tree_leaves(fit.terms):
-            if not bool(jnp.isfinite(array.astype(jnp.float32)).all()):
-                raise JaxmoeError(
-                    f"layer {source.index}, {target}: {plan.method.name} gave factors that {source.dtype} cannot hold "
-                    "(NaN or overflow); try another setting or seed"
-                )
-        if count(fit.terms).bytes > count(abstract).bytes:
-            raise RuntimeError(f"{target}: {count(fit.terms)} of {count(abstract)}: a defect of {plan.method.name}")
-        terms[target] = fit.terms
-        outcomes += [outcome._replace(target=target) for outcome in fit.outcomes]
-        if all(outcome.kind != REORDERED for outcome in fit.outcomes):
-            behind = behind_svd(weight, fit.terms, known.moment, target)
-            yields = behind is not None and plan.method.falls_back_to_svd and plan.settings.setting == "improved"
-            if behind is not None and yields and (closer := svd_instead(weight, fit.terms, known)) is not None:
-                terms[target] = closer
-                behind = behind._replace(kind="svd_instead", detail=f"{behind.detail}; it is stored instead")
-            outcomes += [] if behind is None else [behind]
-        if len(fit.losses):
-            thin = max(1, len(fit.losses) // 50)
-            histories[target] = [float(x) for x in (*fit.losses[::thin], fit.losses[-1])]
-    return CompressedLayer(terms=terms, sizes=source.shape).check(), outcomes, histories
-
-
-def _meant(layer: CompressedLayer, export: str) -> Answers:
-    """Return what a layer is to answer as exported; a sparse term that masks every batch anew is none when dense."""
-    return dense_answers(layer.materialize, layer.sizes) if export == "dense" else answers(layer)
-
-
-def _materialized(layer: CompressedLayer, projection: str) -> np.ndarray:
-    return np.asarray(layer.materialize(projection))
-
-
-def _report(checkpoint, output, plan, export, seed, command, entries, seconds) -> dict[str, Any]:
-    done = {index: entry for index, entry in entries.items() if entry is not None}
-    missing = [index for index, entry in entries.items() if entry is None]
-    outcomes = [outcome for entry in done.values() for outcome in entry["outcomes"]]
-    if export == "dense":
-        detail = "the files hold the materialised matrices: nothing is saved on disk, the ratios are the factors'"
-        outcomes.append({"layer": None, "kind": "dense_export", "target": None, "detail": detail})
-    outcomes += [{"layer": None, "kind": "note", "target": None, "detail": note} for note in checkpoint.notes]
-    achieved = plan.with_stored({index: Count(**entry["stored"]) for index, entry in done.items()})
+def _report(work: Pass, entries: Mapping[int, Mapping[str, Any]], seconds: float) -> dict[str, Any]:
+    missing = [index for index in work.indices if index not in entries]
     return {
         "jaxmoe": jaxmoe.__version__,
-        "source": str(checkpoint.folder),
-        "output": str(output),
-        "command": command,
-        "seed": seed,
-        "export": export,
-        **achieved.summary(),
+        "source": str(work.source.folder),
+        "seed": work.seed,
+        "export": work.export,
+        **work.summary(entries),
         "layers": [
-            {name: entry[name] for name in ("layer", "projections", "seconds", "losses")}
-            for _, entry in sorted(done.items())
+            {name: value for name, value in entry.items() if name not in _NOT_REPORTED} for entry in entries.values()
         ],
-        "outcomes": outcomes,
-        "predicted_peak_bytes": plan.peak_bytes,
-        "peak_bytes": max([peak_bytes(), *(entry["peak_bytes"] for entry in done.values())]),
-        "layer_seconds": sum(entry["seconds"] for entry in done.values()),
+        "outcomes": [],
+        "layer_seconds": 0.0,
+        **step_outcomes(work, entries),
+        "calibration": work.calibration(),
+        "predicted_peak_bytes": work.peak_bytes,
+        "peak_bytes": max([peak_bytes(), *(entry["peak_bytes"] for entry in entries.values())]),
         "seconds": seconds,
         "complete": not missing,
         "missing_layers": missing,
     }
 
 
-def _publish(checkpoint, plan, export, workspace, entries, report, on_event) -> dict[str, Any]:
-    if export == "dense":
-        config, code, size = checkpoint.dense_config(), {}, None
-    else:
-        modules = {
-            planned.source.module: (planned.source.shape, entries[planned.source.index]["spec"])
-            for planned in plan.layers
-        }
-        config = factored_config(checkpoint.dense_config(), experts_modules(modules, checkpoint.layouts()))
-        code, size = remote_code(config), report["bytes"]["after"]
-    layers = [planned.source.index for planned in plan.layers]
-    meant = {index: entry["answers"] for index, entry in entries.items() if "answers" in entry}
-    return publish(checkpoint, workspace, report, layers, config, code, size, meant, on_event)
-
-
-def publish(
-    checkpoint: Checkpoint | CompressedCheckpoint,
-    workspace: Workspace,
-    report: Mapping[str, Any],
-    layers: Iterable[int],
-    config: Mapping[str, Any],
-    code: Mapping[str, str],
-    size: int | None,
-    meant: Mapping[int, Answers],
-    on_event: OnEvent = ignore,
-    *,
-    copied: Sequence[Planned] | None = None,
-) -> dict[str, Any]:
-    """Complete a folder whose layers are all written, with its report and model card, and give it its name.
-
-    Args:
-        checkpoint: the source, of which everything but the experts is copied.
-        workspace: where the layers' files lie.
-        report: of the run, with the record that the workspace was opened with under `run`.
-        layers: indices of the layers.
-        config: what `config.json` will say.
-        code: the Python files that travel along.
-        size: bytes that all tensors take together, None if that was not counted before.
-        meant: what the experts of some layers are to answer, see `export.checking`.
-        on_event: called when it is done.
-        copied: what the layers' files lack; None for everything of the source but the experts.
-
-    Returns:
-        The report, with what the files hold under `stored`.
+def _publish(
+    work: Pass, workspace: Workspace, entries: Mapping[int, Mapping[str, Any]], report: Report, on_event: OnEvent
+) -> Report:
+    """Complete the folder, open it again as its user will, and give it its name.
 
     Raises:
         JaxmoeError: what was written cannot be opened again, or does not hold what was meant.
     """
+    files = work.files(entries)
     stored = complete_folder(
         workspace.folder,
-        layers=[workspace.folder / layer_file(index) for index in layers],
-        copied=checkpoint.copied() if copied is None else copied,
-        config=config,
-        code=code,
-        beside=side_files(checkpoint.folder),
+        layers=[workspace.folder / layer_file(index) for index in entries],
+        copied=files.copied,
+        config=files.config,
+        code=files.code,
+        beside=side_files(work.source.folder),
     )
-    if size is not None and stored["bytes"] != size:
-        raise RuntimeError(f"the files hold {stored}, the terms counted {size}: a defect of jaxmoe")
-    check_written(workspace.folder, checkpoint, meant)
-    report = write_report(workspace.folder, {**report, "stored": stored})
-    write_bytes(workspace.folder / "README.md", model_card(report).encode())
+    if files.size is not None and stored["bytes"] != files.size:
+        raise RuntimeError(f"the files hold {stored}, the terms counted {files.size}: a defect of jaxmoe")
+    meant = {index: entry["answers"] for index, entry in entries.items() if "answers" in entry}
+    check_written(workspace.folder, work.source, meant)
+    record = write_report(workspace.folder, {**report.as_json(), "stored": stored})
+    write_bytes(workspace.folder / "README.md", model_card(record).encode())
     workspace.publish()
     on_event(Complete(output=str(workspace.output)))
-    return report
+    return Report.read(record)
 
 
 def peak_bytes() -> int:

@@ -240,7 +240,11 @@ class Grouped(Term):
 
     def work(self, chosen):
         experts, out, in_ = self.shape
-        ranks = np.array(self.group_ranks)
+        groups = self.ranks.shape[1]
+        # Of an abstract term the mean rank is known, which for groups of one expert costs just as much.
+        ranks = (
+            np.full(groups, self.bases.shape[0] / groups) if self.known_ranks is None else np.array(self.known_ranks)
+        )
         members = np.minimum(self.size, experts - self.size * np.arange(len(ranks)))
         share = chosen / experts
         # Blended bases are read whole by every expert.

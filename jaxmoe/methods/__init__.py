@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods.camera import CAMERA
+from jaxmoe.methods.compressed_experts import COMPRESSED_EXPERTS, SkippingMethod
 from jaxmoe.methods.d2moe import D2MOE
 from jaxmoe.methods.frequency import FREQUENCY
 from jaxmoe.methods.hc_smoe import HC_SMOE
@@ -15,12 +16,14 @@ from jaxmoe.methods.method import Evidence, Fit, Method, Outcome, Slot
 from jaxmoe.methods.mobe import MOBE
 from jaxmoe.methods.nystrom import NYSTROM
 from jaxmoe.methods.pruning import PruningMethod
+from jaxmoe.methods.quantising import QuantisingMethod
 from jaxmoe.methods.reap import REAP
+from jaxmoe.methods.recover import RECOVER, RecoveryMethod
 from jaxmoe.methods.rfid import RFID
 from jaxmoe.methods.svd import SVD
 
-AnyMethod = Method | PruningMethod
-"""What a name may stand for: factors of the experts, or fewer and smaller ones."""
+AnyMethod = Method | PruningMethod | QuantisingMethod | SkippingMethod | RecoveryMethod
+"""What a name may stand for: a record of any `kind` of step."""
 
 METHODS: dict[str, AnyMethod] = {}
 """The registered methods by name."""
@@ -49,17 +52,17 @@ def get(name: str) -> AnyMethod:
     return METHODS[name]
 
 
-def pruning_methods() -> str:
-    """Return the names of the methods that remove experts or channels, for messages.
+def names(kind: str) -> list[str]:
+    """Return the names of the methods of a kind: "remove", "factor", "quantise", "skip" or "recover".
 
     Example:
-        >>> pruning_methods()
-        'camera, frequency, nystrom, reap'
+        >>> names("remove")
+        ['camera', 'frequency', 'nystrom', 'reap']
     """
-    return ", ".join(name for name, method in sorted(METHODS.items()) if isinstance(method, PruningMethod))
+    return [name for name, method in sorted(METHODS.items()) if method.kind == kind]
 
 
-for _method in (SVD, MOBE, RFID, D2MOE, FREQUENCY, REAP, CAMERA, NYSTROM, HC_SMOE):
+for _method in (SVD, MOBE, RFID, D2MOE, HC_SMOE, FREQUENCY, REAP, CAMERA, NYSTROM, COMPRESSED_EXPERTS, RECOVER):
     register(_method)
 
 __all__ = [
@@ -70,8 +73,11 @@ __all__ = [
     "Method",
     "Outcome",
     "PruningMethod",
+    "QuantisingMethod",
+    "RecoveryMethod",
+    "SkippingMethod",
     "Slot",
     "get",
-    "pruning_methods",
+    "names",
     "register",
 ]

@@ -1,13 +1,16 @@
-"""The name and the settings of Compressed Experts.
+"""Compressed Experts (arXiv 2503.00634): fewer experts run, and small vectors compensate for the others.
 
-It is no `methods.Method`: those store fewer numbers at a ratio that one asks for, one target of a layer after another.
+The main experts read their inputs scaled by the mean of the vectors of the token's other experts, weighted by the
+router (`model.auxiliary`). The paper trains the vectors with the whole model (`jaxmoe recover`); the improved setting
+learns them layer by layer from what each layer gave when all chosen experts ran (`compression.expert_vectors`).
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.methods.method import check_setting
+from jaxmoe.methods.method import check_setting, no_requirements
 from jaxmoe.model.auxiliary import RENORMS
 
 
@@ -42,12 +45,24 @@ class Settings:
             )
 
 
-class MainMethod(NamedTuple):
-    """A method that is asked for a number of experts to run; `name` is how the command line spells it."""
+class SkippingMethod(NamedTuple):
+    """A method that runs fewer experts for every token: it is asked for a number of experts, not for a ratio.
+
+    Args:
+        name: as the command line spells it.
+        summary: one line for the help text.
+        settings: `Settings`.
+        requires: `(settings) -> {statistic: mend}` as for `Method`; none.
+    """
 
     name: str
     summary: str
     settings: type[Settings]
+    requires: Callable[[Any], Mapping[str, str]] = no_requirements
+
+    kind = "skip"
 
 
-METHOD = MainMethod("compressed_experts", "run fewer experts, and let vectors stand in for the others", Settings)
+COMPRESSED_EXPERTS = SkippingMethod(
+    "compressed_experts", "run fewer experts, and let vectors compensate for the others", Settings
+)

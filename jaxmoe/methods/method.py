@@ -8,6 +8,7 @@ and the fit shares it out. Everything else (reading, budgets, resuming, writing,
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,12 +25,20 @@ class Slot(NamedTuple):
     low: int
     high: int
 
-    def ladder(self) -> Ladder:
-        """Return the slot's sizes in numbers, counted on the abstract terms."""
-        experts, out, in_ = self.at(self.low)[0].shape
-        first, second = (count(self.at(level)).numbers for level in (self.low, self.low + 1))
+    def ladder(self, size: Callable[[tuple[Term, ...]], int] | None = None, dense: int | None = None) -> Ladder:
+        """Return the slot's sizes, counted on the abstract terms.
+
+        Args:
+            size: what terms amount to; None for their numbers.
+            dense: what the target amounts to untouched; None for its numbers.
+        """
+        first, second = (
+            count(terms).numbers if size is None else size(terms)
+            for terms in (self.at(level) for level in (self.low, self.low + 1))
+        )
         step = second - first
-        return Ladder(experts * out * in_, first - step * self.low, step, self.low, self.high)
+        whole = prod(self.at(self.low)[0].shape) if dense is None else dense
+        return Ladder(whole, first - step * self.low, step, self.low, self.high)
 
 
 def count(terms: tuple[Term, ...]) -> Count:
@@ -152,6 +161,8 @@ class Method(NamedTuple):
     allocation: str = "uniform"
     falls_back_to_svd: bool = False
     linear_slot: Callable[..., Slot] | None = None
+
+    kind = "factor"
 
 
 ATTENTION_WEIGHT = 5.0

@@ -53,6 +53,8 @@ class PruningMethod(NamedTuple):
     requires: Callable[[Any], Mapping[str, str]]
     allocation: str = "uniform"
 
+    kind = "remove"
+
 
 @dataclass(frozen=True, kw_only=True)
 class PruningSettings:

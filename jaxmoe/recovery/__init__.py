@@ -1,7 +1,9 @@
-"""Recovery: training a compressed model, on arrays (`losses`, `training`) and on checkpoints (`recover`)."""
+"""Recovery: training a compressed model, on arrays (`losses`, `training`).
+
+Training of checkpoints is in `recovery.recover`, which reads and writes files and is not imported here.
+"""
 
 from jaxmoe.recovery.losses import LOSSES, Batch, Side, batch_losses
-from jaxmoe.recovery.recover import recover
 from jaxmoe.recovery.trainable import SETS, merge, select, split
 from jaxmoe.recovery.training import State, Training, begin, train_step
 
@@ -15,7 +17,6 @@ __all__ = [
     "batch_losses",
     "begin",
     "merge",
-    "recover",
     "select",
     "split",
     "train_step",

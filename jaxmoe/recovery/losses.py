@@ -191,3 +191,20 @@ def _likelihoods(student: Side, x, teacher: Side | None, taught, batch: Batch, t
     parts = (flat(x), None if taught is None else flat(taught), cut(targets), cut(counted))
     nats, divergence = lax.map(lambda own: block(ends, *own), parts)
     return jnp.sum(nats), jnp.sum(divergence)
+
+
+def loss_weights(text: str) -> dict[str, float]:
+    """Return the losses that `NAME[=WEIGHT],...` names, by weight.
+
+    Example:
+        >>> loss_weights("distillation,balance=0.01")
+        {'distillation': 1.0, 'balance': 0.01}
+    """
+    weights = {}
+    for part in text.split(","):
+        name, separator, weight = part.partition("=")
+        try:
+            weights[name] = float(weight) if separator else 1.0
+        except ValueError:
+            raise JaxmoeError(f"--loss {text}: {weight!r} is no number; give NAME or NAME=WEIGHT") from None
+    return weights

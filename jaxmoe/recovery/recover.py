@@ -25,6 +25,7 @@ from jaxmoe.checkpoint.records import read_bytes, read_record
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import REPORT, Workspace, fingerprint, finished, make_folder
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.card import model_card
 from jaxmoe.export.folder import write_report
 from jaxmoe.export.trained import write_trained
 from jaxmoe.recovery.losses import TAUGHT, Side
@@ -51,6 +52,8 @@ from jaxmoe.texts import (
 from jaxmoe.texts.chat_template import chat_template
 
 CARD = "README.md"
+_OWN = ("teacher", "trained", "training", "data", "losses", "outcomes", "seconds")
+"""What the report of a recipe says of its training."""
 
 
 def recover(
@@ -71,6 +74,7 @@ def recover(
     resume: bool = True,
     command: str = "",
     ignore_config_keys: Collection[str] = (),
+    completes: Mapping[str, Any] | None = None,
     on_event: OnEvent = ignore,
     **training: Any,
 ) -> dict[str, Any]:
@@ -93,6 +97,8 @@ def recover(
         resume: whether to resume an unfinished run; False starts over.
         command: the command line, for the report.
         ignore_config_keys: keys of both configs to leave out of account, where jaxmoe does not know what they mean.
+        completes: the report of a recipe of which this is a step, which then stands in the place of the training's own
+            and has that under `recovery`; its `run`, if it has one, is what the output is known by.
         on_event: called with an event after every step.
         training: `steps`, `rows`, `learning_rate` and all else that `Training` takes.
 
@@ -137,7 +143,8 @@ def recover(
     }
     if clock is not None:
         run["clock"] = clock.isoformat()
-    if (done := finished(output, run)) is not None:
+    recorded = run if completes is None else completes.get("run", run)
+    if (done := finished(output, recorded)) is not None:
         on_event(Complete(output=str(output)))
         return done
     parameters = model.parameters()
@@ -164,8 +171,20 @@ def recover(
         report = _report(model, original, output, train, settings, rows, length, result, stored)
         report |= {"seed": seed, "command": command, "seconds": time.perf_counter() - begun, "run": run}
         report |= {"ignored_config_keys": list(model.ignored)} if model.ignored else {}
-        report = write_report(workspace.folder, report)
-        write_bytes(workspace.folder / CARD, _card(model.folder, report).encode())
+        if completes is None:
+            report = write_report(workspace.folder, report)
+            card = _card(_card_before(model.folder), report)
+        else:
+            own = {name: report[name] for name in _OWN}
+            whole = {
+                **completes,
+                "run": recorded,
+                "stored": stored,
+                "seconds": completes["seconds"] + report["seconds"],
+            }
+            card = _card(model_card(whole).rstrip(), report)
+            report = write_report(workspace.folder, {**whole, "recovery": own})
+        write_bytes(workspace.folder / CARD, card.encode())
         workspace.publish()
     on_event(Complete(output=str(output)))
     return report
@@ -296,10 +315,14 @@ def _report(model: StoredModel, original, output, sets, training, rows: Rows, le
     }
 
 
-def _card(folder: Path, report: dict[str, Any]) -> str:
-    """Return the source's model card with what training did."""
+def _card_before(folder: Path) -> str:
+    """Return the model card of the source."""
     path = folder / CARD
-    before = path.read_text(encoding="utf-8").rstrip() if path.is_file() else f"# {folder.name}"
+    return path.read_text(encoding="utf-8").rstrip() if path.is_file() else f"# {folder.name}"
+
+
+def _card(before: str, report: dict[str, Any]) -> str:
+    """Return a model card with what training did."""
     trained, data, training = report["trained"], report["data"], report["training"]
     lines = [
         before,

@@ -35,31 +35,29 @@ class Counted(Event, frozen=True, kw_only=True):
 
 
 class LayerDone(Counted, tag="layer", frozen=True, kw_only=True):
-    """A layer is compressed, or was by an earlier run."""
+    """A layer is compressed, or was by an earlier run.
+
+    Args:
+        layer: its index.
+        resumed: whether an earlier run did it.
+        seconds: that it took.
+        projections: what it stores.
+        error: of the sum of its experts, with those left out that do not run, and with what compensates for them.
+    """
 
     layer: int
     resumed: bool
     seconds: float
     projections: dict[str, Projection]
+    error: Improvement | None = None
 
     def __str__(self) -> str:
         errors = ", ".join(f"{name} {own.error:.4f}" for name, own in self.projections.items() if own.error is not None)
         how = "kept from an earlier run" if self.resumed else f"{self.seconds:.1f} s"
         told = f": relative error {errors}" if errors else ""
+        if self.error is not None:
+            told += f": error of its output {self.error.before:.4f} -> {self.error.after:.4f}"
         return f"layer {self.layer} ({self.done} of {self.total}, {how}){told}"
-
-
-class VectorsLearned(Counted, tag="main_experts", frozen=True, kw_only=True):
-    """The vectors of a layer's experts that do not run are found; `error` is None where no text was given."""
-
-    layer: int
-    error: Improvement | None
-    seconds: float
-
-    def __str__(self) -> str:
-        error = self.error
-        learned = "" if error is None else f": error of its output {error.before:.4f} -> {error.after:.4f}"
-        return f"layer {self.layer} ({self.done} of {self.total}, {self.seconds:.1f} s){learned}"
 
 
 class Calibrated(Counted, tag="calibrated", frozen=True, kw_only=True):
@@ -152,7 +150,7 @@ class Complete(Event, tag="complete", frozen=True, kw_only=True):
         return f"written: {self.output}"
 
 
-_KINDS = (LayerDone, VectorsLearned, Calibrated, Forward, TrainingStep, Damaged, CellDone, Waiting, Complete)
+_KINDS = (LayerDone, Calibrated, Forward, TrainingStep, Damaged, CellDone, Waiting, Complete)
 _KIND = {kind.__struct_config__.tag: kind for kind in _KINDS}
 
 

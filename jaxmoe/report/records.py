@@ -258,6 +258,7 @@ class Report(PlanSummary, frozen=True, kw_only=True):
         missing_layers: which.
         stored: what the files hold; None where the run is not complete.
         ignored_config_keys: keys of the source's config that were left out of account.
+        recovery: what training did, for recipes that end in it.
         run: everything that decides the bytes of the result; None where the run is not complete.
         seal: a checksum of the report as it was written.
     """
@@ -277,5 +278,6 @@ class Report(PlanSummary, frozen=True, kw_only=True):
     missing_layers: list[int] | None = None
     stored: Stored | None = None
     ignored_config_keys: list[str] | None = None
+    recovery: dict[str, Any] | None = None
     run: dict[str, Any] | None = None
     seal: str | None = None

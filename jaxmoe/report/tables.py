@@ -74,13 +74,24 @@ def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
             numbers = sum(record["parameters"] for record in covered)
             kept = sum(record["kept"] for record in covered) / len(covered)
             rows.append((indices, target, words, f"{numbers:,}", f"{kept:.3f}"))
-    shared = f"the budget is shared by the rule {plan['allocation']!r}"
+    shared = f"the budget is shared by the rule {plan['allocation']!r}" if "allocation" in plan else None
     columns = ("layer", "target", "stored as", "numbers per layer", "kept")
     return [*size_tables(plan), table(columns, rows, title=shared)]
 
 
+def report_tables(report: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of a finished run: its steps, the errors of its layers, sizes."""
+    layers = report["layers"]
+    tables = [steps_table(report)] if "steps" in report else []
+    if any("error" in record for layer in layers for record in layer["projections"].values()):
+        tables.append(error_table(layers))
+    if learned := [layer for layer in layers if "importance" in layer]:
+        tables.append(main_experts_table(learned))
+    return [*tables, *size_tables(report)]
+
+
 def steps_table(record: Mapping[str, Any]) -> Table:
-    """Return what every step of a chain removes of what it finds."""
+    """Return what every step of a recipe removes of what it finds."""
     rows = []
     for step in record["steps"]:
         kept = ", ".join(f"{number} {unit} stay" for unit, number in step.get("kept", {}).items())

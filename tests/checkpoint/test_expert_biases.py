@@ -4,16 +4,15 @@ import re
 
 import numpy as np
 import pytest
+from planned import compress, make_plan, run
 from safetensors.numpy import load_file, save_file
 from tiny_models import load_tiny, save_tiny
 
-from jaxmoe import Checkpoint, densify, make_plan, methods
+from jaxmoe import Checkpoint, densify, methods
 from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.compression.recipe import carry_out, plan_compression
-from jaxmoe.compression.run import compress
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.trained import write_trained
 from jaxmoe.recovery.trainable import merge, names, split
@@ -126,10 +125,9 @@ def test_slimmed_as_the_stacks_are(stacked, tmp_path, name, multiple):
     calibrate_windows(StoredModel(stacked), [text], statistics, tokenizer=None)
     outputs = []
     for source in (stacked, one_by_one(stacked, tmp_path / "apart")):
-        opened, method = Checkpoint.open(source), methods.get(name)
-        plan = plan_compression(opened, method, method.settings(multiple=multiple), ratio=0.25)
         folder = tmp_path / f"{source.name}-slim"
-        carry_out(opened, folder, plan, statistics=Statistics.open(statistics))
+        options = {"settings": {"multiple": multiple}, "statistics": Statistics.open(statistics)}
+        run(Checkpoint.open(source), folder, name, ratio=0.25, **options)
         outputs.append(logits(AutoModelForCausalLM.from_pretrained(folder)))
     assert torch.equal(*outputs)
 

@@ -6,9 +6,10 @@ import ml_dtypes
 import numpy as np
 import plain_checkpoint
 import pytest
+from planned import compress, make_plan
 from safetensors.numpy import load_file
 
-from jaxmoe import compress, make_plan, methods
+from jaxmoe import methods
 from jaxmoe.checkpoint import Checkpoint, Planned, write_tensors
 from jaxmoe.checkpoint.inspection import inspect
 from jaxmoe.errors import JaxmoeError

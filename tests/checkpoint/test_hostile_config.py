@@ -6,11 +6,11 @@ import random
 
 import plain_checkpoint
 import pytest
+from planned import make_plan, prune_plan
 
-from jaxmoe import Checkpoint, StoredModel, inspect, make_plan, methods
+from jaxmoe import Checkpoint, StoredModel, inspect, methods
 from jaxmoe.checkpoint.families import FAMILIES
 from jaxmoe.checkpoint.families.parts.keys import KINDS
-from jaxmoe.compression.pruned_sizes import make_slim_plan
 from jaxmoe.errors import JaxmoeError
 
 HOSTILE = (
@@ -21,7 +21,7 @@ HOSTILE = (
 
 def plan(folder, name, **settings):
     method = methods.get(name)
-    make = make_plan if name == "svd" else make_slim_plan
+    make = make_plan if name == "svd" else prune_plan
     return make(Checkpoint.open(folder), method, method.settings(**settings), ratio=0.3)
 
 

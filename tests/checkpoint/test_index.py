@@ -5,9 +5,10 @@ import json
 import numpy as np
 import plain_checkpoint
 import pytest
+from planned import compress, make_plan
 from safetensors.numpy import load_file, save_file
 
-from jaxmoe import compress, densify, make_plan, methods
+from jaxmoe import densify, methods
 from jaxmoe.checkpoint import Checkpoint, Planned, read_header, write_tensors
 from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.files import INDEX, SINGLE, read_weights

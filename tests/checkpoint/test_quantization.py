@@ -5,9 +5,10 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from planned import compress, make_plan
 from tiny_models import EXPERTS, HIDDEN, INTERMEDIATE
 
-from jaxmoe import compress, make_plan, methods
+from jaxmoe import methods
 from jaxmoe.checkpoint import Checkpoint, Planned, write_tensors
 from jaxmoe.checkpoint.decoding import decode_fp8, decode_int4, decode_mxfp4
 from jaxmoe.errors import JaxmoeError

@@ -5,12 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from planned import compress, make_plan
 from program import call
 
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.families import exports
-from jaxmoe.compression.plan import make_plan
-from jaxmoe.compression.run import compress
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods import get

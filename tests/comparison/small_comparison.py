@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  numpy learns bfloat16
 from safetensors.numpy import load_file, save_file
 
-from jaxmoe import methods
 from jaxmoe.comparison import Contender
+from jaxmoe.compression.recipe import find
 from jaxmoe.data import demo_checkpoint, demo_texts
 
 RATIO = 0.8
@@ -52,9 +52,8 @@ class Compared(NamedTuple):
         return row
 
 
-def contender(method: str, **settings) -> Contender:
-    recipe = methods.get(method)
-    return Contender(method=recipe, settings=recipe.settings(**settings))
+def contender(name: str, setting: str = "improved", **options) -> Contender:
+    return Contender(recipe=find(name, setting=setting, options=options))
 
 
 def contenders() -> list[Contender]:

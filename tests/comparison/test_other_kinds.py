@@ -8,9 +8,7 @@ import pytest
 from program import call, checksums
 from small_comparison import ASKED, contender, two_layers
 
-from jaxmoe.comparison import Contender, compare
-from jaxmoe.compression.chain import ChainSettings, find
-from jaxmoe.methods.compressed_experts import METHOD
+from jaxmoe.comparison import compare
 from jaxmoe.report.comparison import comparison_markdown
 
 
@@ -18,11 +16,9 @@ from jaxmoe.report.comparison import comparison_markdown
 def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds")
     source = two_layers(folder / "source")
-    chain = find("prune:reap+svd")
-    settings = ChainSettings(setting="improved", steps=tuple(step.settings() for step in chain.steps))
     contenders = [
-        Contender(method=METHOD, settings=METHOD.settings(steps=20)),
-        Contender(method=chain, settings=settings),
+        contender("compressed_experts", steps=20),
+        contender("prune:reap+svd"),
         contender("nystrom", multiple=1),
     ]
     options = {**ASKED, "ratios": [0.5], "main_experts": [1], "keep": True}

@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from plain_checkpoint import write
+from planned import compress, make_plan
 
-from jaxmoe import Checkpoint, compress, make_plan, methods
+from jaxmoe import Checkpoint, methods
 from jaxmoe.compression.evidence import moments, outcomes
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape

@@ -5,10 +5,9 @@ from dataclasses import replace
 import published
 import pytest
 
-from jaxmoe import StoredModel
+import jaxmoe
 from jaxmoe.checkpoint.decoder import end_pieces, layer_pieces
 from jaxmoe.checkpoint.families import decoder_spec, find_family
-from jaxmoe.compression.fewer_experts_plan import make_main_plan
 from jaxmoe.data import demo_checkpoint
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank
@@ -84,8 +83,7 @@ def test_operations_count_the_average_and_terms_of_gate_and_up_twice():
 
 
 def test_plan_of_the_bundled_checkpoint():
-    model = StoredModel(demo_checkpoint())
-    plan = make_main_plan(model, MainExperts(2)).summary()
+    plan = jaxmoe.plan(demo_checkpoint(), "compressed_experts", main_experts=2).as_json()
     # 4 layers of 16 experts, top 4, of 128 x 64.
     assert plan["parameters"]["after"] - plan["parameters"]["before"] == 4 * 16 * (2 * 128 + 64)
     assert plan["active_parameters"]["before"] - plan["active_parameters"]["after"] == 4 * 2 * (3 * 128 * 64 - 320)
@@ -97,4 +95,4 @@ def test_plan_of_the_bundled_checkpoint():
 @pytest.mark.parametrize("main", [0, 4, 9])
 def test_refuses_other_numbers(main):
     with pytest.raises(JaxmoeError, match="1 to 3"):
-        make_main_plan(StoredModel(demo_checkpoint()), MainExperts(main))
+        jaxmoe.plan(demo_checkpoint(), "compressed_experts", main_experts=main)

@@ -1,5 +1,6 @@
 """What a ratio means: budgets met exactly over layers and projections, ranges named where they cannot be."""
 
+import math
 from types import SimpleNamespace
 
 import jax
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planned import make_plan
 
 from jaxmoe import methods
-from jaxmoe.compression.plan import make_plan
+from jaxmoe.checkpoint.layout import Stack
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
 from jaxmoe.methods.method import count
@@ -24,15 +26,20 @@ QWEN = LayerShape(experts=128, hidden=2048, intermediate=768)
 
 
 def checkpoint(*shapes, others=100_000):
-    layers = tuple(
-        SimpleNamespace(index=i, module=f"layers.{i}", shape=shape, dtype=BF16) for i, shape in enumerate(shapes)
-    )
+    layers, matrices = [], {}
+    for i, shape in enumerate(shapes):
+        stacks = tuple(Stack(name=f"layers.{i}.{name}", target=name) for name in shape.projections)
+        for stack in stacks:
+            part = SimpleNamespace(bytes=2 * math.prod(shape.of(stack.target)))
+            matrices[stack.name] = SimpleNamespace(parts=(part,))
+        layers.append(SimpleNamespace(index=i, module=f"layers.{i}", shape=shape, dtype=BF16, layout=stacks))
     experts = sum(shape.numbers for shape in shapes)
     return SimpleNamespace(
-        layers=layers,
+        layers=tuple(layers),
+        matrices=matrices,
         parameters=experts + others,
         bytes=2 * (experts + others),
-        copied=lambda: [SimpleNamespace(bytes=2 * others)],
+        copied=lambda: [SimpleNamespace(numbers=others, bytes=2 * others)],
     )
 
 
@@ -63,13 +70,15 @@ def test_removes_what_was_asked_and_hardly_more(shapes, name, setting, ratio):
     plan = make_plan(source, *settings_of(name, setting), ratio=ratio, of="experts")
     experts = sum(shape.numbers for shape in shapes)
     budget = int(experts - np.ceil(round(ratio * 1000) * experts / 1000))
-    rest = budget - plan.sizes.stored
+    rest = budget - plan.sizes.after.touched.numbers
     assert 0 <= rest < unit(plan)
     assert plan.sizes.removed()["experts"] >= ratio
     counted = sum(planned.template.count().numbers for planned in plan.layers)
-    assert plan.parameters["after"] == 100_000 + counted
+    assert plan.summary()["parameters"]["after"] == 100_000 + counted
     ranks = [x for p in plan.layers for x in jax.tree.leaves(p.template.terms) if x.dtype == np.int32]
-    assert plan.bytes["after"] == 2 * plan.parameters["after"] + 2 * sum(x.size for x in ranks)
+    assert plan.summary()["bytes"]["after"] == 2 * plan.summary()["parameters"]["after"] + 2 * sum(
+        x.size for x in ranks
+    )
 
 
 def test_paper_mobe_leaves_down_and_chooses_bases():
@@ -79,7 +88,7 @@ def test_paper_mobe_leaves_down_and_chooses_bases():
     assert all(spec["down"] == [{"kind": "dense"}] for spec in terms)
     assert {spec[p][0]["rank"] for spec in terms for p in ("gate", "up")} == {64}
     assert {spec[p][0]["bases"] for spec in terms for p in ("gate", "up")} <= {3, 4}
-    assert plan.sizes.touched == 2 * plan.sizes.experts // 3
+    assert plan.sizes.before.touched.numbers == 2 * plan.sizes.before.experts.numbers // 3
 
 
 def test_paper_mobe_turns_wide_experts():
@@ -101,7 +110,7 @@ def test_every_scope_means_what_it_says(of, ratio):
         return
     removed = plan.sizes.removed()
     assert removed[of] >= ratio - 1e-12
-    scope = {"touched": plan.sizes.touched, "experts": plan.sizes.experts, "model": plan.sizes.model}[of]
+    scope = getattr(plan.sizes.before, of).numbers
     assert (removed[of] - ratio) * scope < unit(plan) + 1
 
 
@@ -132,7 +141,7 @@ def test_forced_rank_and_bases_are_kept():
 
 
 def test_unknown_names_are_listed():
-    with pytest.raises(JaxmoeError, match=r"camera, d2moe, .*rfid, svd"):
+    with pytest.raises(JaxmoeError, match=r"camera, compressed_experts, d2moe, .*rfid, svd"):
         methods.get("swd")
     with pytest.raises(JaxmoeError, match="touched, experts, model"):
         make_plan(checkpoint(DEMO), methods.get("svd"), SVDSettings(), ratio=0.4, of="layers")

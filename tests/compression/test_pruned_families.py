@@ -5,12 +5,11 @@ import re
 
 import numpy as np
 import pytest
+from planned import prune, prune_plan
 from tiny_models import EXPERTS, FAMILIES, INTERMEDIATE, save_tiny
 
 from jaxmoe import Checkpoint
 from jaxmoe.checkpoint.files import read_tensors
-from jaxmoe.compression.prune import slim
-from jaxmoe.compression.pruned_sizes import make_slim_plan
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods.pruning import ChannelSettings, Pruned, PruningMethod, PruningSettings
 
@@ -65,10 +64,10 @@ CHANGES = {
 def slimmed(family, folder, method, ratio):
     save_tiny(family, folder / "original", **CHANGES.get(family, {}))
     checkpoint = Checkpoint.open(folder / "original")
-    plan = make_slim_plan(checkpoint, method, method.settings(), ratio=ratio)
-    report = slim(checkpoint, folder / "small", plan, statistics=None)
+    plan = prune_plan(checkpoint, method, method.settings(), ratio=ratio)
+    report = prune(checkpoint, folder / "small", plan, statistics=None)
     stored = read_tensors(folder / "small").values()
-    assert sum(entry.numbers for entry in stored) == report["parameters"]["after"] == plan.parameters["after"]
+    assert sum(entry.numbers for entry in stored) == report["parameters"]["after"] == plan.sizes.after.model.numbers
     assert sum(entry.bytes for entry in stored) == report["bytes"]["after"]
     return report
 

@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import pytest
+from planned import prune_plan
 from program import call, checksums
 
+import jaxmoe
 from jaxmoe import Checkpoint, methods
 from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.compression.recipe import carry_out, plan_compression
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.evaluation import evaluate
@@ -30,9 +31,9 @@ def statistics(tmp_path_factory):
 
 
 def compressed(name, folder, statistics, *, ratio=0.25, **settings):
-    checkpoint, recipe = Checkpoint.open(demo_checkpoint()), methods.get(name)
-    plan = plan_compression(checkpoint, recipe, recipe.settings(**settings), ratio=ratio)
-    return carry_out(checkpoint, folder, plan, statistics=statistics)
+    setting = settings.pop("setting", "improved")
+    options = {"setting": setting, "settings": settings, "statistics": statistics.folder}
+    return jaxmoe.compress(demo_checkpoint(), folder, name, ratio=ratio, **options).as_json()
 
 
 def test_frequency_and_reap_keep_what_their_formulas_say(tmp_path, statistics):
@@ -83,18 +84,17 @@ def test_better_methods_lose_less(tmp_path, statistics):
 
 def test_a_run_that_was_stopped_goes_on(tmp_path, statistics):
     compressed("nystrom", tmp_path / "whole", statistics)
-    checkpoint, recipe = Checkpoint.open(demo_checkpoint()), methods.get("nystrom")
-    plan = plan_compression(checkpoint, recipe, recipe.settings(), ratio=0.25)
+    options = {"ratio": 0.25, "statistics": statistics.folder}
 
     def stop(event):
-        if event.get("done") == 2:
+        if isinstance(event, LayerDone) and event.done == 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        carry_out(checkpoint, tmp_path / "stopped", plan, statistics=statistics, on_event=stop)
+        jaxmoe.compress(demo_checkpoint(), tmp_path / "stopped", "nystrom", on_event=stop, **options)
     assert not (tmp_path / "stopped").exists()
     seen = []
-    carry_out(checkpoint, tmp_path / "stopped", plan, statistics=statistics, on_event=seen.append)
+    jaxmoe.compress(demo_checkpoint(), tmp_path / "stopped", "nystrom", on_event=seen.append, **options)
     assert [event.resumed for event in seen if isinstance(event, LayerDone)] == [True, True, False, False]
     assert checksums(tmp_path / "stopped") == checksums(tmp_path / "whole")
 
@@ -104,14 +104,15 @@ def test_sizes_are_what_was_asked_for(tmp_path):
     for name in SLIM:
         recipe = methods.get(name)
         for of in ("experts", "touched", "model"):
-            plan = plan_compression(checkpoint, recipe, recipe.settings(multiple=1), ratio=0.3, of=of)
-            assert plan.achieved[of] >= 0.3
+            plan = prune_plan(checkpoint, recipe, recipe.settings(multiple=1), ratio=0.3, of=of)
+            achieved = plan.sizes.removed()
+            assert achieved[of] >= 0.3
             step = 1 / plan.before
-            assert plan.achieved["experts"] - step < 0.3 * (plan.achieved["experts"] / plan.achieved[of])
-        plan = plan_compression(checkpoint, recipe, recipe.settings(multiple=4), ratio=0.3)
+            assert achieved["experts"] - step < 0.3 * (achieved["experts"] / achieved[of])
+        plan = prune_plan(checkpoint, recipe, recipe.settings(multiple=4), ratio=0.3)
         assert plan.keep % 4 == 0
     with pytest.raises(JaxmoeError, match=r"keeps at least 4 experts: it can remove 0\.0625 to 0\.7500 of touched"):
-        plan_compression(checkpoint, methods.get("reap"), methods.get("reap").settings(), ratio=0.9)
+        jaxmoe.plan(demo_checkpoint(), "reap", ratio=0.9)
 
 
 BAD = {

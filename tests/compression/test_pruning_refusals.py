@@ -5,11 +5,10 @@ import json
 import numpy as np
 import plain_checkpoint
 import pytest
+from planned import prune, prune_plan
 from safetensors.numpy import save_file
 
 from jaxmoe import Checkpoint, methods
-from jaxmoe.compression.prune import slim
-from jaxmoe.compression.pruned_sizes import make_slim_plan
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods.pruning import Pruned, PruningMethod, PruningSettings
 
@@ -59,21 +58,19 @@ def test_refused_by_the_plan(tmp_path, what):
     checkpoint = write(tmp_path / "source", config, change or (lambda made: None))
     recipe = methods.get(name)
     with pytest.raises(JaxmoeError, match=message):
-        make_slim_plan(checkpoint, recipe, recipe.settings(multiple=1), ratio=0.2)
+        prune_plan(checkpoint, recipe, recipe.settings(multiple=1), ratio=0.2)
 
 
 def test_groups_of_mamba_are_not_those_of_experts(tmp_path):
     """Nemotron 3 says `n_groups` of its states, and nothing of groups of experts where there is one."""
     checkpoint = write(tmp_path / "source", {"n_groups": 3})
     recipe = methods.get("reap")
-    assert make_slim_plan(checkpoint, recipe, recipe.settings(multiple=1), ratio=0.2).groups == 1
+    assert prune_plan(checkpoint, recipe, recipe.settings(multiple=1), ratio=0.2).groups == 1
 
 
 def test_every_name_for_the_count_is_edited(tmp_path):
     checkpoint = write(tmp_path / "source", {"num_local_experts": 4})
-    slim(
-        checkpoint, tmp_path / "small", make_slim_plan(checkpoint, FIRST, PruningSettings(), ratio=0.5), statistics=None
-    )
+    prune(checkpoint, tmp_path / "small", prune_plan(checkpoint, FIRST, PruningSettings(), ratio=0.5), statistics=None)
     config = json.loads((tmp_path / "small" / "config.json").read_text())
     assert (config["num_experts"], config["num_local_experts"]) == (2, 2)
     assert config["num_experts_per_tok"] == 2
@@ -85,8 +82,8 @@ def test_multi_token_prediction_is_left_out_and_said(tmp_path):
         made["mtp.layers.0.mlp.gate.weight"] = made["model.layers.0.mlp.gate.weight"]
 
     checkpoint = write(tmp_path / "source", {"num_nextn_predict_layers": 1}, predicting)
-    plan = make_slim_plan(checkpoint, FIRST, PruningSettings(), ratio=0.5)
-    report = slim(checkpoint, tmp_path / "small", plan, statistics=None)
+    plan = prune_plan(checkpoint, FIRST, PruningSettings(), ratio=0.5)
+    report = prune(checkpoint, tmp_path / "small", plan, statistics=None)
     assert json.loads((tmp_path / "small" / "config.json").read_text())["num_nextn_predict_layers"] == 0
     assert not [name for name in Checkpoint.open(tmp_path / "small").tensors if "mtp" in name]
     assert "multi-token prediction are left out" in " ".join(outcome["detail"] for outcome in report["outcomes"])

@@ -1,53 +1,42 @@
-"""Chains: one budget for all steps, what a plan says is what comes out, and a run that was stopped goes on."""
+"""Recipes of several steps: one budget, what a plan says is what comes out, and a run that was stopped resumes."""
 
 import json
 import math
-from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 from program import call, checksums
 
+import jaxmoe
 from jaxmoe import Checkpoint
-from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.comparison import Contender
-from jaxmoe.compression.chain import ChainSettings, compress_chain, find, plan_chain
+from jaxmoe.compression import engine
+from jaxmoe.compression.recipe import find
+from jaxmoe.compression.step import Texts
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.report.events import Calibrated, Complete, LayerDone
 from jaxmoe.texts import Tokenizer, text_windows
 
-TOKENIZER = Tokenizer.open(demo_checkpoint())
-TEXTS = text_windows(demo_texts()[:2], TOKENIZER, length=64, count=8)
-
-
-def chained(name, setting="improved"):
-    chain = find(name)
-    return chain, ChainSettings(setting=setting, steps=tuple(step.settings(setting=setting) for step in chain.steps))
+SHORT = {"sequences": 8, "length": 64}
+TEXT = demo_texts()[:2]
 
 
 def run(folder, name="reap+svd", ratio=0.4, **options):
-    chain, settings = chained(name)
-    return compress_chain(
-        Checkpoint.open(demo_checkpoint()),
-        folder,
-        chain,
-        settings,
-        ratio=ratio,
-        texts=TEXTS,
-        tokenizer=TOKENIZER.fingerprint,
-        **options,
-    )
+    return jaxmoe.compress(demo_checkpoint(), folder, name, ratio=ratio, text=TEXT, **SHORT, **options)
+
+
+def planned(name, **options):
+    return jaxmoe.plan(demo_checkpoint(), name, **options).as_json()
 
 
 @pytest.mark.parametrize("of", ["experts", "touched", "model"])
 @pytest.mark.parametrize("name", ["reap+svd", "camera+svd", "frequency+reap+svd"])
 def test_the_budget_is_spent_once(name, of):
     checkpoint = Checkpoint.open(demo_checkpoint())
-    chain, settings = chained(name)
-    plan = plan_chain(checkpoint, chain, settings, ratio=0.4, of=of)
+    plan = planned(name, ratio=0.4, of=of)
     scope = checkpoint.parameters if of == "model" else sum(layer.shape.numbers for layer in checkpoint.layers)
     removed = round(plan["achieved"][of] * scope)
     cheapest = 128 + 64
@@ -58,25 +47,24 @@ def test_the_budget_is_spent_once(name, of):
 
 
 def test_shares_say_what_falls_to_a_step():
-    checkpoint = Checkpoint.open(demo_checkpoint())
-    chain, settings = chained("camera+reap+svd")
-
     def kept(shares):
-        plan = plan_chain(checkpoint, chain, replace(settings, shares=shares), ratio=0.6)
+        names = ("camera", "reap", "svd")
+        settings = {f"{name}.share": share for name, share in zip(names, shares)}
+        plan = planned("camera+reap+svd", ratio=0.6, settings=settings)
         assert 0.6 <= plan["achieved"]["experts"] < 0.601
         return [1 - step["achieved"]["experts"] for step in plan["steps"]]
 
-    assert kept(None) == kept((1, 1, 1)) == kept((2.0, 2.0, 2.0))
+    assert kept(()) == kept((1, 1, 1)) == kept((2.0, 2.0, 2.0))
     # Of 64 channels, kept in eights, and of 16 experts the nearest number stays: 0.4^(1/3) and 0.4^(1/6) of them.
-    assert kept(None)[:2] == [48 / 64, 12 / 16]
+    assert kept(())[:2] == [48 / 64, 12 / 16]
     assert kept((1, 1, 4))[:2] == [56 / 64, 14 / 16]
     assert kept((4, 1, 1))[:2] == [32 / 64, 14 / 16]
 
 
 @pytest.mark.parametrize("name", ["reap+svd", "camera+reap"])
 def test_the_plan_is_what_comes_out(tmp_path, name):
-    plan = plan_chain(Checkpoint.open(demo_checkpoint()), *chained(name), ratio=0.4, weighted=True)
-    report = run(tmp_path / "small", name)
+    plan = planned(name, ratio=0.4, weighted=True)
+    report = run(tmp_path / "small", name).as_json()
     stored = read_tensors(tmp_path / "small").values()
     assert sum(entry.numbers for entry in stored) == report["parameters"]["after"]
     assert sum(entry.bytes for entry in stored) == report["bytes"]["after"]
@@ -90,7 +78,7 @@ def test_the_plan_is_what_comes_out(tmp_path, name):
     assert StoredModel(tmp_path / "small").decoder() is not None
 
 
-def test_a_stopped_chain_goes_on_to_the_same_bytes(tmp_path):
+def test_a_stopped_recipe_resumes_to_the_same_bytes(tmp_path):
     run(tmp_path / "whole")
     seen = []
 
@@ -118,26 +106,27 @@ def test_a_stopped_chain_goes_on_to_the_same_bytes(tmp_path):
 
 
 def test_statistics_that_are_known_serve_the_first_step(tmp_path):
-    known = calibrate_windows(
-        StoredModel(demo_checkpoint()), TEXTS, tmp_path / "known", tokenizer=TOKENIZER.fingerprint
-    )
-    run(tmp_path / "with", statistics=known)
+    tokenizer = Tokenizer.open(demo_checkpoint())
+    windows = text_windows(TEXT, tokenizer, length=64, count=8)
+    texts = Texts(TEXT, 8, 64, windows, tokenizer.fingerprint)
+    known = jaxmoe.calibrate(demo_checkpoint(), tmp_path / "known", text=TEXT, **SHORT)
+    recipe, checkpoint = find("reap+svd"), Checkpoint.open(demo_checkpoint())
+    engine.compress(checkpoint, tmp_path / "with", recipe, recipe.asked(ratio=0.4), texts=texts, statistics=known)
     run(tmp_path / "without")
     assert checksums(tmp_path / "with") == checksums(tmp_path / "without")
 
 
 def test_a_last_step_that_needs_gradients_gets_them(tmp_path):
-    chain, settings = chained("reap+d2moe", "paper")
-    assert "fisher_down" in chain.requires(settings)
-    options = {"texts": TEXTS, "tokenizer": TOKENIZER.fingerprint}
-    report = compress_chain(
-        Checkpoint.open(demo_checkpoint()), tmp_path / "small", chain, settings, ratio=0.4, **options
-    )
-    assert report["steps"][1]["method"] == "d2moe"
+    assert find("reap+d2moe", setting="paper").needs_gradients
+    report = run(tmp_path / "small", "reap+d2moe", setting="paper")
+    assert report.steps[1].method == "d2moe"
 
 
 BAD = {
-    "factors first": (("-m", "svd+reap", "-r", 0.4), "svd stores factors"),
+    "factors first": (
+        ("-m", "svd+reap", "-r", 0.4),
+        "svd stores factors, on which reap cannot work; the order is reap+svd",
+    ),
     "unknown step": (("-m", "reap+magic", "-r", 0.4), "unknown method 'magic'"),
     "too little": (("-m", "reap+svd", "-r", 0.01), "cannot remove so little"),
     "too much": (("-m", "reap+svd", "-r", 0.9, "--of", "model"), "more than all routed experts"),
@@ -167,12 +156,11 @@ def test_without_text_it_says_what_it_needs(tmp_path):
     assert "every step is calibrated on what it finds; give --text" in done.stderr
 
 
-def test_the_command_of_a_cell_has_its_shares(tmp_path):
-    chain, settings = chained("reap+svd")
-    contender = Contender(method=chain, settings=replace(settings, shares=(1.0, 2.0)))
+def test_the_command_of_a_cell_has_its_shares():
+    contender = Contender(recipe=find("reap+svd", options={"svd.share": 2}))
     assert contender.options()[4:] == ["--set", "reap.share=1.0", "--set", "svd.share=2.0"]
     done = call("plan", demo_checkpoint(), "-r", 0.4, *contender.options(), "--json")
     assert done.returncode == 0, done.stderr
-    plan = plan_chain(Checkpoint.open(demo_checkpoint()), chain, contender.settings, ratio=0.4)
+    plan = planned("reap+svd", ratio=0.4, settings={"svd.share": 2.0})
     assert json.loads(done.stdout)["steps"] == plan["steps"]
     assert plan["settings"]["svd"]["share"] == 2.0

@@ -2,26 +2,22 @@
 
 import numpy as np
 import plain_checkpoint
+import planned
 import pytest
+from planned import compress, make_plan
 
 import jaxmoe.export.folder
-from jaxmoe import Checkpoint, densify, make_plan, methods
+from jaxmoe import Checkpoint, densify, methods
 from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint import tensor_file
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.compression.fewer_experts import compress_experts
-from jaxmoe.compression.fewer_experts_plan import make_main_plan
-from jaxmoe.compression.recipe import carry_out, plan_compression
-from jaxmoe.compression.run import compress
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export import orbax
 from jaxmoe.export.checking import answers, check_written, first_and_last
 from jaxmoe.export.orbax import to_orbax, to_safetensors
 from jaxmoe.export.trained import write_trained
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank
-from jaxmoe.methods.compressed_experts import METHOD
-from jaxmoe.model.auxiliary import MainExperts
 from jaxmoe.recovery.trainable import select
 from jaxmoe.texts import Windows
 
@@ -57,14 +53,12 @@ def trained(source, output):
 
 
 def slimmed(source, output, name):
-    opened, method = Checkpoint.open(source), methods.get(name)
-    plan = plan_compression(opened, method, method.settings(multiple=1), ratio=0.25)
-    carry_out(opened, output, plan, statistics=Statistics.open(source.with_name("statistics")))
+    statistics = Statistics.open(source.with_name("statistics"))
+    planned.run(Checkpoint.open(source), output, name, ratio=0.25, settings={"multiple": 1}, statistics=statistics)
 
 
 def fewer(source, output):
-    plan = make_main_plan(StoredModel(source), MainExperts(1, "none"))
-    compress_experts(plan, output, METHOD.settings())
+    planned.run(Checkpoint.open(source), output, "compressed_experts", main_experts=1)
 
 
 WRITERS = {

@@ -8,8 +8,9 @@ import ml_dtypes
 import numpy as np
 import plain_checkpoint
 import pytest
+from planned import make_plan
 
-from jaxmoe import Checkpoint, make_plan, methods
+from jaxmoe import Checkpoint, methods
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Grouped, LayerShape, LowRank, Shared
 from jaxmoe.methods import Evidence

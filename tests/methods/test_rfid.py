@@ -10,10 +10,12 @@ import plain_checkpoint
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planned import make_plan
 
-from jaxmoe import Checkpoint, make_plan, methods
+from jaxmoe import Checkpoint, methods
 from jaxmoe.allocation import water_fill
-from jaxmoe.compression.run import check_statistics
+from jaxmoe.compression.engine import check_statistics
+from jaxmoe.compression.factor import Factor
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import Grouped, Hashed, LayerShape, Sparse
 from jaxmoe.methods import Evidence
@@ -464,10 +466,9 @@ def test_what_cannot_be_planned_names_the_range_and_what_is_missing_the_mend(tmp
     with pytest.raises(JaxmoeError, match="out of reach"):
         make_plan(checkpoint, RFID, paper, ratio=round(most + 0.002, 3), of="touched")
     assert least < 0.1
-    plan = make_plan(checkpoint, RFID, paper, ratio=0.3, of="touched")
     with pytest.raises(JaxmoeError, match=r"rfid.*no statistics.*--text or --statistics.*--setting improved"):
-        check_statistics(plan, None)
-    check_statistics(make_plan(checkpoint, RFID, RFID.settings(), ratio=0.3), None)
+        check_statistics(Factor(method=RFID, settings=paper), None)
+    check_statistics(Factor(method=RFID, settings=RFID.settings()), None)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,6 @@ OF_SKIPPED_EXPERTS = {
 }
 EVENTS = [
     {"event": "layer", "done": 1, "total": 2, "layer": 0, "resumed": False, "seconds": 1.0, "projections": {}},
-    {"event": "main_experts", "done": 1, "total": 2, "layer": 0, "error": None, "seconds": 1.0},
     {"event": "calibrated", "done": 1, "total": 2, "layer": 0},
     {"event": "forward", "done": 1, "total": 2, "model": "small"},
     {"event": "step", "done": 1, "total": 2, "step": 1, "loss": 0.5, "learning_rate": 0.1},
@@ -122,7 +121,8 @@ def test_lines_say_what_happened():
     done = {"done": 1, "total": 6, "layer": 3}
     layer = events.LayerDone(**done, resumed=False, seconds=2.0, projections={"down": Projection.read(FITTED)})
     assert str(layer) == "layer 3 (1 of 6, 2.0 s): relative error down 0.2000"
-    learned = events.VectorsLearned(**done, error=Improvement(before=0.3, after=0.2), seconds=2.0)
+    error = Improvement(before=0.3, after=0.2)
+    learned = events.LayerDone(**done, resumed=False, seconds=2.0, projections={}, error=error)
     assert str(learned) == "layer 3 (1 of 6, 2.0 s): error of its output 0.3000 -> 0.2000"
     assert str(events.Waiting(layers=[3, 4])).endswith("layers 3-4 are still to come from other runs")
 

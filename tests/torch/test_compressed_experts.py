@@ -13,15 +13,11 @@ from safetensors.torch import load_file, save_file
 from tiny_models import EXPERTS, HIDDEN, INTERMEDIATE, VOCABULARY, load_tiny, save_tiny
 from transformers import AutoModelForCausalLM
 
-from jaxmoe import StoredModel
+from jaxmoe import StoredModel, compress
 from jaxmoe.checkpoint.files import read_tensors
-from jaxmoe.compression.fewer_experts import compress_experts
-from jaxmoe.compression.fewer_experts_plan import make_main_plan
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.dense import densify
-from jaxmoe.methods.compressed_experts import Settings
 from jaxmoe.model import forward
-from jaxmoe.model.auxiliary import MainExperts
 
 torch.set_num_threads(1)
 TOKENS = torch.randint(3, VOCABULARY, (2, 21), generator=torch.Generator().manual_seed(7))
@@ -38,10 +34,9 @@ FAMILIES = {
 def write(family: str, root: Path, renorm: str = "none") -> Path:
     """Write a tiny model of which one or two experts run, with random vectors in place of the others."""
     save_tiny(family, root / "model", **FAMILIES[family])
-    model = StoredModel(root / "model")
     top_k = FAMILIES[family].get("num_experts_per_tok", 2)
-    settings = Settings(renorm=renorm)
-    compress_experts(make_main_plan(model, MainExperts(max(1, top_k // 2), renorm)), root / "small", settings)
+    options = {"main_experts": max(1, top_k // 2), "settings": {"renorm": renorm}}
+    compress(root / "model", root / "small", "compressed_experts", **options)
     randomize(root / "small")
     return root / "small"
 

@@ -7,12 +7,12 @@ import numpy as np
 import plain_checkpoint
 import published
 import pytest
+from planned import make_plan, prune_plan
 
-from jaxmoe import Checkpoint, StoredModel, make_plan, methods
+from jaxmoe import Checkpoint, StoredModel, methods
 from jaxmoe.checkpoint.families import FAMILIES, decoder_spec
 from jaxmoe.checkpoint.families.parts.harmless import HARMLESS, NEUTRAL
 from jaxmoe.cli.app import app
-from jaxmoe.compression.pruned_sizes import make_slim_plan
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.evaluation.evaluate import evaluate_windows
 from jaxmoe.texts import Windows
@@ -94,9 +94,9 @@ def test_what_was_ignored_is_told(tmp_path):
     checkpoint = Checkpoint.open(folder, ignore_config_keys=["new_trick"])
     assert "new_trick" in checkpoint.notes[0]
     method = methods.get("nystrom")
-    assert make_slim_plan(checkpoint, method, method.settings(multiple=1), ratio=0.4).keep
+    assert prune_plan(checkpoint, method, method.settings(multiple=1), ratio=0.4).keep
     with pytest.raises(JaxmoeError, match="--ignore-config-keys new_trick"):
-        make_slim_plan(Checkpoint.open(folder), method, method.settings(multiple=1), ratio=0.4)
+        prune_plan(Checkpoint.open(folder), method, method.settings(multiple=1), ratio=0.4)
     svd = methods.get("svd")
     assert make_plan(Checkpoint.open(folder), svd, svd.settings(), ratio=0.4), "the weights alone need no key"
     plain = json.loads((folder / "config.json").read_text())

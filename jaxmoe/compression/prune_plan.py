@@ -1,9 +1,8 @@
 """What a ratio means where whole experts or channels are removed: how many stay, the same in every layer."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -13,28 +12,28 @@ from jaxmoe.checkpoint.families import GROUPS, KEPT_GROUPS, decoder_config
 from jaxmoe.checkpoint.families.parts.keys import brief
 from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.tensor_file import Planned
-from jaxmoe.compression.plan import SCOPES
+from jaxmoe.compression.budget import NOTHING, Budget, Sizes, Totals
+from jaxmoe.compression.step import Found, Step, behind, dense_layer
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.pruned import check_stock, slim_config, slim_copied, slim_edited, slim_shape
-from jaxmoe.factors import LayerShape
+from jaxmoe.factors import Count, LayerShape
+from jaxmoe.methods.method import count
 from jaxmoe.methods.pruning import PruningMethod
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlimPlan:
+class PrunePlan:
     """How many experts, or channels of every expert, stay.
 
     Args:
         method: says which.
         settings: its settings.
-        requested: `{"ratio", "of"}`.
+        requested: `{"ratio", "of"}`, and `unit` where it is bytes.
         before: experts of a layer, or channels of an expert.
         keep: so many of them stay.
         groups: of experts that keep equal numbers.
         shapes: of the layers afterwards, by index.
-        achieved: removed fraction of each of `plan.SCOPES`.
-        parameters: `{"before", "after"}` of the whole model.
-        bytes: the same of its tensors.
+        sizes: of all three scopes, before and after.
         peak_bytes: predicted peak of memory beyond that of the idle program.
     """
 
@@ -45,9 +44,7 @@ class SlimPlan:
     keep: int
     groups: int
     shapes: Mapping[int, LayerShape]
-    achieved: dict[str, float]
-    parameters: dict[str, int]
-    bytes: dict[str, int]
+    sizes: Sizes
     peak_bytes: int
 
     def summary(self) -> dict[str, Any]:
@@ -58,9 +55,8 @@ class SlimPlan:
             "requested": self.requested,
             "allocation": "uniform",
             "kept": {self.method.unit: self.keep},
-            "achieved": self.achieved,
-            "parameters": self.parameters,
-            "bytes": self.bytes,
+            "achieved": self.sizes.removed(self.requested.get("unit", "parameters")),
+            **self.sizes.model(),
             "peak_bytes": self.peak_bytes,
             "layers": [{"layer": index, "projections": self.projections(index)} for index in sorted(self.shapes)],
         }
@@ -79,33 +75,29 @@ class SlimPlan:
         }
 
 
-def make_slim_plan(
+def make_prune_plan(
     checkpoint: Checkpoint,
     method: PruningMethod,
     settings: Any,
+    budget: Budget,
     *,
-    ratio: float,
-    of: str = "experts",
     nearest: bool = False,
-) -> SlimPlan:
+    then: Sequence[Step] = (),
+) -> PrunePlan:
     """Choose how many experts or channels stay: at least the asked fraction goes, and as little more as possible.
 
     Args:
         checkpoint: the source.
         method: what removes.
         settings: an instance of `method.settings`.
-        ratio: removed fraction, between 0 and 1.
-        of: what the ratio is a fraction of, one of `plan.SCOPES`; what is touched are all routed experts.
-        nearest: whether a little less may go instead where that is closer, for a chain whose last step makes up for it.
+        budget: what is asked for; what is replaced are all routed experts.
+        nearest: whether a little less may go instead where that is closer, since a later step makes up for it.
+        then: steps that work on the result, which decide what it takes in the end.
 
     Raises:
-        JaxmoeError: the ratio is not a fraction, or out of reach: the message names the reachable range; or the stock
-            architecture cannot hold the result.
+        JaxmoeError: the ratio is out of reach: the message names the reachable range; or the stock architecture cannot
+            hold the result.
     """
-    if of not in SCOPES:
-        raise JaxmoeError(f"of {of!r}: give {', '.join(SCOPES)}")
-    if not 0 < ratio < 1:
-        raise JaxmoeError(f"ratio {ratio} is not a removed fraction: give a number between 0 and 1, such as 0.4")
     if checkpoint.family is None:
         raise JaxmoeError(
             f"{checkpoint.folder}: model_type {checkpoint.model_type!r} is unknown to jaxmoe: it cannot tell how tokens"
@@ -124,31 +116,60 @@ def make_slim_plan(
     step = math.lcm(settings.multiple, groups)
     copied = slim_copied(checkpoint)
     candidates = [keep for keep in range(step, before, step) if keep >= least]
+    whole = Found.of(checkpoint).before()
 
-    def plan(keep: int) -> SlimPlan:
+    def plan(keep: int) -> PrunePlan:
+        shapes = {layer.index: slim_shape(layer.shape, unit, keep) for layer in checkpoint.layers}
+        stored = _stored(checkpoint, shapes, then)
         others = _others(checkpoint, copied, unit, keep)
-        return _plan(checkpoint, method, settings, before, keep, groups, others, {"ratio": ratio, "of": of})
+        rest = Count(sum(math.prod(x.shape) for x in others), sum(x.bytes for x in others))
+        return PrunePlan(
+            method=method,
+            settings=settings,
+            requested=budget.as_json(),
+            before=before,
+            keep=keep,
+            groups=groups,
+            shapes=shapes,
+            sizes=Sizes(whole, Totals(stored, stored, stored + rest)),
+            peak_bytes=max(_peak(layer.shape, layer.dtype.itemsize, unit) for layer in checkpoint.layers),
+        )
+
+    def goes(plan: PrunePlan) -> bool:
+        """Tell whether at least the asked fraction goes, in whole numbers."""
+        return budget.scope(whole) - budget.scope(plan.sizes.after) >= budget.removed(whole)
 
     # Sizes are linear in what is kept, so the largest that is small enough is found by halving.
     low, high = 0, len(candidates)
     while low < high:
         middle = (low + high) // 2
-        if _removes(plan(candidates[middle]), checkpoint, ratio, of):
+        if goes(plan(candidates[middle])):
             low = middle + 1
         else:
             high = middle
     if low == 0:
         raise JaxmoeError(
-            _out_of_reach(method, step, ratio, of, [plan(keep) for keep in candidates[:1] + candidates[-1:]])
+            _out_of_reach(method, step, budget, [plan(keep) for keep in candidates[:1] + candidates[-1:]])
         )
     chosen = plan(candidates[low - 1])
     if nearest and low < len(candidates):
         more = plan(candidates[low])
-        chosen = min(chosen, more, key=lambda found: abs(found.achieved[of] - ratio))
+        chosen = min(chosen, more, key=lambda found: abs(found.sizes.removed(budget.unit)[budget.of] - budget.ratio))
     config = slim_config(checkpoint, unit, chosen.keep)
     if unit == "channels":
         check_stock(checkpoint, config, chosen.shapes, _others(checkpoint, copied, unit, chosen.keep))
     return chosen
+
+
+def _stored(checkpoint: Checkpoint, shapes: Mapping[int, LayerShape], then: Sequence[Step]) -> Count:
+    """Count what the experts that stay take behind the steps that follow."""
+    layers = {layer.index: dense_layer(shapes[layer.index], layer.dtype) for layer in checkpoint.layers}
+    found = Found(checkpoint=checkpoint, layers=layers)
+    total = sum((step.adds(found) for step in then), NOTHING)
+    for layer in layers.values():
+        for terms in layer.terms.values():
+            total += count(behind(then, terms))
+    return total
 
 
 def _others(checkpoint: Checkpoint, copied: list[Planned], unit: str, keep: int) -> list[Planned]:
@@ -186,30 +207,7 @@ def _groups(checkpoint: Checkpoint, experts: int) -> tuple[int, int]:
     return groups, groups * inside
 
 
-def _plan(checkpoint, method, settings, before, keep, groups, others, requested) -> SlimPlan:
-    unit = method.unit
-    shapes = {layer.index: slim_shape(layer.shape, unit, keep) for layer in checkpoint.layers}
-    experts = sum(layer.shape.numbers for layer in checkpoint.layers)
-    stored = sum(shape.numbers for shape in shapes.values())
-    size = sum(shapes[layer.index].numbers * layer.dtype.itemsize for layer in checkpoint.layers)
-    after = stored + sum(math.prod(tensor.shape) for tensor in others)
-    removed = (experts - stored) / experts
-    return SlimPlan(
-        method=method,
-        settings=settings,
-        requested=requested,
-        before=before,
-        keep=keep,
-        groups=groups,
-        shapes=shapes,
-        achieved={"touched": removed, "experts": removed, "model": 1 - after / checkpoint.parameters},
-        parameters={"before": checkpoint.parameters, "after": after},
-        bytes={"before": checkpoint.bytes, "after": size + sum(tensor.bytes for tensor in others)},
-        peak_bytes=max(_peak(layer.shape, layer.dtype.itemsize, unit) for layer in checkpoint.layers),
-    )
-
-
-def unwritten(checkpoint: Checkpoint, plan: SlimPlan) -> Checkpoint:
+def unwritten(checkpoint: Checkpoint, plan: PrunePlan) -> Checkpoint:
     """Return the checkpoint that a plan leads to, with all names and sizes but without values: to plan what follows."""
     unit = plan.method.unit
     tensors = _others(checkpoint, slim_copied(checkpoint), unit, plan.keep)
@@ -259,16 +257,6 @@ class Unwritten:
         return _nothing()
 
 
-def _removes(plan: SlimPlan, checkpoint: Checkpoint, ratio: float, of: str) -> bool:
-    """Tell whether a plan removes at least the asked fraction, in whole numbers."""
-    experts = sum(layer.shape.numbers for layer in checkpoint.layers)
-    if of == "model":
-        scope, removed = checkpoint.parameters, checkpoint.parameters - plan.parameters["after"]
-    else:
-        scope, removed = experts, experts - sum(shape.numbers for shape in plan.shapes.values())
-    return removed >= Fraction(str(ratio)) * scope
-
-
 def _peak(shape: LayerShape, itemsize: int, unit: str) -> int:
     """Predict what slimming one layer holds at once: a projection in the file's and in float32, twice, and moments."""
     projection = shape.numbers // len(shape.projections)
@@ -276,15 +264,13 @@ def _peak(shape: LayerShape, itemsize: int, unit: str) -> int:
     return 2 * projection * (itemsize + 4) + moments
 
 
-def _out_of_reach(method: PruningMethod, multiple: int, ratio: float, of: str, extremes: list[SlimPlan]) -> str:
+def _out_of_reach(method: PruningMethod, multiple: int, budget: Budget, extremes: list[PrunePlan]) -> str:
     if not extremes:
         return (
-            f"ratio {ratio} of {of}: {method.name} can remove no {method.unit} from this model, of which it keeps a"
-            f" multiple of {multiple}; use another method, or --set multiple=1"
+            f"{budget}: {method.name} can remove no {method.unit} from this model, of which it keeps a multiple of"
+            f" {multiple}; use another method, or --set multiple=1"
         )
-    most, least = extremes[0].achieved, extremes[-1].achieved
-    reach = ", ".join(f"{least[scope]:.4f} to {most[scope]:.4f} of {scope}" for scope in SCOPES)
     return (
-        f"ratio {ratio} of {of} is out of reach for {method.name}, which keeps at least {extremes[0].keep}"
-        f" {method.unit}: it can remove {reach}; choose a ratio in that range, or another method"
+        f"{budget} is out of reach for {method.name}, which keeps at least {extremes[0].keep} {method.unit}: it can"
+        f" remove {budget.reach(plan.sizes for plan in extremes)}; choose a ratio in that range, or another method"
     )

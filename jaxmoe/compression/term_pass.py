@@ -1,0 +1,241 @@
+"""A pass over the layers of a model whose experts are stored as terms: one step after the other works on each layer."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from jaxmoe.checkpoint import tensor_file
+from jaxmoe.checkpoint.factored import CompressedCheckpoint
+from jaxmoe.checkpoint.factored_format import experts_modules, factored_config
+from jaxmoe.checkpoint.families import architecture
+from jaxmoe.compression.budget import NOTHING, Sizes
+from jaxmoe.compression.evidence import Sums
+from jaxmoe.compression.layer_errors import measured_errors
+from jaxmoe.compression.plan import describe
+from jaxmoe.compression.run import OF_A_STEP, Files, Written, run, step_outcomes
+from jaxmoe.compression.step import Context, Found, Layer, Planned, Setup, Source, Step
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.checking import answers, dense_answers, first_and_last, vector_answers
+from jaxmoe.export.remote_code import remote_code
+from jaxmoe.factors import CompressedLayer, Count
+from jaxmoe.methods.method import Outcome
+from jaxmoe.report.records import Report
+
+SETUP = Setup()
+EXPORTS = ("factored", "dense")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermStep(Step):
+    """A step that works on terms, or leaves some."""
+
+    hands_on: ClassVar[bool] = True
+
+    def begin(self, planned: Sequence[Planned], found: Found, setup: Setup) -> "TermPass":
+        """Return the pass of this step and those that join it."""
+        return TermPass(found=found, planned=planned, setup=setup)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermPass:
+    """Steps that work on the same layers without calibration in between.
+
+    Args:
+        found: the model that the first of them works on.
+        planned: the steps, in their order.
+        setup: what it is carried out with.
+    """
+
+    found: Found
+    planned: Sequence[Planned]
+    setup: Setup = SETUP
+
+    @property
+    def export(self) -> str:
+        """The form of the result, one of `EXPORTS`."""
+        return self.setup.export or "factored"
+
+    @property
+    def seed(self) -> int:
+        """Of everything random."""
+        return self.setup.seed
+
+    @property
+    def statistics(self) -> Sums | None:
+        """Calibrated on the model, None without."""
+        return self.setup.statistics
+
+    @property
+    def source(self) -> Source:
+        """The checkpoint that is read."""
+        return self.found.checkpoint
+
+    @property
+    def indices(self) -> list[int]:
+        """The layers with routed experts."""
+        return sorted(self.found.layers)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """The largest predicted peak of the steps."""
+        return max((own for step in self.planned if (own := step.peak_bytes) is not None), default=None)
+
+    def carry_out(self, output: str | Path, **options: Any) -> Report:
+        """Write what comes of it; the options are those of `run`."""
+        return run(self, output, **options)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the result: that of its step, or of each of them."""
+        own = [step.identity(self._context(Path())) for step in self.planned]
+        return own[0] if len(own) == 1 else {"steps": own}
+
+    def _context(self, journal: Path) -> Context:
+        return Context(self.found, self.setup, journal)
+
+    def layers(self, indices: Sequence[int], journal: Path) -> Iterator[Written]:
+        """Hand each layer from step to step."""
+        stream = (self._begin(index) for index in indices)
+        for step in self.planned:
+            stream = map(_counted, step.layers(stream, self._context(journal)))
+        return map(self._written, stream)
+
+    def _begin(self, index: int) -> Layer:
+        sums = None if self.statistics is None else self.statistics.layer(index)
+        read = partial(self.found.read, index)
+        return Layer(index=index, sums=sums, read=read, vectors=self.found.compensating(index))
+
+    def _written(self, layer: Layer) -> Written:
+        experts = layer.held()
+        projections = describe(experts)
+        if layer.replaced:
+            read = self.found.reader(layer)
+            for name, record in projections.items():
+                record |= measured_errors(read, experts, name, layer.sums, name in layer.replaced)
+        checked = layer.index in first_and_last(self.indices)
+        record = {
+            "spec": experts.spec(),
+            "stored": experts.count()._asdict(),
+            "counts": [count._asdict() for count in layer.counts],
+            "projections": projections,
+            **layer.facts,
+        }
+        written = Written(
+            layer.index,
+            self._tensors(layer, experts),
+            record,
+            layer.outcomes,
+            self._answers(layer, experts) if checked else None,
+        )
+        if self.statistics is not None:
+            # Before the journal says that the layer is done: a run that resumes finds everything behind it.
+            self.statistics.follow(layer.index, experts)
+        return written
+
+    def _tensors(self, layer: Layer, experts: CompressedLayer) -> list[tensor_file.Planned]:
+        if self.export == "dense":
+            own = next(own for own in self.found.original.layers if own.index == layer.index)
+            return self.found.original.dense_tensors(own, partial(_materialized, experts))
+        arrays = {**experts.tensors(), **layer.vectors}
+        module = self.found.modules()[layer.index]
+        return [
+            tensor_file.Planned(f"{module}.{name}", array.dtype, array.shape, partial(np.asarray, array))
+            for name, array in arrays.items()
+        ]
+
+    def _answers(self, layer: Layer, experts: CompressedLayer):
+        """Return what a layer is to answer as exported; a term that masks every batch anew answers otherwise dense."""
+        if self.export == "dense":
+            return dense_answers(experts.materialize, experts.sizes)
+        return {**answers(experts), **vector_answers(layer.vectors)}
+
+    def sizes(self, entries: Mapping[int, Mapping[str, Any]]) -> Sizes:
+        """Return the sizes behind the last step, given what the layers really store: never more than was planned."""
+        return self._sizes(entries, len(self.planned) - 1)
+
+    def _sizes(self, entries: Mapping[int, Mapping[str, Any]], position: int) -> Sizes:
+        after = self.planned[position].after
+        less = NOTHING
+        for index, entry in entries.items():
+            planned, own = after.layers[index].count(), Count(**entry["counts"][position])
+            less += Count(own.numbers - planned.numbers, own.bytes - planned.bytes)
+        before = replace(self.found, replaced=after.replaced).before()
+        return Sizes(before, after.after() + less)
+
+    def summary(self, entries: Mapping[int, Mapping[str, Any]] = {}) -> dict[str, Any]:
+        """Return the keys of the steps' plans, the sizes behind the last."""
+        merged: dict[str, Any] = {}
+        for position, step in enumerate(self.planned):
+            merged |= step.summary(self._sizes(entries, position))
+        peak = {} if self.peak_bytes is None else {"peak_bytes": self.peak_bytes}
+        layers = self.planned[-1].after.layers
+        return {**merged, **peak, "layers": [{"layer": i, "projections": describe(layers[i])} for i in self.indices]}
+
+    def steps(self, entries: Mapping[int, Mapping[str, Any]] = {}) -> list[dict[str, Any]]:
+        """Return what is reported of each step; time and outcomes are those of the pass, at its last step."""
+        found = []
+        for position, step in enumerate(self.planned):
+            found.append(
+                {name: x for name, x in step.summary(self._sizes(entries, position)).items() if name in OF_A_STEP}
+            )
+        found[-1] |= step_outcomes(self, entries)
+        return found
+
+    def calibration(self) -> dict[str, Any] | None:
+        """Return what the report says of the text behind it."""
+        if self.statistics is not None:
+            return self.statistics.describe()
+        context = self._context(Path())
+        return next((own for step in self.planned if (own := step.calibration(context)) is not None), None)
+
+    def notes(self) -> list[Outcome]:
+        """Return how the source was read, and what a dense export is."""
+        notes = [Outcome("note", "", note) for note in self.source.notes]
+        if self.export == "dense":
+            detail = "the files hold the materialised matrices: nothing is saved on disk, the ratios are the factors'"
+            notes.insert(0, Outcome("dense_export", "", detail))
+        return notes
+
+    def files(self, entries: Mapping[int, Mapping[str, Any]]) -> Files:
+        """Return the config, the code that runs the terms, and all tensors beside them."""
+        original, copied = self.source.dense_config(), self.source.copied()
+        if self.export == "dense":
+            return Files(original, {}, copied, None)
+        after, modules = self.planned[-1].after, self.found.modules()
+        described = {modules[index]: (after.layers[index].sizes, entry["spec"]) for index, entry in entries.items()}
+        config = factored_config(original, experts_modules(described, self.source.layouts(), after.main))
+        return Files(config, remote_code(config), copied, self.sizes(entries).after.model.bytes)
+
+
+def check_factored(checkpoint: Source, export: str) -> None:
+    """Raise if terms of a checkpoint's experts cannot be written in a form, before anything is fitted."""
+    if export not in EXPORTS:
+        raise JaxmoeError(f"export {export!r}: give {' or '.join(EXPORTS)}")
+    if isinstance(checkpoint, CompressedCheckpoint):
+        if export != "factored":
+            raise JaxmoeError(
+                f"--export {export}: {checkpoint.folder} is factored already; write it factored, then `jaxmoe convert`"
+            )
+        return
+    if export != "factored":
+        return
+    architecture(checkpoint.model_type)
+    biases = checkpoint.family is not None and checkpoint.family.expert_biases
+    if wrong := [layer.index for layer in checkpoint.layers if bool(layer.biases) is not biases]:
+        there = "lack their biases" if biases else "have biases, for which their module in transformers has no place"
+        raise JaxmoeError(
+            f"{checkpoint.folder}: the experts of layers {', '.join(map(str, wrong))} {there}, so that their factors"
+            " could not be loaded: mend the checkpoint, or give --export dense"
+        )
+
+
+def _counted(layer: Layer) -> Layer:
+    """Return a layer with what it stores behind the step that it comes from."""
+    return replace(layer, counts=(*layer.counts, layer.held().count()))
+
+
+def _materialized(layer: CompressedLayer, projection: str) -> np.ndarray:
+    return np.asarray(layer.materialize(projection))
