@@ -20,7 +20,7 @@ _HOMES = {
     "jaxmoe.checkpoint.factored": ("CompressedCheckpoint",),
     "jaxmoe.checkpoint.inspection": ("inspect",),
     "jaxmoe.checkpoint.stored_model": ("StoredModel",),
-    "jaxmoe.comparison": ("Contender", "compare"),
+    "jaxmoe.comparison": ("compare",),
     "jaxmoe.errors": ("JaxmoeError",),
     "jaxmoe.evaluation": ("Evaluation", "evaluate"),
     "jaxmoe.export.dense": ("densify",),
@@ -42,6 +42,7 @@ _HOMES = {
     "jaxmoe.factors.error": ("relative_errors",),
     "jaxmoe.model": ("Decoder",),
     "jaxmoe.compression.api": ("compress", "plan"),
+    "jaxmoe.compression.recipe_file": ("read_recipe",),
     "jaxmoe.recovery": ("Training",),
     "jaxmoe.recovery.recover": ("recover",),
     "jaxmoe.solvers.basis_learning": ("learn_basis",),
@@ -51,7 +52,13 @@ _HOMES = {
     "jaxmoe.solvers.variable_projection": ("variable_projection",),
     "jaxmoe.solvers.weighted_svd": ("weighted_svd",),
 }
-_DEPRECATED = {"calibrate_checkpoint": "calibrate", "evaluate_checkpoint": "evaluate"}
+_DEPRECATED = {
+    "Contender": "compare with the names of methods",
+    "Plan": "plan",
+    "calibrate_checkpoint": "calibrate",
+    "evaluate_checkpoint": "evaluate",
+    "make_plan": "plan",
+}
 """Names of earlier versions, and what to call instead."""
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -9,6 +9,8 @@ from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.compression.api import compress
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.evaluation import evaluate
+from jaxmoe.report.events import OnEvent
+from jaxmoe.report.records import Report
 from jaxmoe.report.tables import table
 
 METHODS = {"svd": {}, "mobe": {"steps": 1_000}}
@@ -16,12 +18,12 @@ METHODS = {"svd": {}, "mobe": {"steps": 1_000}}
 RATIOS = (0.25, 0.5)
 
 
-def run(output: Path, on_event) -> tuple[Any, ...]:
+def run(output: Path, on_event: OnEvent) -> tuple[Any, ...]:
     """Compress the bundled checkpoint and measure the results.
 
     Args:
         output: folder for the compressed checkpoints, one subfolder each; finished ones are kept as they are.
-        on_event: called with the pipeline's events.
+        on_event: called with an event after every step.
 
     Returns:
         A JSON record, then what to print: a table and where things are.
@@ -35,14 +37,14 @@ def run(output: Path, on_event) -> tuple[Any, ...]:
             start = time.perf_counter()
             command = f"jaxmoe compress {source.folder} {folder} --method {name} --ratio {ratio}"
             command += "".join(f" --set {setting}={value}" for setting, value in chosen.items())
-            options = {"settings": chosen, "command": command, "on_event": on_event}
-            report = compress(source.folder, folder, name, ratio=ratio, **options).as_json()
+            options = {"ratio": ratio, "set": chosen, "command": command, "on_event": on_event}
+            report = compress(source.folder, folder, name, **options)
             rows.append(
                 {
                     "name": f"{name} {ratio:.0%}",
                     "folder": str(folder),
-                    "removed": report["achieved"]["experts"],
-                    "bytes": report["bytes"]["after"],
+                    "removed": report.achieved["experts"],
+                    "bytes": report.bytes.after,
                     "error": _mean_error(report),
                     "seconds": time.perf_counter() - start,
                 }
@@ -54,8 +56,8 @@ def run(output: Path, on_event) -> tuple[Any, ...]:
     return {"results": rows, "output": str(output)}, _table(rows), _where(output)
 
 
-def _mean_error(report) -> float:
-    errors = [record["error"] for layer in report["layers"] for record in layer["projections"].values()]
+def _mean_error(report: Report) -> float:
+    errors = [own.error for layer in report.layers for own in layer.projections.values() if own.error is not None]
     return sum(errors) / len(errors)
 
 

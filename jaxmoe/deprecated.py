@@ -6,9 +6,11 @@ from typing import Any
 
 from jaxmoe.calibration.checkpoint import calibrate
 from jaxmoe.calibration.folder import Statistics
+from jaxmoe.compression.deprecated import Plan, make_plan
+from jaxmoe.compression.deprecated import contender as Contender
 from jaxmoe.evaluation import Evaluation, evaluate
 
-__all__ = ["calibrate_checkpoint", "evaluate_checkpoint"]
+__all__ = ["Contender", "Plan", "calibrate_checkpoint", "evaluate_checkpoint", "make_plan"]
 
 
 def calibrate_checkpoint(

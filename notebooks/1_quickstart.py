@@ -55,11 +55,9 @@ print(f"down projections of one layer, [expert, out, in]: {checkpoint.projection
 # and keeps much more; the rest is the same.
 
 # %%
-method = jaxmoe.methods.get("svd")
-settings = method.settings()
-plan = jaxmoe.make_plan(checkpoint, method, settings, ratio=0.5)
-print({scope: round(removed, 4) for scope, removed in plan.sizes.removed().items()})
-print(f"{plan.bytes['before'] / 1e6:.2f} MB become {plan.bytes['after'] / 1e6:.2f} MB")
+plan = jaxmoe.plan(checkpoint.folder, "svd", ratio=0.5)
+print({scope: round(removed, 4) for scope, removed in plan.achieved.items()})
+print(f"{plan.bytes.before / 1e6:.2f} MB become {plan.bytes.after / 1e6:.2f} MB")
 
 # %% [markdown]
 # ## Compress
@@ -68,11 +66,11 @@ print(f"{plan.bytes['before'] / 1e6:.2f} MB become {plan.bytes['after'] / 1e6:.2
 # hold.
 
 # %%
-report = jaxmoe.compress(checkpoint, folder / "plain", plan)
-print(f"{report['bytes']['after']:,} bytes written, {plan.bytes['after']:,} planned")
-for layer in report["layers"]:
-    errors = {name: round(record["error"], 3) for name, record in layer["projections"].items()}
-    print(f"layer {layer['layer']}: relative error {errors}")
+report = jaxmoe.compress(checkpoint.folder, folder / "plain", "svd", ratio=0.5)
+print(f"{report.bytes.after:,} bytes written, {plan.bytes.after:,} planned")
+for layer in report.layers:
+    errors = {name: round(own.error, 3) for name, own in layer.projections.items()}
+    print(f"layer {layer.layer}: relative error {errors}")
 
 # %% [markdown]
 # ## Let text say what matters
@@ -92,10 +90,9 @@ for text in demo_texts():
         (folder / part).mkdir(exist_ok=True)
         (folder / part / text.name).write_text(cut, encoding="utf-8")
 
-statistics = jaxmoe.calibrate_checkpoint(checkpoint.folder, [folder / "calibration"], folder / "statistics")
-plan = jaxmoe.make_plan(checkpoint, method, settings, ratio=0.5, statistics=statistics)
-report = jaxmoe.compress(checkpoint, folder / "calibrated", plan, statistics=statistics)
-print(f"{statistics.describe()['tokens']:,} tokens; {report['achieved']['experts']:.4f} of the experts removed")
+options = {"ratio": 0.5, "text": folder / "calibration"}
+report = jaxmoe.compress(checkpoint.folder, folder / "calibrated", "svd", **options)
+print(f"{report.calibration.tokens:,} tokens; {report.achieved['experts']:.4f} of the experts removed")
 
 # %% [markdown]
 # ## Measure
@@ -105,7 +102,7 @@ print(f"{statistics.describe()['tokens']:,} tokens; {report['achieved']['experts
 
 # %%
 found = {
-    name: jaxmoe.evaluate_checkpoint(path, [folder / "unseen"], against=checkpoint.folder, generate=0)
+    name: jaxmoe.evaluate(path, text=folder / "unseen", against=checkpoint.folder, generate=0)
     for name, path in {"plain": folder / "plain", "calibrated": folder / "calibrated"}.items()
 }
 original = found["plain"].against

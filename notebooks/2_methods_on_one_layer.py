@@ -50,9 +50,7 @@ matrices = {name: jnp.asarray(checkpoint.projection(layer, name), jnp.float32) f
 weight = jaxmoe.stack(matrices, "gate_up")
 experts, out, in_ = weight.shape
 
-statistics = jaxmoe.calibrate_checkpoint(
-    checkpoint.folder, demo_texts(), f"{tempfile.mkdtemp()}/statistics", sequences=8
-)
+statistics = jaxmoe.calibrate(checkpoint.folder, f"{tempfile.mkdtemp()}/statistics", text=demo_texts(), sequences=8)
 sums = statistics.layer(layer.index)
 moment = jnp.asarray(jaxmoe.expert_moments(sums.weighted_input_moments, sums.counts), jnp.float32)
 print(f"weights {weight.shape}, second moments {moment.shape}, {sums.tokens:,} tokens")

@@ -27,8 +27,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+import jaxmoe
 from jaxmoe import methods
-from jaxmoe.comparison import Contender, compare
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.factors import Grouped
 from jaxmoe.methods.svd import SVD
@@ -62,7 +62,7 @@ def fit(weight, template, settings, *, evidence, key=None):
 # name everywhere: in a file of its own, `jaxmoe --import mine.py compress ... --method shared_inputs` finds it too.
 
 # %%
-mine = methods.register(
+methods.register(
     SVD._replace(name="shared_inputs", summary="one right factor for all experts of a layer", slot=slot, fit=fit)
 )
 
@@ -80,13 +80,13 @@ for text in demo_texts():
         (folder / part).mkdir(exist_ok=True)
         (folder / part / text.name).write_text(cut, encoding="utf-8")
 
-result = compare(
+result = jaxmoe.compare(
     demo_checkpoint(),
     folder / "report",
-    [Contender(recipe=find(name)) for name in (mine.name, "svd")],
+    "shared_inputs,svd",
     ratios=[0.5],
-    texts=[folder / "unseen"],
-    calibration_texts=[folder / "calibration"],
+    text=folder / "unseen",
+    calibration_text=folder / "calibration",
     windows=4,
 )
 for row in result["rows"]:

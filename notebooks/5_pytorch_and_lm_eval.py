@@ -36,11 +36,8 @@ from jaxmoe.evaluation.lm_eval import JaxmoeLM
 
 logging.disable_progress_bar()
 folder = Path(tempfile.mkdtemp())
-checkpoint = jaxmoe.Checkpoint.open(demo_checkpoint())
-mobe = jaxmoe.methods.get("mobe")
-plan = jaxmoe.make_plan(checkpoint, mobe, mobe.settings(steps=100), ratio=0.6)
-report = jaxmoe.compress(checkpoint, folder / "small", plan)
-print({scope: round(removed, 3) for scope, removed in report["achieved"].items()})
+report = jaxmoe.compress(demo_checkpoint(), folder / "small", "mobe", ratio=0.6, set={"steps": 100})
+print({scope: round(removed, 3) for scope, removed in report.achieved.items()})
 
 # %% [markdown]
 # ## PyTorch

@@ -11,7 +11,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Each registers its commands, in the order in which the help lists them.
-from jaxmoe.cli import looking, compressing, measuring, training  # noqa: F401, I001
+from jaxmoe.cli import inspecting, compressing, measuring, training  # noqa: F401, I001
 from jaxmoe.cli.app import app
 from jaxmoe.cli.app import run as main
 

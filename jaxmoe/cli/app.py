@@ -105,7 +105,7 @@ def guard(*, as_json: bool = False, resumes: bool = False) -> Iterator[None]:
 
     Args:
         as_json: whether standard output gets the message too, as `{"error": ...}`.
-        resumes: whether the same command goes on where it was stopped.
+        resumes: whether the same command resumes where it stopped.
     """
     try:
         yield
@@ -116,7 +116,7 @@ def guard(*, as_json: bool = False, resumes: bool = False) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        print(f"stopped{'; the same command goes on where it stopped' if resumes else ''}", file=sys.stderr)
+        print(f"stopped{'; the same command resumes where it stopped' if resumes else ''}", file=sys.stderr)
         raise typer.Exit(130) from None
     except Exception as error:  # The last resort: a user gets a message, whatever was overlooked.
         if _debug.get():
@@ -147,10 +147,10 @@ def run() -> None:
         sys.exit(end.exit_code)
 
 
-def emit(record: dict[str, Any], as_json: bool, *tables) -> None:
+def emit(record: Any, as_json: bool, *tables: Any) -> None:
     """Print a record as one JSON object, or what people read of it."""
     if as_json:
-        print(json.dumps(record))
+        print(json.dumps(record if isinstance(record, dict) else record.as_json()))
         return
     for entry in tables:
         out.print(entry)

@@ -4,9 +4,9 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from enum import StrEnum
+from enum import Enum, StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,6 +17,11 @@ class Scope(StrEnum):
     touched = "touched"
     experts = "experts"
     model = "model"
+
+
+class Unit(StrEnum):
+    parameters = "parameters"
+    bytes = "bytes"
 
 
 class Export(StrEnum):
@@ -73,11 +78,17 @@ class Compute(StrEnum):
 CheckpointArgument = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="a folder or a hub id")]
 OutputArgument = Annotated[Path, typer.Argument(metavar="OUTPUT", help="the folder to create")]
 MethodOption = Annotated[
-    str, typer.Option("--method", "-m", help="a method's name, such as svd or mobe, or a chain such as reap+mobe")
+    str | None,
+    typer.Option("--method", "-m", help="a method's name, such as svd or mobe, or several such as reap+mobe"),
 ]
 RatioOption = Annotated[float | None, typer.Option("--ratio", "-r", help="removed fraction, such as 0.4")]
 MainExpertsOption = Annotated[
     int | None, typer.Option("--main-experts", help="with compressed_experts: how many of a token's experts run")
+]
+UnitOption = Annotated[Unit, typer.Option("--unit", help="what the ratio counts")]
+RecipeOption = Annotated[
+    Path | None,
+    typer.Option("--recipe", metavar="FILE", help="YAML or JSON file of options, which those given here override"),
 ]
 OfOption = Annotated[Scope, typer.Option("--of", help="what the ratio is a fraction of")]
 SettingOption = Annotated[Setting, typer.Option("--setting", help="as published, or with jaxmoe's improvements")]
@@ -91,7 +102,7 @@ AllocationOption = Annotated[
 ]
 StatisticsOption = Annotated[
     Path | None,
-    typer.Option("--statistics", metavar="FOLDER", help="what `calibrate` gathered, to weigh errors by"),
+    typer.Option("--statistics", metavar="FOLDER", help="what `calibrate` gathered, to weight errors by"),
 ]
 ExportOption = Annotated[
     Export | None,
@@ -131,9 +142,7 @@ TargetsOption = Annotated[
 ]
 SeedOption = Annotated[
     int,
-    typer.Option(
-        "--seed", min=0, max=2**32 - 1, metavar="NUMBER", help="of everything random: the order of data, starts"
-    ),
+    typer.Option("--seed", min=0, max=2**32 - 1, metavar="NUMBER", help="random seed"),
 ]
 RevisionOption = Annotated[str | None, typer.Option("--revision", help="branch, tag or commit of a hub id")]
 IgnoreOption = Annotated[
@@ -144,7 +153,13 @@ IgnoreOption = Annotated[
         help="keys of config.json that jaxmoe does not know and that change nothing in the model",
     ),
 ]
+LayersOption = Annotated[str | None, typer.Option("--layers", metavar="A:B", help="work on layers A to B-1 only")]
+ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="resume an unfinished run")]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+
+
+_OWN = ("checkpoint", "output", "recipe", "as_json")
+"""What commands take beside options of the function behind them."""
 
 
 def names(text: str | None) -> tuple[str, ...]:
@@ -157,19 +172,45 @@ def names(text: str | None) -> tuple[str, ...]:
     return tuple(part for part in (name.strip() for name in (text or "").split(",")) if part)
 
 
-def given_settings(given: list[str] | None) -> dict[str, str]:
-    """Return what `--set NAME=VALUE` gives, by name.
+def settings(given: list[str] | None) -> dict[str, str]:
+    """Return the values that `--set NAME=VALUE` names.
 
     Example:
-        >>> given_settings(["steps=20", "mobe.rank=4"])
-        {'steps': '20', 'mobe.rank': '4'}
+        >>> settings(["mobe.steps=300"])
+        {'mobe.steps': '300'}
     """
-    found = {}
+    values = {}
     for text in given or []:
         name, separator, value = text.partition("=")
         if not separator:
             raise JaxmoeError(f"--set {text}: give NAME=VALUE")
-        found[name] = value
+        values[name] = value
+    return values
+
+
+def chosen(ctx: typer.Context, recipe: Path | None = None) -> dict[str, Any]:
+    """Return the options that the command line gives, as the function behind a command takes them.
+
+    Args:
+        ctx: of the command.
+        recipe: a file with further options, which those of the command line override.
+    """
+    from jaxmoe.compression.recipe_file import layer_span, read_recipe
+
+    found = {} if recipe is None else read_recipe(recipe)
+    for name, value in ctx.params.items():
+        source = ctx.get_parameter_source(name)
+        # From where its kind can be imported differs between typer's versions.
+        if name in _OWN or source is None or source.name != "COMMANDLINE":
+            continue
+        if name == "set_":
+            found["set"] = {**found.get("set", {}), **settings(value)}
+        elif name == "layers":
+            found[name] = layer_span(value)
+        elif name == "ignore_config_keys":
+            found[name] = names(value)
+        else:
+            found[name] = value.value if isinstance(value, Enum) else value
     return found
 
 
@@ -214,26 +255,6 @@ def import_module(name: str) -> None:
         ) from error
 
 
-def named_contenders(names: str, setting: Settings, given: list[str] | None):
-    """Build what `compare` compares from `--methods`, `--setting` and `--set METHOD[:SETTING]:NAME=VALUE`."""
-    from jaxmoe.comparison import Contender
-    from jaxmoe.compression.recipe import find
-
-    recipes = [find(name).name for name in dict.fromkeys(filter(None, map(str.strip, names.split(","))))]
-    settings = ["paper", "improved"] if setting is Settings.both else [setting.value]
-    wanted: dict[tuple[str, str], dict[str, str]] = {(name, own): {} for name in recipes for own in settings}
-    for text in given or []:
-        head, separator, value = text.partition("=")
-        method, *scope, name = head.split(":")
-        to = [key for key in wanted if key[0] == method and (not scope or scope == [key[1]])]
-        if not separator or not to:
-            known = ", ".join(":".join(key) for key in wanted)
-            raise JaxmoeError(f"--set {text}: give METHOD:NAME=VALUE or METHOD:SETTING:NAME=VALUE of {known}")
-        for key in to:
-            wanted[key][name] = value
-    return [Contender(recipe=find(name, setting=own, options=options)) for (name, own), options in wanted.items()]
-
-
 def fractions(text: str) -> list[float]:
     """Return the numbers of a list such as .2,.4.
 
@@ -258,23 +279,3 @@ def numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise JaxmoeError(f"--main-experts {text}: give numbers of experts, separated by commas, such as 2,1") from None
-
-
-def layer_span(text: str | None) -> tuple[int, int] | None:
-    """Return the layers that `--layers FIRST:END` names, None if it is not given.
-
-    Example:
-        >>> layer_span("2:5"), layer_span(None)
-        ((2, 5), None)
-    """
-    if text is None:
-        return None
-    first, separator, end = text.partition(":")
-    try:
-        span = int(first or 0), int(end) if end else sys.maxsize
-    except ValueError:
-        separator = ""
-        span = (0, 0)
-    if not separator or not 0 <= span[0] < span[1]:
-        raise JaxmoeError(f"--layers {text}: give FIRST:END with FIRST < END, such as 0:16 (END is not included)")
-    return span

@@ -21,11 +21,12 @@ from jaxmoe.cli.arguments import (
     Settings,
     TargetsOption,
     TextOption,
+    Unit,
+    UnitOption,
     fractions,
-    layer_span,
-    named_contenders,
     names,
     numbers,
+    settings,
 )
 
 
@@ -47,6 +48,7 @@ def calibrate(
 ) -> None:
     """Gather from texts what every expert sees and does, for methods that use it."""
     from jaxmoe.calibration.summary import summary
+    from jaxmoe.compression.recipe_file import layer_span
     from jaxmoe.report.progress import progress
     from jaxmoe.report.tables import calibration_table
 
@@ -60,7 +62,7 @@ def calibrate(
             gradients=None if gradients is None else gradients.value,
             moments=moments.value,
             targets=names(targets),
-            layers=layer_span(layers),
+            layers=None if layers is None else layer_span(layers),
             resume=resume,
             revision=revision,
             ignore_config_keys=names(ignore_config_keys),
@@ -110,17 +112,23 @@ def evaluate(
             ignore_config_keys=names(ignore_config_keys),
             on_event=on_event,
         )
-    emit(result.as_json(), as_json, *evaluation_tables(result.as_json()))
+    emit(result, as_json, *evaluation_tables(result.as_json()))
 
 
 @command
 def compare(
     checkpoint: CheckpointArgument,
     report: Annotated[Path, typer.Argument(metavar="REPORT", help="folder of the report; may hold an earlier one")],
-    methods: Annotated[str, typer.Option("--methods", help="names of methods, such as svd,mobe; svd is always there")],
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods", help="methods, such as svd,reap+mobe, or recipe files; svd is always there", metavar="NAME,..."
+        ),
+    ],
     ratios: Annotated[str, typer.Option("--ratios", help="removed fractions, such as .2,.4,.6")],
     text: TextOption,
     of: OfOption = Scope.experts,
+    unit: UnitOption = Unit.parameters,
     calibration_text: Annotated[
         list[Path] | None,
         typer.Option("--calibration-text", metavar="PATH", help="texts to calibrate on, once for all methods"),
@@ -149,22 +157,23 @@ def compare(
 ) -> None:
     """Measure methods at several sizes on one checkpoint: tables, and a report to read in a browser.
 
-    The same command goes on where it stopped; with further methods, ratios or seeds it adds to what is in REPORT.
+    The same command resumes where it stopped; with further methods, ratios or seeds it adds to what is in REPORT.
     """
-    from jaxmoe.comparison import compare as run
     from jaxmoe.report.comparison import NOTHING, comparison_table, reasons
     from jaxmoe.report.progress import progress
 
-    contenders = named_contenders(methods, setting, set_)
     with progress(0, as_json=as_json, doing="layers") as on_event:
-        result = run(
+        result = jaxmoe.compare(
             checkpoint,
             report,
-            contenders,
+            methods,
             ratios=fractions(ratios),
             of=of.value,
-            texts=text,
-            calibration_texts=calibration_text,
+            unit=unit.value,
+            text=text,
+            calibration_text=calibration_text,
+            setting=setting.value,
+            set=settings(set_),
             sequences=sequences,
             windows=windows,
             length=length,

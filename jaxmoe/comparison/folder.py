@@ -28,7 +28,7 @@ from jaxmoe.errors import StorageError
 _CHECKPOINTS, _GOING = "checkpoints", ".going"
 _MEND = "remove it, or choose another folder for the report"
 _AGAIN = "remove it to have it measured again, or choose another folder for the report"
-_DECIDES = ("method", "settings", "ratio", "of", "main_experts", "seed")
+_DECIDES = ("method", "settings", "ratio", "of", "unit", "main_experts", "seed")
 """What tells the cells of one table from each other."""
 
 

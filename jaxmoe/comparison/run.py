@@ -1,13 +1,13 @@
-"""Compare contenders on one checkpoint: one calibration, one evaluation of the original, then cell after cell.
+"""Compare recipes on one checkpoint: one calibration, one evaluation of the original, then cell after cell.
 
 A cell is compressed, evaluated against the original and removed before the next one begins, so that the disk holds one
-compressed checkpoint at a time. Sizes that a method cannot reach, and models that broke, are results with their reason.
+compressed checkpoint at a time. Sizes that a recipe cannot reach, and models that broke, are results with their reason.
 Everything that a cell depends on stands in its key, see `folder`.
 """
 
 import json
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ from jaxmoe.checkpoint.families import exports
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import fingerprint
-from jaxmoe.comparison.cells import Cell, Contender, cells, check_forms, with_baselines
+from jaxmoe.comparison.cells import Calibration, Cell, cells, make
+from jaxmoe.comparison.contenders import calibrated, check_forms, contenders, wants_gradients, with_baselines
 from jaxmoe.comparison.costs import forget_peak, token_costs
 from jaxmoe.comparison.diagnostics import routing, spectra
 from jaxmoe.comparison.folder import ComparisonFolder
-from jaxmoe.comparison.making import Making
 from jaxmoe.comparison.summary import rows
 from jaxmoe.compression.fewer_experts import blocks
+from jaxmoe.compression.recipe import Recipe
 from jaxmoe.compression.run import environment
 from jaxmoe.compression.step import Texts
 from jaxmoe.errors import JaxmoeError, StorageError
@@ -39,18 +40,21 @@ from jaxmoe.evaluation.windows import Walked, walk
 from jaxmoe.report.comparison import comparison_csv, comparison_markdown
 from jaxmoe.report.events import CellDone, OnEvent, ignore, without_complete
 from jaxmoe.report.page import page
-from jaxmoe.texts import Tokenizer, Windows, text_windows, window_length
+from jaxmoe.texts import Paths, Tokenizer, Windows, paths, text_windows, window_length
 
 
 def compare(
-    source: str | Path,
+    checkpoint: str | Path,
     report: str | Path,
-    contenders: Sequence[Contender],
+    methods: Sequence[str | Recipe] | str,
     *,
     ratios: Sequence[float],
-    texts: Sequence[str | Path],
+    text: Paths,
     of: str = "experts",
-    calibration_texts: Sequence[str | Path] | None = None,
+    unit: str = "parameters",
+    calibration_text: Paths | None = None,
+    setting: str = "improved",
+    set: Mapping[str, Any] | None = None,
     sequences: int | None = SEQUENCES,
     windows: int | None = None,
     length: int | None = None,
@@ -61,55 +65,62 @@ def compare(
     ignore_config_keys: Collection[str] = (),
     on_event: OnEvent = ignore,
 ) -> dict[str, Any]:
-    """Measure every contender at every ratio, and return everything that the folder knows of such cells.
+    """Measure methods and recipes at several sizes on one checkpoint: tables, and a report to read in a browser.
+
+    The same call resumes where it stopped; with further methods, ratios or seeds it adds to what is in the folder.
 
     Args:
-        source: a folder or a hub id.
+        checkpoint: a folder or a hub id.
         report: folder of the comparison; what it holds from earlier runs is used again.
-        contenders: methods with their settings; cheap baselines join them, see `cells.with_baselines`.
+        methods: names of methods, recipes or recipe files, as a list or with commas between them; cheap baselines join
+            them: truncated SVD of every expert and, with calibration, pruning by frequency and by REAP.
         ratios: removed fractions.
-        texts: to evaluate on, as `jaxmoe.texts.read_texts` takes them.
-        of: what the ratios are fractions of, one of `plan.SCOPES`.
-        calibration_texts: to calibrate on, once for all; None for no calibration.
+        text: to evaluate on, as `jaxmoe.evaluate` takes it.
+        of: what the ratios are fractions of: "touched" (the matrices that are replaced), "experts" or "model".
+        unit: what is counted, "parameters" or "bytes".
+        calibration_text: to calibrate on, once for all; None for no calibration.
+        setting: "paper", "improved" or "both".
+        set: settings by `METHOD:NAME`, or by `METHOD:SETTING:NAME` for one of both settings.
         sequences: so many calibration windows of each text; all if None.
         windows: so many windows of each text to evaluate on; all if None.
         length: tokens in a window; None for what `texts.window_length` says.
-        main_experts: how many experts of a token run in the cells of `compressed_experts`; None for half of them.
-        seeds: cells of each contender and ratio, with the seeds 0, 1, ...
+        main_experts: how many experts of a token run, for methods that remove nothing; None for half of them.
+        seeds: cells of each recipe and size, with the seeds 0, 1, ...
         keep: whether compressed checkpoints stay, in `REPORT/checkpoints`.
         revision: branch, tag or commit of a hub id.
         ignore_config_keys: keys of its config to leave out of account, where jaxmoe does not know what they mean.
-        on_event: called with a small record after every step.
+        on_event: called with an event after every step.
 
     Returns:
         `source`, `texts`, `length`, `calibration`, `rows` (see `summary`), `cells`, `routing` (None without
         calibration) and `spectra` (see `diagnostics`), all of it JSON; `no_page` says why there is no HTML report.
 
     Raises:
-        JaxmoeError: what was asked for cannot be: a text, a ratio, the checkpoint or the folder.
+        JaxmoeError: what was asked for cannot be: a method, a text, a ratio, the checkpoint or the folder.
     """
-    opened = Checkpoint.open(str(source), revision=revision, ignore_config_keys=ignore_config_keys)
-    report = output_folder(report, [opened.folder, *texts, *(calibration_texts or ())], beside=(), into=True)
-    check_forms(opened, contenders)
+    recipes = contenders(methods, setting=setting, set=set)
+    texts, learned = paths(text), paths(calibration_text)
+    opened = Checkpoint.open(str(checkpoint), revision=revision, ignore_config_keys=ignore_config_keys)
+    report = output_folder(report, [opened.folder, *texts, *learned], beside=(), into=True)
+    check_forms(opened, recipes)
     factored = "factored" in exports(opened.model_type)
-    everyone = with_baselines(contenders, calibrated=calibration_texts is not None, factored=factored)
+    everyone = with_baselines(recipes, calibrated=calibration_text is not None, factored=factored)
     model = StoredModel(opened.folder, ignore_config_keys=opened.ignored)
     tokenizer = Tokenizer.open(opened.folder)
     if main_experts is None:
         main_experts = [max(1, max(block.router.top_k for _, block in blocks(model.spec)) // 2)]
-    asked = cells(everyone, ratios, of=of, main_experts=main_experts, seeds=seeds)
+    asked = cells(everyone, ratios, of=of, unit=unit, main_experts=main_experts, seeds=seeds)
     length = window_length(model.longest, length)
     cut = text_windows(texts, tokenizer, length=length, count=windows)
-    if calibration_texts is not None:
-        calibrated_on = text_windows(calibration_texts, tokenizer, length=length, count=sequences)
-    else:
-        calibrated_on = None
+    calibration = None
+    if calibration_text is not None:
+        windows_of_it = text_windows(learned, tokenizer, length=length, count=sequences)
+        calibration = Texts(learned, sequences, length, windows_of_it, tokenizer.fingerprint)
     folder = ComparisonFolder(report)
     with folder.opened(opened.fingerprint()):
-        run = _Run(folder, opened, model, cut, str(source), revision, keep, on_event)
-        if calibration_texts is not None and calibrated_on is not None:
-            given = [str(path) for path in calibration_texts]
-            run.calibrate(Texts(given, sequences, length, calibrated_on, tokenizer.fingerprint), contenders)
+        run = _Run(folder, opened, model, cut, str(checkpoint), revision, keep, on_event)
+        if calibration is not None:
+            run.calibrate(calibration, recipes)
         for position, cell in enumerate(asked):
             record = run.cell(cell)
             write_tables(folder.path, run.result())
@@ -170,14 +181,14 @@ class _Run:
         """Return what cells must have in common to stand in one table: the calibration only if they use one."""
         return fingerprint({**self.question, "calibration": self.calibration if calibrated else "unused"})
 
-    def calibrate(self, texts: Texts, contenders: Sequence[Contender]) -> None:
+    def calibrate(self, texts: Texts, recipes: Sequence[Recipe]) -> None:
         """Gather the statistics of all cells, with gradients if any of them wants those, or find them in the folder."""
         self.texts_seen = texts
         self.calibration = {"texts": _windows_identity(texts.windows)}
         digest = fingerprint({**self.common, **self.calibration})[:8]
         plain = self.folder.path / f"statistics-{digest}"
         rich = plain.with_name(f"{plain.name}-gradients")
-        gradients = rich.exists() or any(contender.wants_gradients for contender in contenders)
+        gradients = rich.exists() or any(map(wants_gradients, recipes))
         self.statistics = calibrate_windows(
             self.model,
             texts.windows,
@@ -189,40 +200,43 @@ class _Run:
 
     def cell(self, cell: Cell) -> dict[str, Any]:
         """Return the record of a cell, measured now unless it was before."""
-        contender = cell.contender
-        statistics = self.statistics if contender.calibrated else None
+        recipe, decided = cell.recipe, cell.decided()
+        statistics = self.statistics if calibrated(recipe) else None
         # Statistics with gradients serve those who do not use these just as well: their cells stay what they are.
-        gradients = statistics is not None and contender.wants_gradients and statistics.record.gradients
-        decided = {**contender.recipe.identity(), **cell.size, "seed": cell.seed}
-        context = self.context(contender.calibrated)
+        gradients = statistics is not None and wants_gradients(recipe) and statistics.record.gradients
+        context = self.context(calibrated(recipe))
         key = fingerprint({"cell": decided, "context": context, "gradients": gradients or None})
         output = self.folder.checkpoint(cell.name, key)
         known = self.folder.find(key)
         if known is not None and ("reason" in known or output.exists() or not self.keep):
             return known
-        making = Making(self.checkpoint, self.model, statistics, self.texts_seen, bool(gradients), self.on_event)
-        command = cell.command(self.source, output, making.options(cell), self.revision)
+        calibration = Calibration()
+        if statistics is not None and self.texts_seen is not None:
+            calibration = Calibration.of(recipe, statistics, self.texts_seen, gradients=bool(gradients))
+        ignored = self.checkpoint.ignored
+        options = [*calibration.options(), *(["--ignore-config-keys", ",".join(ignored)] if ignored else [])]
+        command = cell.command(self.source, output, options, self.revision)
         record = {
             "context": context,
             **decided,
-            "setting": contender.setting,
-            "changed": contender.changed,
+            "setting": recipe.setting,
+            "changed": recipe.changed,
             "calibrated": statistics is not None,
             "name": cell.name,
             "command": command,
         }
-        record |= self._measured(cell, output, command, making)
+        record |= self._measured(cell, output, command, calibration)
         if not self.keep:
             self.folder.set_aside(output)
         self.folder.add(key, record)
         self.folder.sweep()
         return record
 
-    def _measured(self, cell: Cell, output: Path, command: str, making: Making) -> dict[str, Any]:
+    def _measured(self, cell: Cell, output: Path, command: str, calibration: Calibration) -> dict[str, Any]:
         try:
             forget_peak()
             begin = time.perf_counter()
-            report = making.make(cell, output, command)
+            made = make(cell, self.checkpoint, output, calibration, command=command, on_event=self.on_event)
             seconds = time.perf_counter() - begin
             small = StoredModel(output, ignore_config_keys=self.checkpoint.ignored)
             measured = evaluate_windows(small, self.texts, against=self._original(), on_event=self.on_event)
@@ -234,15 +248,15 @@ class _Run:
         finally:
             # Programs of sizes that do not come again: kept, they would count as the memory of later cells.
             jax.clear_caches()
-        evaluation = measured.as_json()
+        evaluation, report = measured.as_json(), made.as_json()
         del evaluation["against"]
         kept = ("requested", "achieved", "allocation", "parameters", "bytes", "outcomes", "peak_bytes", "steps")
         return {
             "output": str(output),
             **{name: report[name] for name in kept if name in report},
             **costs,
-            # A run that went on counts what it did before, too.
-            "seconds": max(seconds, report["layer_seconds"]),
+            # A run that was resumed counts what it did before, too.
+            "seconds": max(seconds, made.layer_seconds),
             "layers": [{"layer": layer["layer"], "projections": layer["projections"]} for layer in report["layers"]],
             "evaluation": evaluation,
         }

@@ -25,6 +25,7 @@ from jaxmoe.checkpoint.workspace import JOURNAL, fingerprint, finished
 from jaxmoe.compression.budget import Budget, Totals
 from jaxmoe.compression.evidence import Sums
 from jaxmoe.compression.recipe import Recipe
+from jaxmoe.compression.recipe_file import NAME, recorded
 from jaxmoe.compression.run import Whole, environment, whole_sizes
 from jaxmoe.compression.step import Asked, Found, Options, Setup, Source, Step, Texts
 from jaxmoe.errors import JaxmoeError, StorageError
@@ -195,7 +196,7 @@ def compress(
     passes = recipe.passes(options.texts)
     reads = [checkpoint.folder, *(() if statistics is None else statistics.reads)]
     output = output_folder(output, reads, beside=(PARTIAL, STEPS) if len(passes) > 1 else (PARTIAL,))
-    work = _Work(checkpoint, output, recipe, asked, options, texts, seed, resume, command, on_event)
+    work = _Work(checkpoint, output, recipe, asked, options, texts, statistics, seed, resume, command, on_event)
     return work.once(statistics) if len(passes) == 1 else work.passes(passes, statistics)
 
 
@@ -210,13 +211,15 @@ class _Work:
         asked: Asked,
         options: Options,
         texts: Texts | None,
+        statistics: Sums | None,
         seed: int,
         resume: bool,
         command: str,
         on_event: OnEvent,
     ):
         self.checkpoint, self.output, self.recipe, self.options = checkpoint, output, recipe, options
-        self.texts, self.seed, self.resume, self.command, self.on_event = texts, seed, resume, command, on_event
+        self.texts, self.given, self.seed, self.resume = texts, statistics, seed, resume
+        self.command, self.on_event = command, on_event
         self.found = Found.of(checkpoint)
         self.spending = Spending(recipe, asked, self.found.before())
         self.begun = time.perf_counter()
@@ -258,10 +261,16 @@ class _Work:
                 layers=options.layers,
                 resume=self.resume or not last,
                 command=self.command if last else "",
+                files={NAME: self._recipe_file()} if last else {},
                 whole=whole,
                 on_event=on_event,
             )
         )
+
+    def _recipe_file(self) -> str:
+        """Return the recipe file that makes the output again."""
+        chosen = {"options": self.options, "statistics": self.given, "texts": self.texts, "seed": self.seed}
+        return recorded(self.recipe, self.spending.asked, ignored=self.checkpoint.ignored, **chosen)
 
     def _whole(self, identity: Mapping[str, Any] | None, reports: Sequence[Mapping[str, Any]]) -> Whole:
         return Whole(

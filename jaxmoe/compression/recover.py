@@ -1,6 +1,6 @@
 """Recovering: the whole model is trained on text, once the steps before it have stored what they store."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from jaxmoe.compression.run import OF_A_STEP, Whole
 from jaxmoe.compression.step import Asked, Found, Options, Setup, Source, Step
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.recovery.losses import TAUGHT
-from jaxmoe.recovery.recover import recover
+from jaxmoe.recovery.recover import Completes, recover
 from jaxmoe.recovery.training import Training
 from jaxmoe.report.events import OnEvent, ignore
 from jaxmoe.report.records import Report
@@ -117,6 +117,7 @@ class RecoverPass:
         layers: tuple[int, int] | None = None,
         resume: bool = True,
         command: str = "",
+        files: Mapping[str, str] | None = None,
         on_event: OnEvent = ignore,
     ) -> Report:
         """Train the model and write the result.
@@ -127,6 +128,7 @@ class RecoverPass:
             layers: none: it works on all of them at once.
             resume: whether to resume an unfinished run.
             command: the command line, for the report.
+            files: further text files of the output, by name.
             on_event: called after every update.
         """
         settings, source, texts = self.planned.step.settings, self.planned.found.checkpoint, self.setup.texts
@@ -148,7 +150,7 @@ class RecoverPass:
             resume=resume,
             command=command,
             ignore_config_keys=source.ignored,
-            completes=whole.report({**before, **own}, self.sizes(), self.steps(), note),
+            completes=Completes(whole.report({**before, **own}, self.sizes(), self.steps(), note), files or {}),
             on_event=on_event,
             **{own.name: getattr(settings, own.name) for own in fields(Training) if own.name != "weights"},
         )

@@ -220,6 +220,7 @@ def run(
     layers: tuple[int, int] | None = None,
     resume: bool = True,
     command: str = "",
+    files: Mapping[str, str] | None = None,
     whole: Whole | None = None,
     on_event: OnEvent = ignore,
 ) -> Report:
@@ -232,6 +233,7 @@ def run(
             layer publishes.
         resume: whether to resume an unfinished run; False starts over.
         command: the command line, for the report.
+        files: further text files of the output, by name.
         whole: the recipe that the pass completes, where it has other steps.
         on_event: called with a small record after every layer.
 
@@ -281,7 +283,7 @@ def run(
         if whole is not None:
             report = whole.report(report, work.sizes(done), work.steps(done))
         with workspace.exclusive("publish"):
-            return _publish(work, workspace, done, Report.read(report), on_event)
+            return _publish(work, workspace, done, Report.read(report), files or {}, on_event)
 
 
 def _selected(indices: Sequence[int], layers: tuple[int, int] | None) -> list[int]:
@@ -366,7 +368,12 @@ def _report(work: Pass, entries: Mapping[int, Mapping[str, Any]], seconds: float
 
 
 def _publish(
-    work: Pass, workspace: Workspace, entries: Mapping[int, Mapping[str, Any]], report: Report, on_event: OnEvent
+    work: Pass,
+    workspace: Workspace,
+    entries: Mapping[int, Mapping[str, Any]],
+    report: Report,
+    further: Mapping[str, str],
+    on_event: OnEvent,
 ) -> Report:
     """Complete the folder, open it again as its user will, and give it its name.
 
@@ -379,7 +386,7 @@ def _publish(
         layers=[workspace.folder / layer_file(index) for index in entries],
         copied=files.copied,
         config=files.config,
-        code=files.code,
+        code={**files.code, **further},
         beside=side_files(work.source.folder),
     )
     if files.size is not None and stored["bytes"] != files.size:

@@ -22,7 +22,7 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz", ".index.json")
 TEMPLATES = "additional_chat_templates"
 """The one folder in a checkpoint's that belongs to it: chat templates beside the default one."""
-REWRITTEN = ("config.json", "README.md", REPORT)
+REWRITTEN = ("config.json", "README.md", "recipe.yaml", REPORT)
 OF_QUANTIZATION = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quant_strategy.json")
 """Files in which tools say how they quantised the weights: nothing that is written is quantised."""
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import msgspec
@@ -56,6 +56,19 @@ _OWN = ("teacher", "trained", "training", "data", "losses", "outcomes", "seconds
 """What the report of a recipe says of its training."""
 
 
+class Completes(NamedTuple):
+    """A recipe of which a training is a step.
+
+    Args:
+        report: of the recipe, which stands in the place of the training's own and has that under `recovery`; its `run`,
+            if it has one, is what the output is known by.
+        files: further text files of the output, by name.
+    """
+
+    report: Mapping[str, Any]
+    files: Mapping[str, str]
+
+
 def recover(
     checkpoint: str | Path,
     output: str | Path,
@@ -74,7 +87,7 @@ def recover(
     resume: bool = True,
     command: str = "",
     ignore_config_keys: Collection[str] = (),
-    completes: Mapping[str, Any] | None = None,
+    completes: "Completes | None" = None,
     on_event: OnEvent = ignore,
     **training: Any,
 ) -> dict[str, Any]:
@@ -97,8 +110,7 @@ def recover(
         resume: whether to resume an unfinished run; False starts over.
         command: the command line, for the report.
         ignore_config_keys: keys of both configs to leave out of account, where jaxmoe does not know what they mean.
-        completes: the report of a recipe of which this is a step, which then stands in the place of the training's own
-            and has that under `recovery`; its `run`, if it has one, is what the output is known by.
+        completes: the recipe of which this is a step.
         on_event: called with an event after every step.
         training: `steps`, `rows`, `learning_rate` and all else that `Training` takes.
 
@@ -143,7 +155,7 @@ def recover(
     }
     if clock is not None:
         run["clock"] = clock.isoformat()
-    recorded = run if completes is None else completes.get("run", run)
+    recorded = run if completes is None else completes.report.get("run", run)
     if (done := finished(output, recorded)) is not None:
         on_event(Complete(output=str(output)))
         return done
@@ -177,13 +189,15 @@ def recover(
         else:
             own = {name: report[name] for name in _OWN}
             whole = {
-                **completes,
+                **completes.report,
                 "run": recorded,
                 "stored": stored,
-                "seconds": completes["seconds"] + report["seconds"],
+                "seconds": completes.report["seconds"] + report["seconds"],
             }
             card = _card(model_card(whole).rstrip(), report)
             report = write_report(workspace.folder, {**whole, "recovery": own})
+            for name, content in completes.files.items():
+                write_bytes(workspace.folder / name, content.encode())
         write_bytes(workspace.folder / CARD, card.encode())
         workspace.publish()
     on_event(Complete(output=str(output)))

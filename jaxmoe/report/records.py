@@ -213,6 +213,11 @@ class PlanSummary(Record, frozen=True, kw_only=True):
     active_parameters: Change | None = None
     operations_per_token: Change | None = None
 
+    def changes(self) -> dict[str, Change]:
+        """Return the sizes before and after, by name; those that are known."""
+        names = ("parameters", "bytes", "active_parameters", "operations_per_token", "experts_per_token")
+        return {name: own for name in names if (own := getattr(self, name)) is not None}
+
 
 class Calibration(Record, frozen=True, kw_only=True):
     """What a run was calibrated on.

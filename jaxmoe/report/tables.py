@@ -1,7 +1,7 @@
 """Plain tables of plans, checkpoints and reports, for a terminal."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxmoe.report.events import span
+from jaxmoe.report.records import Layer, PlanSummary, Projection, Report, Step
 
 
 def size(count: float, unit: str = "") -> str:
@@ -50,97 +51,101 @@ def term(spec: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def plan_tables(plan: Mapping[str, Any]) -> list[Table]:
-    """Return the tables of a plan: sizes, and what every layer will hold (equal neighbours on one row)."""
+def plan_tables(plan: PlanSummary) -> list[Any]:
+    """Return what `plan` prints: sizes, what every layer will hold (equal neighbours on one row), steps and memory."""
 
-    def stored(layer):
+    def stored(layer: Layer) -> dict[str, str]:
         # A term over gate and up stands in the records of both.
-        words = {}
-        for record in layer["projections"].values():
-            for spec in record["terms"]:
+        words: dict[str, dict[str, None]] = {}
+        for own in layer.projections.values():
+            for spec in own.terms:
                 words.setdefault(spec["target"], {})[term(spec)] = None
         return {target: " + ".join(parts) for target, parts in words.items()}
 
     rows = []
-    for targets, group in groupby(plan["layers"], key=stored):
+    for targets, group in groupby(plan.layers, key=stored):
         members = list(group)
-        indices = span([layer["layer"] for layer in members])
+        indices = span([layer.layer for layer in members])
         for target, words in targets.items():
             covered = [
-                record
-                for record in members[0]["projections"].values()
-                if any(spec["target"] == target for spec in record["terms"])
+                own for own in members[0].projections.values() if any(spec["target"] == target for spec in own.terms)
             ]
-            numbers = sum(record["parameters"] for record in covered)
-            kept = sum(record["kept"] for record in covered) / len(covered)
-            rows.append((indices, target, words, f"{numbers:,}", f"{kept:.3f}"))
-    shared = f"the budget is shared by the rule {plan['allocation']!r}" if "allocation" in plan else None
-    columns = ("layer", "target", "stored as", "numbers per layer", "kept")
-    return [*size_tables(plan), table(columns, rows, title=shared)]
+            parameters = sum(own.parameters for own in covered)
+            kept = sum(own.kept for own in covered) / len(covered)
+            rows.append((indices, target, words, f"{parameters:,}", f"{kept:.3f}"))
+    shared = None if plan.allocation is None else f"the budget is shared by the rule {plan.allocation!r}"
+    columns = ("layer", "target", "stored as", "parameters per layer", "kept")
+    tables: list[Any] = [*size_tables(plan), table(columns, rows, title=shared)]
+    if plan.steps is not None:
+        tables.append(steps_table(plan.steps))
+    if plan.peak_bytes is not None:
+        tables.append(f"predicted peak memory beyond the idle program: {size(plan.peak_bytes, 'B')}")
+    if plan.exports == ["dense"]:
+        tables.append("this architecture has no factored form: only dense can be written, with --export dense")
+    return tables
 
 
-def report_tables(report: Mapping[str, Any]) -> list[Table]:
-    """Return the tables of a finished run: its steps, the errors of its layers, sizes."""
-    layers = report["layers"]
-    tables = [steps_table(report)] if "steps" in report else []
-    if any("error" in record for layer in layers for record in layer["projections"].values()):
-        tables.append(error_table(layers))
-    if learned := [layer for layer in layers if "importance" in layer]:
-        tables.append(main_experts_table(learned))
-    return [*tables, *size_tables(report)]
+def report_tables(report: Report) -> list[Table]:
+    """Return what `compress` prints: steps, errors, and sizes."""
+    steps = [] if report.steps is None else [steps_table(report.steps)]
+    errors = any(own.error is not None for layer in report.layers for own in layer.projections.values())
+    learned = [layer for layer in report.layers if layer.error is not None]
+    return [
+        *steps,
+        *([error_table(report.layers)] if errors else []),
+        *([skipped_table(learned)] if learned else []),
+        *size_tables(report),
+    ]
 
 
-def steps_table(record: Mapping[str, Any]) -> Table:
+def steps_table(steps: Iterable[Step]) -> Table:
     """Return what every step of a recipe removes of what it finds."""
     rows = []
-    for step in record["steps"]:
-        kept = ", ".join(f"{number} {unit} stay" for unit, number in step.get("kept", {}).items())
-        rows.append((step["method"], f"{step['achieved']['experts']:.4f}", kept or "factors"))
+    for step in steps:
+        kept = ", ".join(f"{number} {unit} stay" for unit, number in (step.kept or {}).items())
+        rows.append((step.method, f"{step.achieved['experts']:.4f}", kept or "factors"))
     return table(("step", "removes of the experts that it finds", "what stays"), rows)
 
 
-def size_tables(record: Mapping[str, Any]) -> list[Table]:
+def size_tables(record: PlanSummary) -> list[Table]:
     """Return the tables of sizes and ratios of a plan or a report."""
-    requested = record["requested"]
-    rows = []
-    for scope, removed in record["achieved"].items():
-        asked = f"{requested['ratio']:.4f}" if requested.get("of") == scope else ""
-        rows.append((scope, asked, f"{removed:.4f}"))
-    before_after = [
-        (name.replace("_", " "), f"{record[name]['before']:,}", f"{record[name]['after']:,}")
-        for name in ("parameters", "bytes", "active_parameters", "operations_per_token", "experts_per_token")
-        if name in record
+    requested = record.requested
+    rows = [
+        (scope, f"{requested.ratio:.4f}" if requested.of == scope else "", f"{removed:.4f}")
+        for scope, removed in record.achieved.items()
     ]
-    return [table(("removed of", "requested", "achieved"), rows), table(("model", "before", "after"), before_after)]
+    removed = "removed of" if requested.unit == "parameters" else f"removed {requested.unit} of"
+    sizes = [(name.replace("_", " "), f"{own.before:,}", f"{own.after:,}") for name, own in record.changes().items()]
+    return [table((removed, "requested", "achieved"), rows), table(("model", "before", "after"), sizes)]
 
 
-def error_table(layers: Iterable[Mapping[str, Any]]) -> Table:
+def error_table(layers: Sequence[Layer]) -> Table:
     """Return relative errors per layer and projection, mean over experts and the worst expert."""
-    rows = []
-    for layer in layers:
-        cells = [
-            f"{record['error']:.4f} ({record['worst_error']:.4f})"
-            for name in ("gate", "up", "down")
-            if (record := layer["projections"].get(name)) is not None
-        ]
-        rows.append((layer["layer"], *cells))
-    names = [name for name in ("gate", "up", "down") if any(name in layer["projections"] for layer in layers)]
+    names = list(dict.fromkeys(name for layer in layers for name in layer.projections))
+
+    def cell(own: Projection | None) -> str:
+        return "" if own is None or own.error is None else f"{own.error:.4f} ({own.worst_error:.4f})"
+
+    rows = [(layer.layer, *(cell(layer.projections.get(name)) for name in names)) for layer in layers]
     return table(("layer", *names), rows, title="relative error, mean over experts (worst)")
 
 
-def main_experts_table(layers: Iterable[Mapping[str, Any]]) -> Table:
-    """Return the error of each layer without experts and with what stands in for them, and what they weigh."""
-    rows = [
-        (
-            layer["layer"],
-            f"{layer['error']['before']:.4f}",
-            f"{layer['error']['after']:.4f}",
-            ", ".join(f"{share:.1%}" for share in layer["importance"]["by_rank"]),
-            len(layer["never_auxiliary"]),
-        )
-        for layer in layers
-    ]
-    columns = ("layer", "left out", "stood in for", "weight of the best, second, ...", "never auxiliary")
+def skipped_table(layers: Iterable[Layer]) -> Table:
+    """Return the error of each layer without some experts and with what compensates for them, and what they weigh."""
+    rows = []
+    for layer in layers:
+        if layer.error is not None:
+            weights = (layer.importance or {}).get("by_rank", ())
+            rows.append(
+                (
+                    layer.layer,
+                    f"{layer.error.before:.4f}",
+                    f"{layer.error.after:.4f}",
+                    ", ".join(f"{share:.1%}" for share in weights),
+                    len(layer.never_auxiliary or ()),
+                )
+            )
+    columns = ("layer", "left out", "compensated for", "weight of the best, second, ...", "never auxiliary")
     return table(columns, rows, title="relative squared error of the experts' sum, on tokens set apart")
 
 

@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 import ml_dtypes  # noqa: F401  numpy learns bfloat16
 from safetensors.numpy import load_file, save_file
 
-from jaxmoe.comparison import Contender
-from jaxmoe.compression.recipe import find
+from jaxmoe.compression.recipe import Recipe, find
 from jaxmoe.data import demo_checkpoint, demo_texts
 
 RATIO = 0.8
 ASKED = {
     "ratios": [RATIO],
-    "texts": demo_texts()[:2],
-    "calibration_texts": [demo_texts()[2]],
+    "text": demo_texts()[:2],
+    "calibration_text": [demo_texts()[2]],
     "sequences": 2,
     "windows": 2,
     "length": 64,
@@ -52,10 +51,6 @@ class Compared(NamedTuple):
         return row
 
 
-def contender(name: str, setting: str = "improved", **options) -> Contender:
-    return Contender(recipe=find(name, setting=setting, options=options))
-
-
-def contenders() -> list[Contender]:
+def contenders() -> list[Recipe]:
     """Return two that can run, and one that cannot remove so much; plain SVD as published joins them by itself."""
-    return [contender("svd"), contender("mobe", setting="paper", steps=5)]
+    return [find("svd"), find("mobe", setting="paper", options={"steps": 5})]

@@ -12,9 +12,11 @@ import time
 import numpy as np
 import pytest
 from program import ENVIRONMENT, call, command, jaxmoe
-from small_comparison import ASKED, CALIBRATION, OPTIONS, RATIO, contender, contenders
+from small_comparison import ASKED, CALIBRATION, OPTIONS, RATIO, contenders
 
 from jaxmoe.comparison import compare
+from jaxmoe.comparison.cells import recipe_options
+from jaxmoe.compression.recipe import find
 from jaxmoe.data import demo_texts
 
 OWN = '''
@@ -122,7 +124,7 @@ def test_what_is_finished_is_not_measured_again(compared, monkeypatch):
         raise AssertionError("measured again")
 
     before = times(compared.folder)
-    for name in ("run.Making.make", "run.evaluate_windows", "run.walk", "run.spectra"):
+    for name in ("run.make", "run.evaluate_windows", "run.walk", "run.spectra"):
         monkeypatch.setattr(f"jaxmoe.comparison.{name}", refuse)
     # Without matplotlib the tables are written all the same.
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
@@ -191,7 +193,6 @@ def test_a_killed_run_goes_on(compared, tmp_path):
 
 
 def test_changed_settings_are_new_contenders():
-    assert contender("mobe", setting="paper", steps=5).changed == {"steps": 5}
-    assert contender("mobe", setting="paper").options() == ["--method", "mobe", "--setting", "paper"]
+    assert recipe_options(find("mobe", setting="paper")) == ["--method", "mobe", "--setting", "paper"]
     names = {tuple(sorted(c.identity()["settings"].items())) for c in contenders()}
     assert len(names) == 2

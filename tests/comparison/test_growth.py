@@ -1,13 +1,14 @@
 """Which cells a further run measures, and which it finds: what they depend on decides, with the measuring left out."""
 
 import pytest
-from small_comparison import ASKED, contender
+from small_comparison import ASKED
 
 from jaxmoe.comparison import compare, run
+from jaxmoe.compression.recipe import find
 from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
 
-UNCALIBRATED = {**ASKED, "calibration_texts": None}
+UNCALIBRATED = {**ASKED, "calibration_text": None}
 
 
 @pytest.fixture
@@ -15,7 +16,7 @@ def measured(monkeypatch):
     """The names of the cells that were measured since the list was emptied; all of them are out of reach."""
     names = []
 
-    def measure(self, cell, output, command, statistics):
+    def measure(self, cell, output, command, calibration):
         names.append(cell.name)
         return {"reason": "out of reach"}
 
@@ -27,7 +28,7 @@ def measured(monkeypatch):
 
 def test_only_what_is_new_is_measured(measured, tmp_path):
     """Ratios, methods, seeds, calibration and texts, one after the other into one folder."""
-    both = [contender("svd", setting="paper"), contender("svd")]
+    both = [find("svd", setting="paper"), find("svd")]
 
     def grown(contenders, **asked):
         measured.clear()
@@ -40,7 +41,7 @@ def test_only_what_is_new_is_measured(measured, tmp_path):
     new, all_of_them = grown(both[:1], **{**UNCALIBRATED, "ratios": [0.8, 0.5]})
     assert new == ["svd-paper-0.5-experts-seed0"]
     assert all_of_them == [paper, improved, *new]
-    new, all_of_them = grown([contender("mobe"), *both], **UNCALIBRATED)
+    new, all_of_them = grown([find("mobe"), *both], **UNCALIBRATED)
     assert new == ["mobe-improved-0.8-experts-seed0"]
     assert len(all_of_them) == 4
     assert grown(both, **{**UNCALIBRATED, "seeds": 2})[0] == [
@@ -57,11 +58,11 @@ def test_only_what_is_new_is_measured(measured, tmp_path):
 
 
 def test_two_runs_at_once(measured, tmp_path, monkeypatch):
-    def again(self, cell, output, command, statistics):
+    def again(self, cell, output, command, calibration):
         with pytest.raises(JaxmoeError, match="another run is comparing"):
-            compare(demo_checkpoint(), tmp_path, [contender("svd")], **UNCALIBRATED)
+            compare(demo_checkpoint(), tmp_path, ["svd"], **UNCALIBRATED)
         return {"reason": "out of reach"}
 
     monkeypatch.setattr(run._Run, "_measured", again)
-    arguments = {**UNCALIBRATED, "texts": demo_texts()[:1], "windows": 1}
-    assert compare(demo_checkpoint(), tmp_path, [contender("svd")], **arguments)["cells"]
+    arguments = {**UNCALIBRATED, "text": demo_texts()[:1], "windows": 1}
+    assert compare(demo_checkpoint(), tmp_path, ["svd"], **arguments)["cells"]

@@ -1,4 +1,4 @@
-"""Chains, slim checkpoints and fewer running experts as cells beside all others, and equal to single runs."""
+"""Recipes, slim checkpoints and fewer running experts as cells beside all others, and equal to single runs."""
 
 import json
 import shlex
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from program import call, checksums
-from small_comparison import ASKED, contender, two_layers
+from small_comparison import ASKED, two_layers
 
 from jaxmoe.comparison import compare
 from jaxmoe.report.comparison import comparison_markdown
@@ -16,13 +16,10 @@ from jaxmoe.report.comparison import comparison_markdown
 def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds")
     source = two_layers(folder / "source")
-    contenders = [
-        contender("compressed_experts", steps=20),
-        contender("prune:reap+svd"),
-        contender("nystrom", multiple=1),
-    ]
-    options = {**ASKED, "ratios": [0.5], "main_experts": [1], "keep": True}
-    return source, folder / "report", compare(source, folder / "report", contenders, **options)
+    chosen = {"compressed_experts:steps": 20, "nystrom:multiple": 1}
+    options = {**ASKED, "ratios": [0.5], "main_experts": [1], "keep": True, "set": chosen}
+    names = "compressed_experts, prune:reap+svd, nystrom"
+    return source, folder / "report", compare(source, folder / "report", names, **options)
 
 
 def row(result, method):
@@ -81,6 +78,6 @@ def test_a_cell_equals_the_command_that_it_names(compared, tmp_path, method):
 def test_an_unknown_step_is_refused(compared, tmp_path):
     source, *_ = compared
     for name, message in (("svd+mobe", "svd stores factors"), ("reap+nothing", "unknown method 'nothing'")):
-        run = call("compress", source, tmp_path / "out", "-m", name, "-r", 0.5, "--text", ASKED["texts"][0])
+        run = call("compress", source, tmp_path / "out", "-m", name, "-r", 0.5, "--text", ASKED["text"][0])
         assert run.returncode == 1
         assert message in run.stderr

@@ -5,10 +5,11 @@ import io
 import numpy as np
 import pytest
 from rich.console import Console
-from small_comparison import contender
 
-from jaxmoe.comparison.cells import cells, with_baselines
+from jaxmoe.comparison.cells import cells
+from jaxmoe.comparison.contenders import contenders, with_baselines
 from jaxmoe.comparison.summary import rows
+from jaxmoe.compression.recipe import find
 from jaxmoe.report.comparison import comparison_csv, comparison_markdown, comparison_table
 
 
@@ -104,9 +105,9 @@ def test_a_seed_that_failed_is_told():
 
 
 def test_cells_are_every_combination_in_order():
-    both = [contender("svd", setting="paper"), contender("mobe", steps=7)]
+    both = [find("svd", setting="paper"), find("mobe", options={"steps": 7})]
     made = cells(both, [0.6, 0.2, 0.6], of="model", seeds=2)
-    assert [(c.contender.method.name, c.size["ratio"], c.seed) for c in made] == [
+    assert [(c.recipe.name, c.size["ratio"], c.seed) for c in made] == [
         (name, ratio, seed) for name in ("svd", "mobe") for ratio in (0.2, 0.6) for seed in (0, 1)
     ]
     assert len({c.name for c in made}) == 8
@@ -116,17 +117,35 @@ def test_cells_are_every_combination_in_order():
 
 
 def test_baselines_join():
-    asked = [contender("mobe"), contender("mobe", setting="paper"), contender("svd", setting="paper")]
+    asked = [find("mobe"), find("mobe", setting="paper"), find("svd", setting="paper")]
     joined = with_baselines(asked, calibrated=False)
-    assert [(c.method.name, c.setting) for c in joined] == [
+    assert [(own.name, own.setting) for own in joined] == [
         ("svd", "improved"),
         ("mobe", "improved"),
         ("mobe", "paper"),
         ("svd", "paper"),
     ]
-    calibrated = with_baselines([contender("reap"), contender("svd")], calibrated=True)
-    assert [(c.method.name, c.setting) for c in calibrated] == [
+    calibrated = with_baselines([find("reap"), find("svd")], calibrated=True)
+    assert [(own.name, own.setting) for own in calibrated] == [
         ("frequency", "improved"),
         ("reap", "improved"),
         ("svd", "improved"),
+    ]
+
+
+def test_names_and_recipe_files_become_recipes(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("{method: reap+svd, ratio: 0.9, setting: paper, set: {svd.share: 2}}")
+    found = contenders(f"mobe, {path}", setting="both", set={"mobe:paper:steps": "7", "mobe:bases": 2})
+    assert [(own.name, own.setting, own.changed) for own in found] == [
+        ("mobe", "paper", {"steps": 7, "bases": 2}),
+        ("mobe", "improved", {"bases": 2}),
+        ("reap+svd", "paper", {"reap.share": 1.0, "svd.share": 2.0}),
+    ]
+
+
+def test_recipes_that_take_both_sizes_get_every_pair():
+    made = cells([find("svd+compressed_experts")], [0.2, 0.4], main_experts=[1, 2])
+    assert [dict(cell.size) for cell in made] == [
+        {"ratio": ratio, "of": "experts", "main_experts": count} for ratio in (0.2, 0.4) for count in (2, 1)
     ]

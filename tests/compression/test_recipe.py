@@ -11,7 +11,7 @@ import jaxmoe
 from jaxmoe import Checkpoint
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.comparison import Contender
+from jaxmoe.comparison.cells import recipe_options
 from jaxmoe.compression import engine
 from jaxmoe.compression.recipe import find
 from jaxmoe.compression.step import Texts
@@ -50,7 +50,7 @@ def test_shares_say_what_falls_to_a_step():
     def kept(shares):
         names = ("camera", "reap", "svd")
         settings = {f"{name}.share": share for name, share in zip(names, shares)}
-        plan = planned("camera+reap+svd", ratio=0.6, settings=settings)
+        plan = planned("camera+reap+svd", ratio=0.6, set=settings)
         assert 0.6 <= plan["achieved"]["experts"] < 0.601
         return [1 - step["achieved"]["experts"] for step in plan["steps"]]
 
@@ -157,10 +157,10 @@ def test_without_text_it_says_what_it_needs(tmp_path):
 
 
 def test_the_command_of_a_cell_has_its_shares():
-    contender = Contender(recipe=find("reap+svd", options={"svd.share": 2}))
-    assert contender.options()[4:] == ["--set", "reap.share=1.0", "--set", "svd.share=2.0"]
-    done = call("plan", demo_checkpoint(), "-r", 0.4, *contender.options(), "--json")
+    options = recipe_options(find("reap+svd", options={"svd.share": 2}))
+    assert options[4:] == ["--set", "reap.share=1.0", "--set", "svd.share=2.0"]
+    done = call("plan", demo_checkpoint(), "-r", 0.4, *options, "--json")
     assert done.returncode == 0, done.stderr
-    plan = planned("reap+svd", ratio=0.4, settings={"svd.share": 2.0})
+    plan = planned("reap+svd", ratio=0.4, set={"svd.share": 2.0})
     assert json.loads(done.stdout)["steps"] == plan["steps"]
     assert plan["settings"]["svd"]["share"] == 2.0

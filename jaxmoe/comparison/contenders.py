@@ -1,0 +1,100 @@
+"""What a comparison compares: recipes of any kind, each in one or both settings, and the cheap baselines beside them.
+
+A recipe with the setting "paper" is given the calibration only where the published method needs it; "improved" is
+always given it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.compression.recipe import Recipe, find
+from jaxmoe.compression.recipe_file import read_recipe
+from jaxmoe.compression.step import Options
+from jaxmoe.errors import JaxmoeError
+
+SETTINGS = {"paper": ("paper",), "improved": ("improved",), "both": ("paper", "improved")}
+FACTORED, PRUNED = "svd", ("frequency", "reap")
+"""The baselines: truncated SVD of every expert, and pruning of whole experts, which needs statistics."""
+
+
+def contenders(
+    methods: Sequence[str | Recipe] | str, *, setting: str = "improved", set: Mapping[str, Any] | None = None
+) -> list[Recipe]:
+    """Return the recipes that some names spell, and those that are recipes already as they are.
+
+    Args:
+        methods: names, or a text of names with commas between them; a name may be that of a recipe file, of which
+            method, setting and settings count.
+        setting: "paper", "improved" or "both".
+        set: settings by `METHOD:NAME`, or by `METHOD:SETTING:NAME` for one of both.
+
+    Raises:
+        JaxmoeError: a name, a setting or a method's setting is unknown.
+
+    Example:
+        >>> [own.setting for own in contenders("mobe", setting="both", set={"mobe:paper:steps": 20})]
+        ['paper', 'improved']
+    """
+    if setting not in SETTINGS:
+        raise JaxmoeError(f"setting {setting!r}: give {' or '.join(SETTINGS)}")
+    listed = methods.split(",") if isinstance(methods, str) else methods
+    found = dict.fromkeys(_read(own.strip()) if isinstance(own, str) else own for own in listed)
+    names = dict.fromkeys(find(own).name for own in found if own and isinstance(own, str))
+    wanted: dict[tuple[str, str], dict[str, Any]] = {(name, own): {} for name in names for own in SETTINGS[setting]}
+    for key, value in (set or {}).items():
+        method, *scope, name = key.split(":")
+        to = [own for own in wanted if own[0] == method and (not scope or scope == [own[1]])]
+        if not to:
+            known = ", ".join(":".join(own) for own in wanted)
+            raise JaxmoeError(f"--set {key}={value}: give METHOD:NAME=VALUE or METHOD:SETTING:NAME=VALUE of {known}")
+        for own in to:
+            wanted[own][name] = value
+    recipes = [find(name, setting=own, options=given) for (name, own), given in wanted.items()]
+    return [*recipes, *(own for own in found if isinstance(own, Recipe))]
+
+
+def _read(name: str) -> str | Recipe:
+    """Return the recipe of a recipe file, and any other name as it is."""
+    if not name.endswith((".yaml", ".yml", ".json")):
+        return name
+    options = read_recipe(name)
+    return find(options["method"], setting=options.get("setting", "improved"), options=options.get("set"))
+
+
+def with_baselines(recipes: Sequence[Recipe], *, calibrated: bool, factored: bool = True) -> list[Recipe]:
+    """Return the recipes, and before them the cheap ones that every comparison has, unless they are there.
+
+    Args:
+        recipes: what is compared.
+        calibrated: whether there are statistics.
+        factored: whether factors of this architecture can be written.
+    """
+    there = {(own.name, own.setting) for own in recipes}
+    settings = dict.fromkeys(own.setting for own in recipes) if factored else ()
+    baselines = [find(FACTORED, setting=own) for own in settings if (FACTORED, own) not in there]
+    if calibrated and recipes:
+        names = {name for name, _ in there}
+        baselines += [find(name) for name in PRUNED if name not in names]
+    return [*baselines, *recipes]
+
+
+def calibrated(recipe: Recipe) -> bool:
+    """Tell whether a recipe is given the calibration, where there is any.
+
+    Example:
+        >>> calibrated(find("svd")), calibrated(find("svd", setting="paper")), calibrated(find("reap", setting="paper"))
+        (True, False, True)
+    """
+    return recipe.setting == "improved" or bool(recipe.requires)
+
+
+def wants_gradients(recipe: Recipe) -> bool:
+    """Tell whether a recipe needs the Fisher information, or shares its budget better with it."""
+    return recipe.needs_gradients or (recipe.setting == "improved" and recipe.allocation == "importance")
+
+
+def check_forms(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> None:
+    """Raise if the checkpoints of a recipe could not be written, before calibration starts."""
+    for recipe in recipes:
+        recipe.check(checkpoint, Options(texts=True))
