@@ -53,7 +53,7 @@ def test_values_are_those_of_the_command_line(written):
 
 
 WRONG = {
-    "unknown": ("methd: svd", "there is no option 'methd', do you mean method"),
+    "unknown": ("methods: svd", "there is no option 'methods', do you mean method"),
     "nothing alike": ("zzzzzz: 1", "there is no option 'zzzzzz', there are method, ratio"),
     "several": ("{rato: 1, sed: 2}", "'rato', do you mean ratio.*'sed', do you mean seed"),
     "text for a number": ("ratio: much", "ratio: 'much' is nothing that it takes, give a number"),
