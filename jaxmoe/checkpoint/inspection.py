@@ -68,6 +68,11 @@ def _compressed(checkpoint: CompressedCheckpoint) -> dict[str, Any]:
             }
             for module, record in checkpoint.experts.items()
         ],
+        "linear_parameters": checkpoint.count_linears().numbers,
+        "linears": [
+            {"module": module, **record.shape.as_json(), "bias": record.bias, "terms": record.terms}
+            for module, record in checkpoint.linears.items()
+        ],
         "main_experts": max((main.count for main in checkpoint.main.values()), default=None),
         "exports": [] if checkpoint.main else ["dense"],
         "notes": [f"compressed by jaxmoe {checkpoint.config['jaxmoe'].get('version')}", *checkpoint.notes],

@@ -21,17 +21,26 @@ import tiny_models
 from hostile.edits import edit_json, edit_safetensors
 
 from jaxmoe.checkpoint import files
-from jaxmoe.checkpoint.factored_format import ExpertsModule, factored_config, read_record
+from jaxmoe.checkpoint.factored_format import (
+    ExpertsModule,
+    LinearLayout,
+    LinearModule,
+    Module,
+    factored_config,
+    read_record,
+)
 from jaxmoe.checkpoint.families import decoder_config, decoder_spec, find_family
 from jaxmoe.checkpoint.inspection import inspect
 from jaxmoe.checkpoint.tensor_file import file_metadata, read_header
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import (
     CompressedLayer,
+    CompressedLinear,
     Dense,
     Grouped,
     Hashed,
     LayerShape,
+    LinearShape,
     LowRank,
     Merged,
     Shared,
@@ -125,7 +134,14 @@ class Record:
             },
         )
         rest: dict[str, Any] = {"down": (LowRank.abstract(down, "float32", rank=1),)}
-        self.layers = [CompressedLayer(terms={**terms, **rest}, sizes=self.sizes) for terms in abstract]
+        layers = [CompressedLayer(terms={**terms, **rest}, sizes=self.sizes) for terms in abstract]
+        self.modules: list[tuple[CompressedLayer | CompressedLinear, Module]] = [
+            (layer, ExpertsModule(self.sizes, layer.spec())) for layer in layers
+        ]
+        sizes = LinearShape(4, 7)
+        terms = (LowRank.abstract(sizes.terms, "float32", rank=2), Sparse.abstract(sizes.terms, "float32", entries=0))
+        linear = CompressedLinear(sizes=sizes, terms=terms)
+        self.modules.append((linear, LinearModule(sizes, linear.spec(), LinearLayout("float32", "a.weight"))))
 
     def seeds(self) -> Iterator[bytes]:
         """Yield inputs to begin with."""
@@ -134,15 +150,12 @@ class Record:
     def __call__(self, data: bytes) -> None:
         """Read one."""
         choose = choices(data)
-        layer = self.layers[choose(len(self.layers))]
-        config = factored_config(
-            {"model_type": "qwen3_moe", "hidden_size": 7},
-            {"model.layers.0.mlp.experts": ExpertsModule(self.sizes, layer.spec())},
-        )
+        stored, module = self.modules[choose(len(self.modules))]
+        config = factored_config({"model_type": "qwen3_moe", "hidden_size": 7}, {"model.layers.0.mlp.experts": module})
         config = edit_json(json.loads(json.dumps(config)), choose, edits=choose(4))
         if not isinstance(config, dict):
             return
-        tensors: dict[str, Any] = {name: np.zeros(x.shape, x.dtype) for name, x in layer.tensors().items()}
+        tensors: dict[str, Any] = {name: np.zeros(x.shape, x.dtype) for name, x in stored.tensors().items()}
         for name in tensors:
             # The same places in tensors that hold ranks, orders and labels, so that whole inputs exist.
             if tensors[name].dtype.kind == "i":
@@ -155,8 +168,8 @@ class Record:
             shapes = ((columns, rows), (rows + 1, columns), (rows * columns,), (0, columns), (rows, columns, 1))
             dtype = ("float32", "int32", "int64", "float16", "bool")[choose(5)]
             tensors[name] = np.full(shapes[choose(5)], choose(300) - 100).astype(dtype)
-        for module in read_record(config)[1].values():
-            read = module.read(tensors)
+        for found in read_record(config)[1].values():
+            read = found.read(tensors)
             assert read.count().numbers == sum(x.size for x in tensors.values())
 
 

@@ -254,16 +254,3 @@ def test_format_1_has_experts_alone():
             read_record({**old, "jaxmoe": {**old["jaxmoe"], "experts": wrong}})
     with pytest.raises(JaxmoeError, match="does not hold"):
         read_record({**old, "jaxmoe": {**old["jaxmoe"], "modules": {}}})
-
-
-def test_the_reader_of_format_1_refuses_format_2():
-    """What the last version that knew format 1 alone did with a record: its code, and no more of it."""
-    config = factored_config(ORIGINAL, {MODULE: described(layer())})
-
-    def read(record):
-        version = record.get("format_version")
-        if type(version) is not int or not 1 <= version <= 1:
-            raise JaxmoeError(f"the checkpoint has jaxmoe's format {version}, written by jaxmoe {record['version']}")
-
-    with pytest.raises(JaxmoeError, match=f"format 2, written by jaxmoe {jaxmoe.__version__}"):
-        read(config["jaxmoe"])

@@ -21,7 +21,7 @@ from jaxmoe.calibration.statistics import LayerStatistics
 from jaxmoe.calibration.writer import save
 from jaxmoe.checkpoint import Checkpoint, Planned, read_header, write_tensors
 from jaxmoe.checkpoint.factored import CompressedCheckpoint
-from jaxmoe.checkpoint.factored_format import experts_modules, factored_config
+from jaxmoe.checkpoint.factored_format import LinearLayout, LinearModule, experts_modules, factored_config
 from jaxmoe.checkpoint.inspection import inspect
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import Workspace, finished
@@ -29,7 +29,16 @@ from jaxmoe.cli import app
 from jaxmoe.data import demo_checkpoint
 from jaxmoe.export.folder import write_report
 from jaxmoe.export.orbax import to_orbax, to_safetensors
-from jaxmoe.factors import CompressedLayer, Dense, Grouped, LayerShape, SharedBasis
+from jaxmoe.factors import (
+    CompressedLayer,
+    CompressedLinear,
+    Dense,
+    Grouped,
+    LayerShape,
+    LinearShape,
+    LowRank,
+    SharedBasis,
+)
 from jaxmoe.recovery.states import States
 from jaxmoe.texts import Tokenizer, read_dialogues, read_texts
 from jaxmoe.texts.instructions import Dialogue
@@ -91,8 +100,12 @@ def build(folder: Path) -> None:
     write_report(folder / "done", {"run": RUN, "layers": [{"layer": 0}]})
 
 
+QUERY = "model.layers.0.self_attn.q_proj"
+"""A module outside of the experts, in the plain checkpoint."""
+
+
 def _factored(folder: Path) -> None:
-    """Write the plain checkpoint with factored experts, zeros all, of several kinds of terms."""
+    """Write the plain checkpoint with factored modules, zeros all, of several kinds of terms."""
     plain_checkpoint.write(folder)
     opened = Checkpoint.open(folder)
     layers, tensors = {}, list(opened.copied())
@@ -114,7 +127,18 @@ def _factored(folder: Path) -> None:
             elif name.endswith("order"):
                 values[0] = np.arange(shape.experts)
             tensors.append(Planned(f"{source.module}.{name}", values.dtype, values.shape, partial(np.copy, values)))
-    config = factored_config(opened.dense_config(), experts_modules(layers, opened.layouts()))
+    linear = f"{QUERY}.weight"
+    out, in_ = opened.tensors[linear].shape
+    query = CompressedLinear(sizes=LinearShape(out, in_), terms=(LowRank.abstract((1, out, in_), "float32", rank=2),))
+    tensors = [planned for planned in tensors if planned.name != linear]
+    for name, array in query.tensors().items():
+        zeros = np.zeros(array.shape, array.dtype)
+        tensors.append(Planned(f"{QUERY}.{name}", zeros.dtype, zeros.shape, partial(np.copy, zeros)))
+    modules = {
+        **experts_modules(layers, opened.layouts()),
+        QUERY: LinearModule(query.sizes, query.spec(), LinearLayout("float32", linear)),
+    }
+    config = factored_config(opened.dense_config(), modules)
     planned = [Planned(p.name, p.dtype, p.shape, partial(np.copy, p.produce())) for p in tensors]
     write_tensors(folder / "model.safetensors", planned)
     (folder / "config.json").write_text(json.dumps(config))

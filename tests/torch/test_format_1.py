@@ -3,6 +3,7 @@
 `golden/format_1/README.md` says how they were made; the logits are those of PyTorch with the code of that time.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from jaxmoe import StoredModel
+from jaxmoe.checkpoint.factored_format import factored_config, read_record
 from jaxmoe.export.dense import densify
+from jaxmoe.export.remote_code import remote_code
 from jaxmoe.factors.registry import KINDS
 from jaxmoe.model import forward
 from jaxmoe.torch import register
@@ -64,6 +67,22 @@ def test_loads_in_pytorch_with_the_installed_package(name):
     kind, logits = answers(GOLDEN / name)
     assert kind.__module__ == "jaxmoe.torch.registration"
     assert close(name, logits)
+
+
+def test_its_code_refuses_format_2(tmp_path, monkeypatch):
+    """A checkpoint of this version, and the code of the last version that knew format 1 alone."""
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
+    folder = shutil.copytree(GOLDEN / "low_rank", tmp_path / "low_rank")
+    shutil.copytree(GOLDEN / "code", folder, dirs_exist_ok=True)
+    original, modules = read_record(json.loads((folder / "config.json").read_text()))
+    (folder / "config.json").write_text(json.dumps(factored_config(original, modules)))
+    with pytest.raises(
+        ValueError, match="has jaxmoe's format 2, and this code reads up to 1: pip install --upgrade jaxmoe"
+    ):
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    for name, text in remote_code(factored_config(original, modules)).items():
+        (folder / name).write_text(text)
+    assert close("low_rank", answers(folder, trust_remote_code=True)[1])
 
 
 @pytest.mark.parametrize("name", EXPECTED.keys() - {"masked", "compressed_experts"})
