@@ -118,11 +118,15 @@ def make_prune_plan(
     candidates = [keep for keep in range(step, before, step) if keep >= least]
     whole = Found.of(checkpoint).before()
 
-    def plan(keep: int) -> PrunePlan:
-        shapes = {layer.index: slim_shape(layer.shape, unit, keep) for layer in checkpoint.layers}
-        stored = _stored(checkpoint, shapes, then)
+    def after(keep: int, shapes: Mapping[int, LayerShape], steps: Sequence[Step]) -> Totals:
+        """Count what is left behind some further steps."""
+        stored = _stored(checkpoint, shapes, steps)
         others = _others(checkpoint, copied, unit, keep)
         rest = Count(sum(math.prod(x.shape) for x in others), sum(x.bytes for x in others))
+        return Totals(stored, stored, stored + rest)
+
+    def plan(keep: int) -> PrunePlan:
+        shapes = {layer.index: slim_shape(layer.shape, unit, keep) for layer in checkpoint.layers}
         return PrunePlan(
             method=method,
             settings=settings,
@@ -131,13 +135,14 @@ def make_prune_plan(
             keep=keep,
             groups=groups,
             shapes=shapes,
-            sizes=Sizes(whole, Totals(stored, stored, stored + rest)),
+            sizes=Sizes(whole, after(keep, shapes, ())),
             peak_bytes=max(_peak(layer.shape, layer.dtype.itemsize, unit) for layer in checkpoint.layers),
         )
 
     def goes(plan: PrunePlan) -> bool:
         """Tell whether at least the asked fraction goes, in whole numbers."""
-        return budget.scope(whole) - budget.scope(plan.sizes.after) >= budget.removed(whole)
+        left = after(plan.keep, plan.shapes, then) if then else plan.sizes.after
+        return budget.scope(whole) - budget.scope(left) >= budget.removed(whole)
 
     # Sizes are linear in what is kept, so the largest that is small enough is found by halving.
     low, high = 0, len(candidates)
