@@ -13,10 +13,12 @@ them spends a budget: see `jaxmoe.allocation`.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
+from jaxmoe.arrays import AnyArray
+
 _Numbers = Num[Array, "..."]
 
 
-def normalized(score: Num[Array, "*batch unit"]) -> Float[Array, "*batch unit"]:
+def normalized(score: Num[AnyArray, "*batch unit"]) -> Float[Array, "*batch unit"]:
     """Return a score as fractions that sum to 1: s_u / sum s; equal fractions where all are zero.
 
     Args:
@@ -32,7 +34,7 @@ def normalized(score: Num[Array, "*batch unit"]) -> Float[Array, "*batch unit"]:
     return score / score.sum(-1, keepdims=True)
 
 
-def routing_frequency(counts: Num[Array, "*layer expert"]) -> Float[Array, "*layer expert"]:
+def routing_frequency(counts: Num[AnyArray, "*layer expert"]) -> Float[Array, "*layer expert"]:
     """Return the share of each expert in the choices of the router: f_e = z_e / sum z; uniform if nothing was counted.
 
     Args:
@@ -51,7 +53,7 @@ def routing_frequency(counts: Num[Array, "*layer expert"]) -> Float[Array, "*lay
     return normalized(counts)
 
 
-def effective_rank(energies: Num[Array, "*unit k"]) -> Float[Array, "*unit"]:
+def effective_rank(energies: Num[AnyArray, "*unit k"]) -> Float[Array, "*unit"]:
     """Return the effective rank of spectra: the exponential of the entropy of their energies.
 
         q_i = s_i^2 / sum s^2        effective rank = exp(- sum_i q_i ln q_i),   from 1 (rank one) to k (equal values)
@@ -78,7 +80,7 @@ def effective_rank(energies: Num[Array, "*unit k"]) -> Float[Array, "*unit"]:
 
 
 def fused_importance(
-    information: Num[Array, "*layer unit"], frequency: Num[Array, "*layer unit"], xi: float
+    information: Num[AnyArray, "*layer unit"], frequency: Num[AnyArray, "*layer unit"], xi: float
 ) -> Float[Array, "*layer unit"]:
     """Return the mixture of information density and routing frequency: C = xi R / sum R + (1 - xi) f / sum f.
 
@@ -100,7 +102,7 @@ def fused_importance(
     return xi * normalized(information) + (1 - xi) * normalized(frequency)
 
 
-def fisher_mass(fisher: Num[Array, "*layer expert out in"]) -> Float[Array, "*layer expert"]:
+def fisher_mass(fisher: Num[AnyArray, "*layer expert out in"]) -> Float[Array, "*layer expert"]:
     """Return the Fisher information of all weights of an expert's matrix: the sum of their squared gradients.
 
     Args:
@@ -118,7 +120,7 @@ def fisher_mass(fisher: Num[Array, "*layer expert out in"]) -> Float[Array, "*la
 
 
 def output_norm(
-    sums: Num[Array, "*layer expert"], counts: Num[Array, "*layer expert"]
+    sums: Num[AnyArray, "*layer expert"], counts: Num[AnyArray, "*layer expert"]
 ) -> Float[Array, "*layer expert"]:
     """Return the mean norm of what an expert adds for a token that chose it, before the router's weight.
 
@@ -139,7 +141,7 @@ def output_norm(
 
 
 def router_weighted_output_norm(
-    sums: Num[Array, "*layer expert"], counts: Num[Array, "*layer expert"]
+    sums: Num[AnyArray, "*layer expert"], counts: Num[AnyArray, "*layer expert"]
 ) -> Float[Array, "*layer expert"]:
     """Return the mean norm of what an expert adds for a token that chose it, times the router's weight.
 
@@ -163,9 +165,9 @@ def router_weighted_output_norm(
 
 
 def channel_energy(
-    down: Num[Array, "*layer expert out channel"],
-    energies: Num[Array, "*layer expert channel"],
-    peaks: Num[Array, "*layer expert channel"],
+    down: Num[AnyArray, "*layer expert out channel"],
+    energies: Num[AnyArray, "*layer expert channel"],
+    peaks: Num[AnyArray, "*layer expert channel"],
     rho: float,
 ) -> Float[Array, "*layer expert channel"]:
     """Return what the intermediate channels of every expert add to the output of the layer.
@@ -193,7 +195,7 @@ def channel_energy(
     return (down**2).sum(-2) * ((1 - rho) * energies + rho * peaks)
 
 
-def kurtosis(weight: Num[Array, "*unit out in"]) -> Float[Array, "*unit"]:
+def kurtosis(weight: Num[AnyArray, "*unit out in"]) -> Float[Array, "*unit"]:
     """Return the excess kurtosis of the weights of each matrix: m4 / m2^2 - 3, with central moments over all entries.
 
     Args:
@@ -220,7 +222,7 @@ def kurtosis(weight: Num[Array, "*unit out in"]) -> Float[Array, "*unit"]:
     return _ratio(fourth, variance**2, otherwise=3.0) - 3
 
 
-def outlier_score(weight: Num[Array, "*unit out in"]) -> Float[Array, "*unit"]:
+def outlier_score(weight: Num[AnyArray, "*unit out in"]) -> Float[Array, "*unit"]:
     """Return how far the largest weight of an input channel stands out from the channel's mean.
 
         max_j  max_i |W_ij| / mean_i |W_ij|
@@ -244,7 +246,7 @@ def outlier_score(weight: Num[Array, "*unit out in"]) -> Float[Array, "*unit"]:
     return (1 / means).max(-1)
 
 
-def _floating(values: _Numbers) -> _Numbers:
+def _floating(values: Num[AnyArray, "..."]) -> _Numbers:
     """Return an array of at least float32; counts of the host beyond int32 are rounded, not wrapped."""
     if jnp.issubdtype(jnp.result_type(values), jnp.integer):
         return jnp.asarray(values, float)

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -42,6 +42,7 @@ _SCALES = ("F32", "BF16", "F16", "F8_E8M0")
 _OF_ACTIVATIONS = re.compile(r"[._](?:input_scale|input_scale_ub|activation_scale|output_scale|[qkv]_scale|kv_scale)$")
 
 
+@runtime_checkable
 class Matrix(Protocol):
     """What the reader asks of a tensor, plain or quantised: `TensorEntry` and `Quantized` both answer."""
 

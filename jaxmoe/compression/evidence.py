@@ -7,7 +7,7 @@ inputs serves gate and up too; what has no moment at all is fitted unweighted, a
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from jaxmoe.methods.method import Evidence, Outcome
 from jaxmoe.solvers.second_moment import FLOOR, expert_moments, starved
 
 
+@runtime_checkable
 class LayerSums(Protocol):
     """Sums over the tokens of one layer; `weighted_input_moments` and `weighted_intermediate_moments` where kept."""
 
@@ -31,6 +32,7 @@ class LayerSums(Protocol):
     def intermediate_moments(self) -> np.ndarray | None: ...
 
 
+@runtime_checkable
 class Sums(Protocol):
     """Calibrated statistics: one layer at a time, when asked for, and what tells them from all others.
 

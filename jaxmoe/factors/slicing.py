@@ -9,7 +9,7 @@ from jaxtyping import Int, Num
 
 def slice_channels(
     weight: Num[np.ndarray, "expert out in"], kept: Int[np.ndarray, "expert keep"], projection: str
-) -> Num[np.ndarray, "expert out in"]:
+) -> Num[np.ndarray, "expert kept_out kept_in"]:
     """Return the channels that stay of every expert: rows of gate and up, columns of down.
 
     Args:

@@ -12,7 +12,7 @@ Source: ResMoE, arXiv 2503.06881, section 4, whose free-support Wasserstein bary
 """
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from scipy.optimize import linear_sum_assignment
 
 from jaxmoe.errors import JaxmoeError
@@ -51,7 +51,7 @@ def neuron_matrix(
 
 
 def align(
-    neurons: Float[np.ndarray, "expert channel features"], reference: Float[np.ndarray, "channel features"]
+    neurons: Num[np.ndarray, "expert channel features"], reference: Num[np.ndarray, "channel features"]
 ) -> Int[np.ndarray, "expert channel"]:
     """Return the order of every expert's neurons that is closest to a reference.
 

@@ -21,6 +21,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.shared_basis import ACTIVATIONS
 from jaxmoe.solvers.descent import begin, descend
@@ -46,7 +47,7 @@ from jaxmoe.solvers.second_moment import check_moment
 
 
 def learn_basis(
-    weight: Float[Array, "expert row column"],
+    weight: Float[AnyArray, "expert row column"],
     *,
     bases: int,
     rank: int,
@@ -59,9 +60,9 @@ def learn_basis(
     learning_rate: float = 0.07,
     steps: int = 50_000,
     patience: int | None = 2_000,
-    moment: Array | None = None,
-    row_moment: Array | None = None,
-    expert_weight: Float[Array, " expert"] | None = None,
+    moment: Float[AnyArray, "_ column column"] | None = None,
+    row_moment: Float[AnyArray, "_ row row"] | None = None,
+    expert_weight: Float[AnyArray, " expert"] | None = None,
     resolve: bool = False,
     ragged: Ragged | None = None,
     key: Array | None = None,

@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
+from jaxmoe.arrays import AnyArray, Scalar
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.solvers.decompositions import cholesky, solve_lower
 
@@ -44,7 +45,7 @@ def keep_best(score: Num[np.ndarray, "*unit candidate"], keep: int, groups: int 
     return np.sort(order + offsets, axis=-1).reshape(*score.shape[:-1], keep)
 
 
-def damped(moment: Float[Array, "expert side side"], ridge: float) -> Float[Array, "expert side side"]:
+def damped(moment: Float[AnyArray, "expert side side"], ridge: Scalar) -> Float[Array, "expert side side"]:
     """Return C + r mean(diag C) I, which can be inverted; the identity where C is all zero.
 
     Example:
@@ -53,11 +54,11 @@ def damped(moment: Float[Array, "expert side side"], ridge: float) -> Float[Arra
     """
     mean = jnp.diagonal(moment, axis1=1, axis2=2).mean(1)
     added = jnp.where(mean > 0, ridge * mean, 1.0)
-    return moment + added[:, None, None] * jnp.eye(moment.shape[1], dtype=moment.dtype)
+    return jnp.asarray(moment) + added[:, None, None] * jnp.eye(moment.shape[1], dtype=moment.dtype)
 
 
 @jax.jit
-def ridge_leverage(moment: Float[Array, "expert channel channel"], ridge: float) -> Float[Array, "expert channel"]:
+def ridge_leverage(moment: Float[AnyArray, "expert channel channel"], ridge: Scalar) -> Float[Array, "expert channel"]:
     """Return how much every channel is needed to span what the others do not: diag((C + r mean(diag C) I)^-1 C).
 
     Args:
@@ -80,9 +81,9 @@ def ridge_leverage(moment: Float[Array, "expert channel channel"], ridge: float)
 
 @jax.jit
 def nystrom_down(
-    down: Float[Array, "expert hidden channel"],
-    moment: Float[Array, "expert channel channel"],
-    kept: Int[Array, "expert keep"],
+    down: Float[AnyArray, "expert hidden channel"],
+    moment: Float[AnyArray, "expert channel channel"],
+    kept: Int[AnyArray, "expert keep"],
 ) -> Float[Array, "expert hidden keep"]:
     """Return the down projection that makes the best of the channels that stay: down C[:, S] C[S, S]^-1.
 
@@ -109,7 +110,7 @@ def nystrom_down(
 
 @functools.partial(jax.jit, static_argnames="keep")
 def greedy_channels(
-    down: Float[Array, "expert hidden channel"], moment: Float[Array, "expert channel channel"], *, keep: int
+    down: Float[AnyArray, "expert hidden channel"], moment: Float[AnyArray, "expert channel channel"], *, keep: int
 ) -> Int[Array, "expert keep"]:
     """Choose channels one after another, each time the one that most lowers the error of the refitted output.
 

@@ -19,12 +19,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxmoe.arrays import AnyArray
+
 BLOCKING = jax.__version_info__ < (0, 11, 2)
 """Whether a batched LAPACK call of this jaxlib waits for other threads."""
 
 
 def cholesky(
-    matrix: Float[Array, "*batch side side"], *, symmetrize_input: bool = True
+    matrix: Float[AnyArray, "*batch side side"], *, symmetrize_input: bool = True
 ) -> Float[Array, "*batch side side"]:
     """Return the lower Cholesky factors of symmetric matrices.
 
@@ -43,7 +45,7 @@ def cholesky(
 
 
 def eigh(
-    matrix: Float[Array, "*batch side side"], *, symmetrize_input: bool = True
+    matrix: Float[AnyArray, "*batch side side"], *, symmetrize_input: bool = True
 ) -> tuple[Float[Array, "*batch side"], Float[Array, "*batch side side"]]:
     """Return the eigenvalues, ascending, and eigenvectors, in columns, of symmetric matrices.
 
@@ -59,7 +61,9 @@ def eigh(
     return _batched(lambda own: tuple(jnp.linalg.eigh(own, symmetrize_input=symmetrize_input)), matrix)
 
 
-def eigvalsh(matrix: Float[Array, "*batch side side"], *, symmetrize_input: bool = True) -> Float[Array, "*batch side"]:
+def eigvalsh(
+    matrix: Float[AnyArray, "*batch side side"], *, symmetrize_input: bool = True
+) -> Float[Array, "*batch side"]:
     """Return the eigenvalues of symmetric matrices, ascending; see `eigh`.
 
     Example:
@@ -69,7 +73,7 @@ def eigvalsh(matrix: Float[Array, "*batch side side"], *, symmetrize_input: bool
     return _batched(partial(jnp.linalg.eigvalsh, symmetrize_input=symmetrize_input), matrix)
 
 
-def orthonormal(matrix: Float[Array, "*batch row column"]) -> Float[Array, "*batch row column"]:
+def orthonormal(matrix: Float[AnyArray, "*batch row column"]) -> Float[Array, "*batch row column"]:
     """Return an orthonormal basis of the span of the columns, by QR; row >= column.
 
     Example:
@@ -80,7 +84,7 @@ def orthonormal(matrix: Float[Array, "*batch row column"]) -> Float[Array, "*bat
 
 
 def solve(
-    matrix: Float[Array, "*batch side side"], right: Float[Array, "*batch side column"]
+    matrix: Float[AnyArray, "*batch side side"], right: Float[AnyArray, "*batch side column"]
 ) -> Float[Array, "*batch side column"]:
     """Return the solutions X of A X = right, by LU decomposition.
 
@@ -92,8 +96,8 @@ def solve(
 
 
 def solve_lower(
-    factor: Float[Array, "*batch side side"],
-    right: Float[Array, "*batch row column"],
+    factor: Float[AnyArray, "*batch side side"],
+    right: Float[AnyArray, "*batch row column"],
     *,
     left_side: bool = True,
     transpose: bool = False,
@@ -114,7 +118,7 @@ def solve_lower(
     return _batched(solve, factor, right)
 
 
-def _batched(function: Callable, *matrices: Array):
+def _batched(function: Callable, *matrices: AnyArray):
     batch = matrices[0].shape[:-2]
     if not BLOCKING or not batch:
         return function(*matrices)

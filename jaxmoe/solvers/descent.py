@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe.arrays import AnyArray, Scalar
+
 SHRINK = 0.5
 """Factor on the rate at every return."""
 
@@ -56,7 +58,7 @@ class Descent(NamedTuple):
 
 
 def begin(
-    parameters: Any, direction: optax.GradientTransformation, *, rate: float | Float[Array, ""], steps: int
+    parameters: Any, direction: optax.GradientTransformation, *, rate: float | Float[AnyArray, ""], steps: int
 ) -> Descent:
     """Return a descent that has taken none of `steps` steps."""
     memory = direction.init(parameters)
@@ -76,21 +78,21 @@ def begin(
     )
 
 
-def either(condition: Bool[Array, ""], first: Any, second: Any) -> Any:
+def either(condition: Bool[AnyArray, ""], first: Any, second: Any) -> Any:
     """Return the first of two equal pytrees where the condition holds, else the second."""
     return jax.tree.map(partial(jnp.where, condition), first, second)
 
 
 def descend(
-    evaluate: Callable[[Any], tuple[Float[Array, ""], Any]],
+    evaluate: Callable[[Any], tuple[Float[AnyArray, ""], Any]],
     before: Descent,
     direction: optax.GradientTransformation,
     *,
-    schedule: Callable[[Int[Array, ""]], Any] = lambda step: 1.0,
-    until: int | Int[Array, ""] | None = None,
+    schedule: Callable[[Int[AnyArray, ""]], Any] = lambda step: 1.0,
+    until: int | Int[AnyArray, ""] | None = None,
     patience: int | None = None,
     goal: float = 0.0,
-    rise: float | None = None,
+    rise: Scalar | None = None,
     rounding: float = 0.0,
 ) -> Descent:
     """Go on with a descent.

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.solvers.decompositions import eigh, eigvalsh
 from jaxmoe.solvers.mixture import HIGHEST, whiten_rows
 
@@ -31,11 +32,11 @@ class GroupSpectra(NamedTuple):
 
 @partial(jax.jit, static_argnames="size")
 def group_energies(
-    weight: Float[Array, "expert row column"],
+    weight: Float[AnyArray, "expert row column"],
     *,
     size: int,
-    moment: Array | None = None,
-    row_moment: Array | None = None,
+    moment: Float[AnyArray, "_ column column"] | None = None,
+    row_moment: Float[AnyArray, "_ row row"] | None = None,
 ) -> Float[Array, "group spectrum"]:
     """Return the squared singular values of every stacked group, descending.
 
@@ -58,12 +59,12 @@ def group_energies(
 
 @partial(jax.jit, static_argnames=("size", "rank"))
 def group_bases(
-    weight: Float[Array, "expert row column"],
+    weight: Float[AnyArray, "expert row column"],
     *,
     size: int,
     rank: int,
-    moment: Array | None = None,
-    row_moment: Array | None = None,
+    moment: Float[AnyArray, "_ column column"] | None = None,
+    row_moment: Float[AnyArray, "_ row row"] | None = None,
 ) -> Float[Array, "group rank column"]:
     """Return the bases that lose least at every rank up to `rank`: the leading ones serve a smaller rank.
 
@@ -84,11 +85,11 @@ def group_bases(
 
 @partial(jax.jit, static_argnames="size")
 def group_spectra(
-    weight: Float[Array, "expert row column"],
+    weight: Float[AnyArray, "expert row column"],
     *,
     size: int,
-    moment: Array | None = None,
-    row_moment: Array | None = None,
+    moment: Float[AnyArray, "_ column column"] | None = None,
+    row_moment: Float[AnyArray, "_ row row"] | None = None,
 ) -> GroupSpectra:
     """Return what `group_energies` and `group_bases` give, for all ranks, by one decomposition instead of two.
 

@@ -56,7 +56,7 @@ class Grouping(NamedTuple):
 
 
 def group(
-    weight: Float[Array, "expert out in"],
+    weight: Float[AnyArray, "expert out in"],
     order: Int[np.ndarray, " expert"],
     *,
     size: int,

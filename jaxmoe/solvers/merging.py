@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Num
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.solvers.decompositions import solve
 from jaxmoe.solvers.second_moment import check_moment
@@ -32,11 +33,11 @@ It bounds the condition number by the number of inputs over the ridge, which flo
 
 
 def merge(
-    weight: Float[Array, "expert out in"],
+    weight: Float[AnyArray, "expert out in"],
     *,
     method: MergeMethod = "fisher",
-    fisher: Num[Array, "expert out in"] | None = None,
-    counts: Num[Array, " expert"] | None = None,
+    fisher: Num[AnyArray, "expert out in"] | None = None,
+    counts: Num[AnyArray, " expert"] | None = None,
 ) -> Float[Array, "out in"]:
     """Return the weighted average of the experts, entry by entry.
 
@@ -80,7 +81,7 @@ def merge(
 
 
 def regmean(
-    weight: Float[Array, "expert out in"], moments: Num[Array, "expert in in"], *, ridge: float = RIDGE
+    weight: Float[AnyArray, "expert out in"], moments: Num[AnyArray, "expert in in"], *, ridge: float = RIDGE
 ) -> Float[Array, "out in"]:
     """Return the base whose outputs are closest to those of the experts, each on its own inputs.
 
@@ -122,7 +123,9 @@ def regmean(
     return mean + solve(moments.sum(0) + experts * added, moved.T).T
 
 
-def ties(weight: Float[Array, "expert out in"], *, density: float = 0.2, scale: float = 1.0) -> Float[Array, "out in"]:
+def ties(
+    weight: Float[AnyArray, "expert out in"], *, density: float = 0.2, scale: float = 1.0
+) -> Float[Array, "out in"]:
     """Return the mean moved to where the larger deviations agree: trim, elect a sign, average those that have it.
 
         t_e = W_e - mean, its `density` largest entries, else 0        s = sign(sum_e t_e)        B = mean + scale m
@@ -169,9 +172,9 @@ def ties(weight: Float[Array, "expert out in"], *, density: float = 0.2, scale: 
 
 
 def shared_energy(
-    weight: Float[Array, "expert out in"],
-    base: Float[Array, "out in"],
-    moments: Num[Array, "one_or_expert in in"] | None = None,
+    weight: Float[AnyArray, "expert out in"],
+    base: Float[AnyArray, "out in"],
+    moments: Num[AnyArray, "one_or_expert in in"] | None = None,
 ) -> Float[Array, ""]:
     """Return the fraction of the experts' energy that a base explains.
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.shared_basis import ACTIVATIONS
 from jaxmoe.solvers.decompositions import cholesky, eigh, solve_lower
@@ -104,7 +105,7 @@ def owners(experts: int, bases: int) -> np.ndarray:
     return np.repeat(np.arange(bases), [len(block) for block in np.array_split(np.arange(experts), bases)])
 
 
-def location_and_scale(weight: Float[Array, "expert row column"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def location_and_scale(weight: Float[AnyArray, "expert row column"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return mean and population standard deviation of all entries; exactly (c, 0) for a constant c."""
     first = weight[0, 0, 0]
     shifted = weight - first
@@ -117,7 +118,7 @@ def activate(blend: Array, activation: str) -> tuple[Array, Array]:
     return jax.jvp(ACTIVATIONS[activation], (blend,), (jnp.ones_like(blend),))
 
 
-def blend(mixing: Float[Array, "expert base"], bases: Float[Array, "base rank column"]):
+def blend(mixing: Float[AnyArray, "expert base"], bases: Float[AnyArray, "base rank column"]):
     """Return sum_j alpha_ej B_j as one matrix product."""
     flat = jnp.matmul(mixing, bases.reshape(bases.shape[0], -1), precision=HIGHEST)
     return flat.reshape(mixing.shape[0], *bases.shape[1:])
@@ -139,12 +140,12 @@ def pull_back(gradient, mixing, bases):
     return d_bases, d_mixing
 
 
-def weigh(matrix: Float[Array, "expert row column"], moment: Array | None):
+def weigh(matrix: Float[AnyArray, "expert row column"], moment: Float[AnyArray, "_ column column"] | None):
     """Return matrix @ C for a pooled or a per-expert C, `[1|expert, column, column]`, or the matrix without one."""
     return matrix if moment is None else jnp.matmul(matrix, moment, precision=HIGHEST)
 
 
-def whiten_rows(weight: Float[Array, "expert row column"], row_moment: Array | None):
+def whiten_rows(weight: Float[AnyArray, "expert row column"], row_moment: Float[AnyArray, "_ row row"] | None):
     """Return L^T W with L L^T the moment along the rows; its plain error is the error of W under that moment."""
     if row_moment is None:
         return weight
@@ -154,7 +155,7 @@ def whiten_rows(weight: Float[Array, "expert row column"], row_moment: Array | N
 
 
 def block_svd(
-    weight: Float[Array, "expert row column"], bases: int, rank: int, ragged: Ragged | None = None
+    weight: Float[AnyArray, "expert row column"], bases: int, rank: int, ragged: Ragged | None = None
 ) -> tuple[Float[Array, "expert row rank"], Float[Array, "base rank column"]]:
     """Return the best bases and coefficients if every block of experts had one linear basis of its own.
 
@@ -175,12 +176,12 @@ def block_svd(
 
 
 def solve_coefficients(
-    weight: Float[Array, "expert row column"],
-    bases: Float[Array, "base rank column"],
-    mixing: Float[Array, "expert base"],
+    weight: Float[AnyArray, "expert row column"],
+    bases: Float[AnyArray, "base rank column"],
+    mixing: Float[AnyArray, "expert base"],
     *,
     activation: str,
-    moment: Array | None = None,
+    moment: Float[AnyArray, "_ column column"] | None = None,
     ragged: Ragged | None = None,
     ridge: float = 1e-6,
     refinements: int = 2,
@@ -224,7 +225,7 @@ def solve_coefficients(
     return coefficients
 
 
-def cholesky_with_floor(gram: Float[Array, "expert rank rank"], ridge: float):
+def cholesky_with_floor(gram: Float[AnyArray, "expert rank rank"], ridge: float):
     """Return the lower Cholesky factor of the Gram matrix plus `ridge` times its mean diagonal."""
     rank = gram.shape[-1]
     floor = ridge * jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / rank
@@ -233,7 +234,7 @@ def cholesky_with_floor(gram: Float[Array, "expert rank rank"], ridge: float):
     return cholesky(gram + floor * jnp.eye(rank, dtype=gram.dtype), symmetrize_input=False)
 
 
-def lower_inverse(factor: Float[Array, "expert rank rank"]) -> Float[Array, "expert rank rank"]:
+def lower_inverse(factor: Float[AnyArray, "expert rank rank"]) -> Float[Array, "expert rank rank"]:
     """Return the inverse of lower triangular matrices, by halves: products are faster than a triangular solution.
 
         [A 0]^-1   [    A^-1          0  ]
@@ -258,18 +259,22 @@ def _lower_inverse(factor, largest: int):
     return jnp.concatenate([jnp.pad(first, [(0, 0), (0, 0), (0, rank - half)]), below], 1)
 
 
-def right_solve(right: Float[Array, "expert row rank"], factor: Float[Array, "expert rank rank"]):
+def right_solve(right: Float[AnyArray, "expert row rank"], factor: Float[AnyArray, "expert rank rank"]):
     """Return X S^-1 for S = L L^T, given L."""
     half = solve_lower(factor, right, left_side=False, transpose=True)
     return solve_lower(factor, half, left_side=False)
 
 
-def squared_norms(matrix: Float[Array, "expert row column"], moment: Array | None = None) -> Float[Array, " expert"]:
+def squared_norms(
+    matrix: Float[AnyArray, "expert row column"], moment: Float[AnyArray, "_ column column"] | None = None
+) -> Float[Array, " expert"]:
     """Return tr(X C X^T) of every expert."""
     return jnp.sum(weigh(matrix, moment) * matrix, axis=(1, 2))
 
 
-def relative_errors(weight, approximation, moment: Array | None = None) -> Float[Array, " expert"]:
+def relative_errors(
+    weight, approximation, moment: Float[AnyArray, "_ column column"] | None = None
+) -> Float[Array, " expert"]:
     """Return sqrt(tr(R C R^T) / tr(W C W^T)) of every expert; 0 where both vanish."""
     lost, whole = squared_norms(weight - approximation, moment), squared_norms(weight, moment)
     lost = jnp.maximum(lost, 0.0)

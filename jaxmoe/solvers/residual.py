@@ -16,15 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.hashed import Hashed
 
 
 def hashed_residual(
-    residual: Float[Array, "expert out in"],
+    residual: Float[AnyArray, "expert out in"],
     *,
     buckets: int,
-    order: Int[Array, " expert"] | Sequence[int] | None = None,
+    order: Int[AnyArray, " expert"] | Sequence[int] | None = None,
     size: int = 1,
     seed: int = 0,
     balanced: bool = True,
@@ -62,7 +63,7 @@ def hashed_residual(
 
 
 def largest_entries(
-    residual: Float[Array, "expert out in"], *, entries: int
+    residual: Float[AnyArray, "expert out in"], *, entries: int
 ) -> tuple[Float[Array, "1 entry"], Int[Array, "1 entry"], Int[Array, "1 expert"]]:
     """Return the entries of largest absolute value among all experts; of equal ones those that come first.
 

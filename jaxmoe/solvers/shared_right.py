@@ -25,7 +25,7 @@ from jaxmoe.solvers.mixture import HIGHEST, solve_coefficients, squared_norms
 
 
 def shared_right(
-    weight: Float[Array, "expert out in"],
+    weight: Float[AnyArray, "expert out in"],
     *,
     rank: int,
     moment: Float[AnyArray, "..."] | None = None,

@@ -25,6 +25,7 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.solvers.descent import SHRINK, Descent, begin, descend, either
 from jaxmoe.solvers.mixture import (
@@ -71,7 +72,7 @@ ROUNDING = 1e-6
 
 
 def variable_projection(
-    weight: Float[Array, "expert row column"],
+    weight: Float[AnyArray, "expert row column"],
     *,
     bases: int,
     rank: int,
@@ -81,9 +82,9 @@ def variable_projection(
     learning_rate: float | None = None,
     rise: float = RISE,
     patience: int | None = None,
-    moment: Array | None = None,
-    row_moment: Array | None = None,
-    expert_weight: Float[Array, " expert"] | None = None,
+    moment: Float[AnyArray, "_ column column"] | None = None,
+    row_moment: Float[AnyArray, "_ row row"] | None = None,
+    expert_weight: Float[AnyArray, " expert"] | None = None,
     ragged: Ragged | None = None,
     key: Array | None = None,
 ) -> BasisFit:
@@ -218,7 +219,9 @@ def schedule(steps: int):
     return factor
 
 
-def starts(target: Float[Array, "expert row column"], bases: int, rank: int, key: Array, ragged: Ragged | None = None):
+def starts(
+    target: Float[AnyArray, "expert row column"], bases: int, rank: int, key: Array, ragged: Ragged | None = None
+):
     """Return two starts (bases, mixing): singular vectors of consecutive blocks of experts, and random numbers."""
     experts, _, columns = target.shape
     vectors = block_svd(target, bases, rank, ragged)[1]
@@ -233,7 +236,7 @@ def starts(target: Float[Array, "expert row column"], bases: int, rank: int, key
 
 
 def reduced_objective(
-    target: Float[Array, "expert row column"],
+    target: Float[AnyArray, "expert row column"],
     *,
     activation: str,
     moment=None,

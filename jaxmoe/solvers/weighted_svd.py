@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.solvers.decompositions import eigh, eigvalsh, orthonormal
 from jaxmoe.solvers.second_moment import check_moment
@@ -81,11 +82,11 @@ def _column_weighted(weight, moment, rank) -> SVDFit:
 
 
 def weighted_svd(
-    weight: Float[Array, "expert out in"],
+    weight: Float[AnyArray, "expert out in"],
     *,
     rank: int,
-    row_moment: Float[Array, "..."] | None = None,
-    column_moment: Float[Array, "..."] | None = None,
+    row_moment: Float[AnyArray, "..."] | None = None,
+    column_moment: Float[AnyArray, "..."] | None = None,
 ) -> SVDFit:
     """Return the factors of given rank that minimise the weighted squared error of every expert.
 
@@ -139,7 +140,7 @@ def weighted_svd(
 
 
 def weighted_energies(
-    weight: Float[Array, "expert out in"], *, column_moment: Float[Array, "..."] | None = None
+    weight: Float[AnyArray, "expert out in"], *, column_moment: Float[AnyArray, "..."] | None = None
 ) -> Float[Array, "expert spectrum"]:
     """Return the squared singular values of W C^(1/2), descending: what `weighted_svd` gives, without its vectors.
 
