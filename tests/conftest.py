@@ -1,10 +1,12 @@
-"""What holds for all tests: no hub, no accelerator, and compiled programs are let go of before there are too many."""
+"""What holds for all tests: no hub, no accelerator, no user's cache, and compiled programs go before they are many."""
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-# Read when the libraries are imported.
+# Read when the libraries are imported; the last is the folder that transformers copies the code of checkpoints to.
 os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"HF_MODULES_CACHE": (CODE := TemporaryDirectory(prefix="jaxmoe-tests-")).name}
 
 import jax
 import pytest

@@ -79,11 +79,6 @@ def registered():
     import_module(str(FILE))
 
 
-@pytest.fixture
-def _code_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-
-
 def jaxmoe(*arguments) -> dict:
     """Run a command as with a process of its own, where nothing is registered yet, and return what it says."""
     FAMILIES.pop("own_moe", None)
@@ -139,7 +134,6 @@ def test_its_keys_are_checked(source):
     assert decoder_spec({**config, "score_scale": 0.25, "own_seed": 7}, shapes).layers[1].attention.scale == 0.25
 
 
-@pytest.mark.usefixtures("_code_cache")
 def test_command_line_and_pytorch(source, text, tmp_path):
     assert jaxmoe("inspect", source)["known"]
     planned = jaxmoe("plan", source, "--method", "svd", "--ratio", 0.4)
