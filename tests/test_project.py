@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 from hatchling.builders.wheel import WheelBuilder
+from program import checksums
 from program import jaxmoe as program
 
 import jaxmoe
+from jaxmoe.data import demo_checkpoint, demo_texts
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,6 +42,39 @@ def test_public_names_are_documented():
         thing = getattr(jaxmoe, name)
         if inspect.ismodule(thing) or callable(thing):
             assert (inspect.getdoc(thing) or "").strip(), f"jaxmoe.{name} has no docstring"
+
+
+def test_the_door_is_made_of_functions():
+    """Packages are named otherwise: once imported, one of the same name would stand in the place of a function."""
+    code = (
+        "import jaxmoe, jaxmoe.compression.run, jaxmoe.calibration.checkpoint, jaxmoe.evaluation, jaxmoe.comparison,"
+        " jaxmoe.recovery.recover, inspect\n"
+        "names = 'plan compress calibrate evaluate compare recover inspect'.split()\n"
+        "assert all(inspect.isfunction(getattr(jaxmoe, name)) for name in names)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_old_names_work_once_more_and_name_the_new(tmp_path):
+    svd, source = jaxmoe.methods.get("svd"), jaxmoe.Checkpoint.open(demo_checkpoint())
+    with pytest.warns(DeprecationWarning, match=r"jaxmoe.make_plan is deprecated, use jaxmoe.plan"):
+        plan = jaxmoe.make_plan(source, svd, svd.settings(), ratio=0.5)
+    assert plan.summary() == jaxmoe.plan(demo_checkpoint(), "svd", ratio=0.5).as_json()
+    jaxmoe.compress(source, tmp_path / "old", plan, seed=1)
+    jaxmoe.compress(demo_checkpoint(), tmp_path / "new", "svd", ratio=0.5, seed=1)
+    assert checksums(tmp_path / "old") == checksums(tmp_path / "new")
+    options = {"sequences": 1, "length": 32}
+    with pytest.warns(DeprecationWarning, match="use jaxmoe.calibrate"):
+        old = jaxmoe.calibrate_checkpoint(demo_checkpoint(), demo_texts()[:1], tmp_path / "statistics", **options)
+    assert old.domains == ("code",)
+    with pytest.warns(DeprecationWarning, match="use jaxmoe.evaluate"):
+        found = jaxmoe.evaluate_checkpoint(demo_checkpoint(), demo_texts()[:1], generate=0, **options)
+    again = jaxmoe.evaluate(demo_checkpoint(), text=demo_texts()[0], generate=0, **options)
+    assert found.texts == again.texts
+    with pytest.warns(DeprecationWarning, match="use jaxmoe.compare with the names of methods"):
+        assert jaxmoe.Contender(method=svd, settings=svd.settings()).name == "svd"
+    with pytest.raises(AttributeError, match="no attribute 'make_plans'"):
+        _ = jaxmoe.make_plans
 
 
 def test_one_version():

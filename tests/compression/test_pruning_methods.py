@@ -32,7 +32,7 @@ def statistics(tmp_path_factory):
 
 def compressed(name, folder, statistics, *, ratio=0.25, **settings):
     setting = settings.pop("setting", "improved")
-    options = {"setting": setting, "settings": settings, "statistics": statistics.folder}
+    options = {"setting": setting, "set": settings, "statistics": statistics.folder}
     return jaxmoe.compress(demo_checkpoint(), folder, name, ratio=ratio, **options).as_json()
 
 

@@ -1,16 +1,17 @@
 """Recipe files: what they may hold, what is said of everything else, and that each output holds its own."""
 
+import inspect
 import json
 import re
 
 import pytest
 import yaml
-from program import call
+from program import call, checksums
 
 import jaxmoe
 from jaxmoe.cli.app import app
 from jaxmoe.compression.recipe_file import NAME, RecipeFile, read_recipe, recipe_yaml
-from jaxmoe.data import demo_checkpoint
+from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
 
 HOW = {"recipe", "resume", "as_json", "weighted"}
@@ -140,3 +141,54 @@ def test_the_command_line_overrides_the_file(written):
     plan = json.loads(done.stdout)
     assert plan["requested"]["ratio"] == 0.5
     assert (plan["settings"]["steps"], plan["settings"]["bases"]) == (9, 2)
+
+
+def test_defaults_are_those_of_the_function():
+    """The command line hands on what it is given alone; what it shows as defaults has to be true all the same."""
+    for command in app.registered_commands:
+        if command.callback.__name__ in ("plan", "compress"):
+            ours = inspect.signature(getattr(jaxmoe, command.callback.__name__)).parameters
+            for name, own in inspect.signature(command.callback.__wrapped__).parameters.items():
+                if own.default not in (inspect.Parameter.empty, None) and name != "as_json":
+                    assert getattr(own.default, "value", own.default) == ours[name].default, name
+
+
+SHORT = {"sequences": 2, "length": 64}
+RUNS = {
+    "weights alone": ("svd", {"ratio": 0.5, "seed": 3}),
+    "given statistics": ("svd", {"ratio": 0.4, "statistics": ..., "allocation": "spectral", "setting": "paper"}),
+    "texts": ("reap", {"ratio": 0.25, "text": demo_texts()[:2], **SHORT}),
+    "two steps": (
+        "reap+svd",
+        {"ratio": 0.4, "of": "model", "set": {"svd.share": 2}, "text": demo_texts()[:1], **SHORT},
+    ),
+    "sequential": ("svd", {"ratio": 0.5, "text": demo_texts()[0], "sequential": True, "export": "dense", **SHORT}),
+    "fewer experts": ("compressed_experts", {"main_experts": 1, "set": {"steps": 2}, "text": demo_texts()[0], **SHORT}),
+    "bytes": ("svd", {"ratio": 0.4, "unit": "bytes"}),
+}
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_what_an_output_holds_makes_it_again(case, tmp_path, monkeypatch):
+    method, options = RUNS[case]
+    if "statistics" in options:
+        monkeypatch.chdir(tmp_path)
+        jaxmoe.calibrate(demo_checkpoint(), "sums", text=demo_texts()[0], **SHORT)
+        options = {**options, "statistics": "sums"}
+    first = jaxmoe.compress(demo_checkpoint(), tmp_path / "first", method, **options)
+    monkeypatch.chdir("/")
+    recipe = tmp_path / "first" / NAME
+    planned = call("plan", demo_checkpoint(), "--recipe", recipe, "--json")
+    assert planned.returncode == 0, planned.stderr
+    done = call("compress", demo_checkpoint(), tmp_path / "second", "--recipe", recipe, "--json")
+    assert done.returncode == 0, done.stderr
+    assert checksums(tmp_path / "first") == checksums(tmp_path / "second")
+    assert NAME in checksums(tmp_path / "second")
+    assert json.loads(done.stdout)["run"] == first.run
+
+
+def test_a_later_step_does_not_carry_the_file_along(tmp_path):
+    """It says how an output is made, and is not true of what is made of that."""
+    jaxmoe.compress(demo_checkpoint(), tmp_path / "small", "svd", ratio=0.5)
+    assert call("convert", tmp_path / "small", tmp_path / "dense", "--to", "dense").returncode == 0
+    assert not (tmp_path / "dense" / NAME).exists()

@@ -35,7 +35,7 @@ def write(family: str, root: Path, renorm: str = "none") -> Path:
     """Write a tiny model of which one or two experts run, with random vectors in place of the others."""
     save_tiny(family, root / "model", **FAMILIES[family])
     top_k = FAMILIES[family].get("num_experts_per_tok", 2)
-    options = {"main_experts": max(1, top_k // 2), "settings": {"renorm": renorm}}
+    options = {"main_experts": max(1, top_k // 2), "set": {"renorm": renorm}}
     compress(root / "model", root / "small", "compressed_experts", **options)
     randomize(root / "small")
     return root / "small"
