@@ -111,7 +111,7 @@ class Statistics:
         """Return what a report says of these statistics."""
         return {"sequential": False, **self.record.describe()}
 
-    def follow(self, index: int, layer: Any) -> None:
+    def follow(self, index: int, parameters: Any) -> None:
         """Do nothing: these sums are of the original model, whatever becomes of its layers."""
 
     def layer(self, index: int, domains: Iterable[str] | None = None) -> LayerStatistics:

@@ -5,7 +5,7 @@ original layer runs on these hidden states once for its sums; once it is compres
 factors. They lie in a folder, so that a run that was stopped goes on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ import numpy as np
 
 from jaxmoe.calibration.collect import gather, make_record
 from jaxmoe.calibration.folder import layer_arrays
-from jaxmoe.calibration.statistics import LayerStatistics
+from jaxmoe.calibration.inputs import InputMoment
+from jaxmoe.calibration.statistics import FIELDS, LayerStatistics
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import fingerprint
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors import CompressedLayer
+from jaxmoe.model.roles import BLOCK_INPUT
 from jaxmoe.streaming import TOKENS, HiddenStates, on_device, run_layer, start
 from jaxmoe.texts import Windows
 
@@ -30,6 +31,7 @@ class Sequential:
         texts: windows of the texts, which count together.
         folder: where the hidden states lie; whoever owns the folder removes it in the end.
         tokenizer: fingerprint of what made the windows, None if unknown.
+        targets: what is compressed, see `calibrate_windows`.
         tokens: that go through a layer together.
         limit: bytes that the sums of a layer's experts may take in memory, see `calibrate`.
     """
@@ -41,11 +43,13 @@ class Sequential:
         folder: Path,
         *,
         tokenizer: str | None = None,
+        targets: Collection[str] = ("experts",),
         tokens: int = TOKENS,
         limit: int | None = None,
     ):
         self.model, self.limit = model, limit
-        self.record = make_record(model, texts, tokenizer)
+        self.record = make_record(model, texts, tokenizer, targets=targets)
+        self._inputs: tuple[int, dict[str, np.ndarray]] | None = None
         ids, self.counted = (np.concatenate([getattr(text, name) for text in texts]) for name in ("ids", "counted"))
         self.states = HiddenStates(ids, folder, model.spec.hidden, tokens=tokens)
 
@@ -73,20 +77,41 @@ class Sequential:
         Raises:
             JaxmoeError: the hidden states that enter it are gone.
         """
-        parameters = self._walk(index)
-        spec = self.model.spec.layers[index]
         return LayerStatistics(
             shape=self.model.shapes[index],
             tokens=int(self.counted.sum()),
             sequences=int(self.counted.any(1).sum()),
-            **gather(self.record, index, parameters, spec, self.states, self.counted, limit=self.limit),
+            **self._gather(index),
         )
 
-    def follow(self, index: int, layer: CompressedLayer) -> None:
-        """Move the hidden states on through a layer with its experts compressed."""
-        if index == max(self.model.shapes):
+    def inputs(self, index: int, name: str) -> InputMoment | None:
+        """Return the second moment of what some linear maps of a layer read, as `Statistics` does.
+
+        Raises:
+            JaxmoeError: the hidden states that enter the layer are gone.
+        """
+        if self._inputs is None or self._inputs[0] != index:
+            self._gather(index)
+        assert self._inputs is not None
+        sums = self._inputs[1].get(name)
+        return None if sums is None else InputMoment(sums, int(self.counted.sum()))
+
+    def _gather(self, index: int) -> dict[str, np.ndarray]:
+        """Return the sums of a layer's experts, and keep those of its other inputs."""
+        parameters, spec = self._walk(index), self.model.spec.layers[index]
+        sums = gather(self.record, index, parameters, spec, self.states, self.counted, limit=self.limit)
+        own = {name: array for name, array in sums.items() if name in FIELDS}
+        inputs = {name: array for name, array in sums.items() if name not in FIELDS}
+        if self.record.targets and "input_moment" in own:
+            inputs[BLOCK_INPUT] = own["input_moment"]
+        self._inputs = index, inputs
+        return own
+
+    def follow(self, index: int, parameters: Mapping[str, Any]) -> None:
+        """Move the hidden states on through a layer, with what stands for its experts and linear maps by name."""
+        if index == max(self.record.visited):
             return
-        self._run(index, {**on_device(self.model.layer(index)), "experts": on_device(layer)})
+        self._run(index, {**on_device(self.model.layer(index)), **on_device(dict(parameters))})
 
     def _walk(self, index: int) -> dict[str, Any]:
         """Bring the hidden states to a layer, and return its arrays."""
@@ -94,7 +119,7 @@ class Sequential:
         if begin is None:
             begin = 0
             start(self.model, self.states)
-        if between := [i for i in range(begin, index) if i in self.model.shapes]:
+        if between := [i for i in range(begin, index) if i in self.record.visited]:
             raise JaxmoeError(
                 f"the hidden states behind layer {between[-1]} are gone from {self.states.folder}: start over with"
                 " --no-resume; sequential calibration compresses all layers in one run"
