@@ -73,7 +73,7 @@ def calibrate(
         tokenizer=tokenizer.fingerprint,
         gradients=gradients,
         moments=moments,
-        targets=(targets,) if isinstance(targets, str) else targets,
+        targets=targets,
         layers=layers,
         resume=resume,
         on_event=on_event,

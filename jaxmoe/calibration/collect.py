@@ -48,7 +48,7 @@ def calibrate_windows(
     tokenizer: str | None = None,
     moments: str = "weighted",
     gradients: str | None = None,
-    targets: Collection[str] = ("experts",),
+    targets: str | Collection[str] = "experts",
     layers: tuple[int, int] | None = None,
     resume: bool = True,
     tokens: int = TOKENS,
@@ -95,7 +95,7 @@ def make_record(
     *,
     moments: str = "weighted",
     gradients: str | None = None,
-    targets: Collection[str] = ("experts",),
+    targets: str | Collection[str] = "experts",
     layers: tuple[int, int] | None = None,
 ) -> Record:
     """Return what the statistics of these texts will say of themselves; the arguments are those of `calibrate`."""

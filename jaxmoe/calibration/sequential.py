@@ -43,7 +43,7 @@ class Sequential:
         folder: Path,
         *,
         tokenizer: str | None = None,
-        targets: Collection[str] = ("experts",),
+        targets: str | Collection[str] = "experts",
         tokens: int = TOKENS,
         limit: int | None = None,
     ):

@@ -225,6 +225,11 @@ class CompressedCheckpoint:
             if name not in held
         ]
 
+    def linear_tensors(self) -> list[Planned]:
+        """Plan every tensor of the compressed matrices outside of the routed experts, byte for byte."""
+        held = [self.tensors[name] for module in self.linears for name in self._names(module)]
+        return [Planned(entry.name, entry.dtype, entry.shape, entry.read) for entry in held]
+
     def check_dense(self) -> None:
         """Raise if vectors compensate for some experts: no dense model of the original architecture does that."""
         if self.main:

@@ -33,6 +33,7 @@ from jaxmoe.cli.arguments import (
     Setting,
     SettingOption,
     StatisticsOption,
+    TargetsOption,
     Unit,
     UnitOption,
     chosen,
@@ -50,6 +51,7 @@ def plan(
     unit: UnitOption = Unit.parameters,
     setting: SettingOption = Setting.improved,
     set_: SetOption = None,
+    targets: TargetsOption = "experts",
     allocation: AllocationOption = None,
     statistics: StatisticsOption = None,
     weighted: Annotated[bool, typer.Option("--weighted", help="as with --statistics or --text")] = False,
@@ -77,6 +79,7 @@ def compress(
     unit: UnitOption = Unit.parameters,
     setting: SettingOption = Setting.improved,
     set_: SetOption = None,
+    targets: TargetsOption = "experts",
     allocation: AllocationOption = None,
     statistics: StatisticsOption = None,
     text: Annotated[

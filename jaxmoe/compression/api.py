@@ -12,6 +12,7 @@ from jaxmoe.compression.deprecated import Plan
 from jaxmoe.compression.recipe import find
 from jaxmoe.compression.step import Found, Options, Source, Texts
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.model.roles import check_targets
 from jaxmoe.report.events import OnEvent, ignore
 from jaxmoe.report.records import PlanSummary, Report
 from jaxmoe.texts import Paths, Tokenizer, paths, text_windows, window_length
@@ -29,6 +30,7 @@ def plan(
     unit: str = "parameters",
     setting: str = "improved",
     set: Mapping[str, Any] | None = None,
+    targets: str | Collection[str] = "experts",
     allocation: str | None = None,
     statistics: str | Path | None = None,
     text: Paths | None = None,
@@ -56,6 +58,7 @@ def plan(
         unit: as there.
         setting: as there.
         set: as there.
+        targets: as there.
         allocation: as there.
         statistics: as there.
         text: as there; read, and not yet calibrated on.
@@ -93,12 +96,13 @@ def plan(
         layers=layers,
         sequential=sequential,
         allocation=allocation,
+        targets=check_targets(targets),
         gradients=gradients,
         # A plan of sizes needs no texts.
         texts=True,
         statistics=statistics is not None,
     )
-    recipe.check_plan(options)
+    recipe.check_plan(source, options)
     recipe.check(source, options)
     if text is not None:
         _texts(source, text, sequences, length)
@@ -118,6 +122,7 @@ def compress(
     unit: str = "parameters",
     setting: str = "improved",
     set: Mapping[str, Any] | None = None,
+    targets: str | Collection[str] = "experts",
     allocation: str | None = None,
     statistics: str | Path | None = None,
     text: Paths | None = None,
@@ -148,6 +153,8 @@ def compress(
         setting: "paper" (as published) or "improved".
         set: settings of the method, by name; `step.name` in a recipe of several, and `step.share` for how much of the
             removal falls to a step.
+        targets: what is replaced, where the method takes that: "experts", "attention", "shared" (experts), "dense"
+            (blocks without experts), or several of them.
         allocation: how the budget is shared over layers and projections: "uniform", "importance" or "spectral"; None
             for the method's own rule where the statistics allow it.
         statistics: folder of `jaxmoe.calibrate`, to weight errors by.
@@ -195,6 +202,7 @@ def compress(
         layers=layers,
         sequential=sequential,
         allocation=allocation,
+        targets=check_targets(targets),
         gradients=gradients,
         texts=text is not None,
         statistics=statistics is not None,

@@ -340,6 +340,7 @@ class _Work:
     def _calibrated(self, found: Found, folder: Path, gradients: str | None) -> Statistics:
         assert self.texts is not None
         options = {"tokenizer": self.texts.tokenizer, "gradients": gradients, "on_event": self.on_event}
+        options["targets"] = self.options.targets
         return calibrate_windows(found.model(), self.texts.windows, folder, **options).check(found.original)
 
     def _calibrated_once(self, steps: Sequence[Step]) -> Statistics:
@@ -352,7 +353,8 @@ class _Work:
         assert self.texts is not None
         # In the journal of the unfinished output, which goes when that is published.
         folder = self.output.with_name(self.output.name + PARTIAL) / JOURNAL / "states"
-        return Sequential(self.found.model(), self.texts.windows, folder, tokenizer=self.texts.tokenizer)
+        options = {"tokenizer": self.texts.tokenizer, "targets": self.options.targets}
+        return Sequential(self.found.model(), self.texts.windows, folder, **options)
 
 
 def _about(recipe: Recipe, spending: Spending) -> dict[str, Any]:

@@ -5,13 +5,14 @@ router weights are taken where they were kept: their error is that of the layer'
 inputs serves gate and up too; what has no moment at all is fitted unweighted, and the report says so.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxmoe.factors import CompressedLayer, LayerShape
+from jaxmoe.calibration.inputs import InputMoment
+from jaxmoe.factors import LayerShape
 from jaxmoe.methods.method import Evidence, Outcome
 from jaxmoe.solvers.second_moment import FLOOR, expert_moments, starved
 
@@ -36,8 +37,9 @@ class LayerSums(Protocol):
 class Sums(Protocol):
     """Calibrated statistics: one layer at a time, when asked for, and what tells them from all others.
 
-    `keeps` names the arrays that they hold of a layer; `reads` are the folders that they come from; `follow` is told of
-    every layer as soon as it is compressed; `describe` is what the report says of them.
+    `keeps` names the arrays that they hold of a layer; `reads` are the folders that they come from; `inputs` returns
+    the second moment of what other linear maps read, None where it was not kept; `follow` is told of every layer as
+    soon as it is compressed, what is stored as terms by the arrays' names; `describe` is what the report says of them.
     """
 
     @property
@@ -45,7 +47,8 @@ class Sums(Protocol):
     @property
     def reads(self) -> tuple[Path, ...]: ...
     def layer(self, index: int) -> LayerSums: ...
-    def follow(self, index: int, layer: CompressedLayer) -> None: ...
+    def inputs(self, index: int, name: str) -> InputMoment | None: ...
+    def follow(self, index: int, parameters: Mapping[str, Any]) -> None: ...
     def fingerprint(self) -> Any: ...
     def describe(self) -> dict[str, Any]: ...
 

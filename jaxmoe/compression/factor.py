@@ -5,30 +5,32 @@ parameters or in bytes. Where further steps make the terms smaller, as quantisat
 leave them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import groupby
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.allocation import Ladder, Shares, allocate, by_odds, kept_fractions, reachable
 from jaxmoe.checkpoint import Checkpoint, MoELayer
+from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.families import exports
+from jaxmoe.checkpoint.roles import find_linear, weight_dtype
 from jaxmoe.checkpoint.workspace import fingerprint
 from jaxmoe.compression.budget import NOTHING, Budget, Sizes, Totals
-from jaxmoe.compression.evidence import LayerSums, Sums, evidence
-from jaxmoe.compression.evidence import outcomes as calibration_outcomes
+from jaxmoe.compression.evidence import Sums
+from jaxmoe.compression.fit import fit_layer, fit_linear
+from jaxmoe.compression.linear_maps import PlannedLinear
 from jaxmoe.compression.plan import Plan, PlannedLayer
 from jaxmoe.compression.slot_costs import choose_rule, shares
-from jaxmoe.compression.step import Asked, Context, Found, Layer, Options, Source, Step, behind
-from jaxmoe.compression.svd_fallback import behind_svd, svd_instead
+from jaxmoe.compression.step import EXPERTS, Asked, Context, Found, Layer, Options, Source, Step, behind
 from jaxmoe.compression.term_pass import TermStep, check_factored
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense, Term
-from jaxmoe.methods import Method, Outcome, Slot
-from jaxmoe.methods.method import REORDERED, count
+from jaxmoe.factors import TARGETS, CompressedLayer, CompressedLinear, Count, Dense, Term
+from jaxmoe.methods import Method, Slot
+from jaxmoe.methods.method import count, linear_weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,13 @@ class Factor(TermStep):
         """Raise if the terms could not be written."""
         check_factored(checkpoint, options.export or "factored")
 
+    def check_targets(self, checkpoint: Source, targets: tuple[str, ...]) -> None:
+        """Raise if the method does not replace linear maps, or the checkpoint has none of a target."""
+        if self.method.linear_slot is None:
+            super().check_targets(checkpoint, targets)
+        if not isinstance(checkpoint, CompressedCheckpoint):
+            find_linear(checkpoint, targets)
+
     def plan(
         self,
         found: Found,
@@ -73,6 +82,7 @@ class Factor(TermStep):
             asked.budget,
             weighted=weighted,
             allocation=options.allocation,
+            targets=options.targets,
             statistics=statistics,
             then=then,
         )
@@ -105,29 +115,31 @@ class PlannedFactor:
     def identity(self, context: Context) -> dict[str, Any]:
         """Return what decides the numbers."""
         plan = self.plan
+        linears = {own.source.module: own.template.spec() for linears in plan.linears.values() for own in linears}
         return {
             "method": plan.method.name,
             "settings": asdict(plan.settings),
             "requested": plan.requested,
             "allocation": plan.allocation,
             "terms": fingerprint({str(p.source.index): p.template.spec() for p in plan.layers}),
+            **({"linears": fingerprint(linears)} if linears else {}),
         }
 
     def layers(self, layers: Iterator[Layer], context: Context) -> Iterator[Layer]:
-        """Fit one layer after the other."""
+        """Fit one layer after the other: its experts, if it has any, then its linear maps."""
         planned = {own.source.index: own for own in self.plan.layers}
+        source, seed, statistics = context.found.original, context.setup.seed, context.setup.statistics
         for layer in layers:
-            own = planned[layer.index]
-            experts, outcomes, histories = fit_layer(
-                context.found.original, self.plan, own, context.setup.seed, layer.sums
-            )
-            yield replace(
-                layer,
-                experts=experts,
-                replaced=own.replaced,
-                outcomes=(*layer.outcomes, *outcomes),
-                facts={**layer.facts, "losses": histories},
-            )
+            outcomes, histories, linears = list(layer.outcomes), {}, {}
+            if (own := planned.get(layer.index)) is not None:
+                experts, told, histories = fit_layer(source, self.plan, own, seed, layer.sums)
+                layer = replace(layer, experts=experts, replaced=own.replaced)
+                outcomes += told
+            for linear in self.plan.linears.get(layer.index, ()):
+                linears[linear.source.name], told = fit_linear(source, self.plan, linear, seed, statistics)
+                outcomes += told
+            facts = {**layer.facts, "losses": histories}
+            yield replace(layer, linears=linears, outcomes=tuple(outcomes), facts=facts)
 
 
 def make_plan(
@@ -138,6 +150,7 @@ def make_plan(
     *,
     weighted: bool = False,
     allocation: str | None = None,
+    targets: tuple[str, ...] = EXPERTS,
     statistics: Sums | None = None,
     then: Sequence[Step] = (),
 ) -> Plan:
@@ -151,6 +164,7 @@ def make_plan(
         weighted: whether second moments will weigh the errors: equal size, other shapes of terms, more memory.
         allocation: how the budget is shared over layers and targets, one of `slot_costs.RULES`; None takes the method's
             own where the setting is "improved" and the statistics allow it, else "uniform".
+        targets: what is replaced, see `Options`.
         statistics: calibrated statistics, which imply `weighted`; "importance" and "spectral" measure with them.
         then: steps that work on the terms after that.
 
@@ -162,57 +176,127 @@ def make_plan(
     weighted = weighted or statistics is not None
     preferred = method.allocation if settings.setting == "improved" else "uniform"
     rule = choose_rule(allocation, preferred, statistics)
-    targets = [method.targets(layer.shape, settings) for layer in checkpoint.layers]
-    names = [(layer, target) for layer, own in zip(checkpoint.layers, targets) for target in own]
+    replaced = [method.targets(x.shape, settings) if "experts" in targets else {} for x in checkpoint.layers]
+    maps = _linear_slots(checkpoint, method, settings, targets)
+    if maps:
+        _check_experts_alone(budget, rule, targets)
 
-    def size(terms: tuple[Term, ...]) -> int:
-        """Return what terms take in the end, in the unit of the budget."""
-        return budget.size(count(behind(then, terms)))
+    def slot_of(layer: MoELayer, target: str, kept: float) -> Slot:
+        return method.slot(target, layer.shape, layer.dtype, settings, kept, weighted=weighted)
 
+    places = [
+        _Place(weight, (Dense.abstract(layer.shape.of(target), layer.dtype),), partial(slot_of, layer, target), then)
+        for layer, own in zip(checkpoint.layers, replaced)
+        for target, weight in own.items()
+    ]
+    of_experts = len(places)
+    places += [_Place(linear_weight(own.source.name), own.template.terms, lambda kept, s=s: s, ()) for own, s in maps]
     # What the targets would take dense, in the form in which everything is written.
-    sizes = [size((Dense.abstract(layer.shape.of(target), layer.dtype),)) for layer, target in names]
-    before, beside = _scopes(found, targets, then)
+    sizes = [place.size(budget, place.dense) for place in places]
+    before, beside = _scopes(found, replaced, [own for own, _ in maps], then)
     room = budget.room(before, beside)
 
     def slots(rule: Shares, amount: float) -> list[Slot]:
-        kept = kept_fractions(sizes, rule, amount)
-        return [
-            method.slot(target, layer.shape, layer.dtype, settings, own, weighted=weighted)
-            for (layer, target), own in zip(names, kept)
-        ]
+        return [place.slot(kept) for place, kept in zip(places, kept_fractions(sizes, rule, amount))]
 
     def ladders(chosen: list[Slot]) -> list[Ladder]:
-        return [slot.ladder(size, own) for slot, own in zip(chosen, sizes)]
+        return [
+            slot.ladder(partial(place.size, budget), own)
+            for place, slot, own in zip(places, chosen, sizes, strict=True)
+        ]
 
     def fits(chosen: list[Slot]) -> bool:
         found = ladders(chosen)
         least, most = reachable(found)
         return least <= room <= most + max((x.step for x in found), default=0)
 
-    even = by_odds([weight for own in targets for weight in own.values()])
+    def totals(chosen: list[Slot], end: int) -> Totals:
+        experts, every = (reachable(ladders(chosen)[:cut])[end] for cut in (of_experts, None))
+        return Totals(*(own + Count(x, x) for own, x in zip(beside, (every, experts, every))))
+
+    even = by_odds([place.weight for place in places])
     # Whether there is a way at all is known before anything is measured.
     if not fits(slots(even, room)):
-        least, _ = reachable(ladders(slots(even, 0)))
-        _, most = reachable(ladders(slots(even, sum(sizes))))
+        extremes = totals(slots(even, 0), 0), totals(slots(even, sum(sizes)), 1)
+        also = f" and the targets {','.join(targets)}" if targets != EXPERTS else ""
         raise JaxmoeError(
-            f"{budget} is out of reach for {method.name} with these settings: it can remove"
-            f" {budget.reach(Sizes(before, beside + Count(end, end)) for end in (least, most))}; choose a ratio in that"
+            f"{budget} is out of reach for {method.name} with these settings{also}: it can remove"
+            f" {budget.reach(Sizes(before, after) for after in extremes)}; choose a ratio in that"
             " range, or another method or setting that replaces more projections"
         )
-    sharing = shares(rule, checkpoint, targets, statistics)
+    sharing = shares(rule, checkpoint, replaced, statistics, [own.source for own, _ in maps])
     chosen = slots(sharing, room)
     if not fits(chosen):
         rule, sharing, chosen = "uniform", even, slots(even, room)
     levels = allocate(ladders(chosen), room, sharing)
-    terms = {(layer.index, target): slot.at(level) for (layer, target), slot, level in zip(names, chosen, levels)}
+    fixed = iter([slot.at(level) for slot, level in zip(chosen, levels, strict=True)])
     layers = [
-        _planned(layer, {target: terms[layer.index, target] for target in own})
-        for layer, own in zip(checkpoint.layers, targets)
+        _planned(layer, {target: next(fixed) for target in own}) for layer, own in zip(checkpoint.layers, replaced)
     ]
-    return assemble(found, method, settings, layers, requested=budget.as_json(), allocation=rule, weighted=weighted)
+    linears = [replace(own, template=replace(own.template, terms=next(fixed))) for own, _ in maps]
+    return assemble(
+        found,
+        method,
+        settings,
+        layers,
+        linears=linears,
+        requested={**budget.as_json(), **({} if targets == EXPERTS else {"targets": list(targets)})},
+        allocation=rule,
+        weighted=weighted,
+    )
 
 
-def _scopes(found: Found, targets: Sequence[Mapping[str, float]], then: Sequence[Step]) -> tuple[Totals, Totals]:
+@dataclass(frozen=True)
+class _Place:
+    """Something that a budget is shared over: one target of the experts of a layer, or one linear map.
+
+    weight: raises its share where nothing is measured; dense: as it is; slot: its sizes where it is to keep about a
+    fraction of its numbers; then: the steps that work on its terms after that.
+    """
+
+    weight: float
+    dense: tuple[Term, ...]
+    slot: Callable[[float], Slot]
+    then: Sequence[Step]
+
+    def size(self, budget: Budget, terms: tuple[Term, ...]) -> int:
+        """Return what terms take in the end, in the unit of a budget."""
+        return budget.size(count(behind(self.then, terms)))
+
+
+def _linear_slots(
+    checkpoint: Checkpoint, method: Method, settings: Any, targets: tuple[str, ...]
+) -> list[tuple[PlannedLinear, Slot]]:
+    """Return the linear maps of some targets, dense, and the sizes that they can take; none where no rank saves."""
+    found = []
+    for maps in find_linear(checkpoint, targets).values():
+        for source in maps:
+            assert method.linear_slot is not None
+            dtype = weight_dtype(source, checkpoint.matrices)
+            slot = method.linear_slot(source.shape, dtype, settings)
+            dense = CompressedLinear(terms=(Dense.abstract(source.shape.terms, dtype),), sizes=source.shape)
+            if slot.high >= slot.low:
+                found.append((PlannedLinear(source=source, dtype=dtype, template=dense), slot))
+    return found
+
+
+def _check_experts_alone(budget: Budget, rule: str, targets: tuple[str, ...]) -> None:
+    """Raise where what is asked for speaks of routed experts alone, and more than these is replaced."""
+    if budget.of == "experts":
+        raise JaxmoeError(
+            f"--of experts: a ratio of the routed experts says nothing of the targets {','.join(targets)}; give --of"
+            " model, or touched for all that is replaced"
+        )
+    if rule == "importance":
+        raise JaxmoeError(
+            f"allocation importance: the Fisher information is that of the experts alone, and the targets are"
+            f" {','.join(targets)}: give uniform or spectral"
+        )
+
+
+def _scopes(
+    found: Found, targets: Sequence[Mapping[str, float]], linears: Sequence[PlannedLinear], then: Sequence[Step]
+) -> tuple[Totals, Totals]:
     """Count the three scopes before, and what they will hold beside the terms of some targets."""
     added = sum((step.adds(found) for step in then), NOTHING)
     replaced, experts = {}, added
@@ -221,9 +305,14 @@ def _scopes(found: Found, targets: Sequence[Mapping[str, float]], then: Sequence
         for projection in layer.shape.projections:
             if projection not in replaced[layer.index]:
                 experts += count(behind(then, (Dense.abstract(layer.shape.of(projection), layer.dtype),)))
-    copied = found.original.copied()
+    own = replace(found, replaced=replaced, linears=_by_layer(linears))
+    copied = own.copied()
     rest = Count(sum(planned.numbers for planned in copied), sum(planned.bytes for planned in copied))
-    return replace(found, replaced=replaced).before(), Totals(added, experts, experts + rest)
+    return own.before(), Totals(added, experts, experts + rest)
+
+
+def _by_layer(linears: Sequence[PlannedLinear]) -> dict[int, tuple[PlannedLinear, ...]]:
+    return {index: tuple(own) for index, own in groupby(linears, key=lambda linear: linear.source.index)}
 
 
 def assemble(
@@ -232,6 +321,7 @@ def assemble(
     settings: Any,
     layers: Sequence[PlannedLayer],
     *,
+    linears: Sequence[PlannedLinear] = (),
     requested: dict[str, Any],
     allocation: str = "uniform",
     weighted: bool = False,
@@ -244,7 +334,12 @@ def assemble(
         allocation=allocation,
         layers=tuple(layers),
         found=found,
-        peak_bytes=max((_peak(method, planned, weighted) for planned in layers), default=0),
+        peak_bytes=max(
+            *(_peak(method, planned, weighted) for planned in layers),
+            *(_linear_peak(method, linear, weighted) for linear in linears),
+            0,
+        ),
+        linears=_by_layer(linears),
     )
 
 
@@ -277,41 +372,11 @@ def _peak(method: Method, planned: PlannedLayer, weighted: bool) -> int:
     return worst + sums + planned.template.count().bytes
 
 
-def fit_layer(
-    checkpoint: Checkpoint, plan: Plan, planned: PlannedLayer, seed: int, sums: LayerSums | None
-) -> tuple[CompressedLayer, list[Outcome], dict[str, list[float]]]:
-    """Fit one layer and return it with what happened and the thinned history of the losses."""
-    source, template = planned.source, planned.template
-    key = jax.random.fold_in(jax.random.key(seed), source.index)
-    terms, outcomes, histories = {}, calibration_outcomes(sums, planned.touched, source.shape), {}
-
-    def read(target: str) -> jax.Array:
-        return jax.device_put(checkpoint.target(source, target), may_alias=True)
-
-    for position, (target, abstract) in enumerate(template.terms.items()):
-        if target not in planned.touched:
-            terms[target] = (Dense(weight=checkpoint.projection(source, target)),)
-            continue
-        weight, known = read(target), evidence(sums, target, read, gated=source.shape.gated)
-        fit = plan.method.fit(weight, abstract, plan.settings, evidence=known, key=jax.random.fold_in(key, position))
-        for array in jax.tree_util.tree_leaves(fit.terms):
-            if not bool(jnp.isfinite(array.astype(jnp.float32)).all()):
-                raise JaxmoeError(
-                    f"layer {source.index}, {target}: {plan.method.name} gave factors that {source.dtype} cannot hold "
-                    "(NaN or overflow); try another setting or seed"
-                )
-        if count(fit.terms).bytes > count(abstract).bytes:
-            raise RuntimeError(f"{target}: {count(fit.terms)} of {count(abstract)}: a defect of {plan.method.name}")
-        terms[target] = fit.terms
-        outcomes += [outcome._replace(target=target) for outcome in fit.outcomes]
-        if all(outcome.kind != REORDERED for outcome in fit.outcomes):
-            behind = behind_svd(weight, fit.terms, known.moment, target)
-            yields = behind is not None and plan.method.falls_back_to_svd and plan.settings.setting == "improved"
-            if behind is not None and yields and (closer := svd_instead(weight, fit.terms, known)) is not None:
-                terms[target] = closer
-                behind = behind._replace(kind="svd_instead", detail=f"{behind.detail}; it is stored instead")
-            outcomes += [] if behind is None else [behind]
-        if len(fit.losses):
-            thin = max(1, len(fit.losses) // 50)
-            histories[target] = [float(x) for x in (*fit.losses[::thin], fit.losses[-1])]
-    return CompressedLayer(terms=terms, sizes=source.shape).check(), outcomes, histories
+def _linear_peak(method: Method, planned: PlannedLinear, weighted: bool) -> int:
+    """Predict the bytes that fitting one linear map holds at once, as `_peak` does."""
+    shape = planned.source.shape
+    own = method.working_bytes(planned.template.terms)
+    working = shape.numbers * (planned.dtype.itemsize + 4) + own
+    if weighted:
+        working += 2 * 8 * shape.numbers + own + 5 * 8 * shape.in_**2
+    return working + planned.template.count().bytes

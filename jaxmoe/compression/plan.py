@@ -1,5 +1,6 @@
 """What factors of a model will be stored, layer by layer and target by target, before anything runs."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from jaxmoe.checkpoint import MoELayer
 from jaxmoe.compression.budget import Sizes
+from jaxmoe.compression.linear_maps import PlannedLinear, describe_linear
 from jaxmoe.compression.step import Found
 from jaxmoe.factors import TARGETS, CompressedLayer
 from jaxmoe.methods import Method
@@ -34,7 +36,8 @@ class Plan:
         settings: its settings.
         requested: `{"ratio", "of"}`, and `unit` where it is bytes.
         allocation: the rule that shared the budget, one of `slot_costs.RULES`.
-        layers: of the plan.
+        layers: those with routed experts.
+        linears: the linear maps beside them that are replaced, by layer.
         found: the model that it is made for.
         peak_bytes: predicted peak of anonymous memory beyond that of the idle program.
     """
@@ -46,6 +49,7 @@ class Plan:
     layers: tuple[PlannedLayer, ...]
     found: Found = field(repr=False)
     peak_bytes: int
+    linears: Mapping[int, tuple[PlannedLinear, ...]] = field(default_factory=dict)
 
     @property
     def after(self) -> Found:
@@ -54,6 +58,7 @@ class Plan:
             self.found,
             layers={layer.source.index: layer.template for layer in self.layers},
             replaced={layer.source.index: layer.replaced for layer in self.layers},
+            linears=self.linears,
         )
 
     @property
@@ -72,8 +77,17 @@ class Plan:
             "achieved": sizes.removed(self.requested.get("unit", "parameters")),
             **sizes.model(),
             "peak_bytes": self.peak_bytes,
-            "layers": [{"layer": layer.source.index, "projections": describe(layer.template)} for layer in self.layers],
+            "layers": describe_layers(self.after),
         }
+
+
+def describe_layers(found: Found) -> list[dict[str, Any]]:
+    """Return what every layer stores of its experts' projections and of the linear maps that were replaced."""
+    projections = {index: describe(layer) for index, layer in found.layers.items()}
+    for index, linears in found.linears.items():
+        own = {linear.source.name: describe_linear(linear.source.name, linear.template) for linear in linears}
+        projections[index] = {**projections.get(index, {}), **own}
+    return [{"layer": index, "projections": own} for index, own in sorted(projections.items())]
 
 
 def describe(layer: CompressedLayer) -> dict[str, dict[str, Any]]:

@@ -28,7 +28,7 @@ from jaxmoe.compression.prune import Prune
 from jaxmoe.compression.quantise import Quantise
 from jaxmoe.compression.recover import Recover
 from jaxmoe.compression.settings import changed, split, step_settings
-from jaxmoe.compression.step import Asked, Options, Source, Step
+from jaxmoe.compression.step import EXPERTS, Asked, Options, Source, Step
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods import AnyMethod
 from jaxmoe.methods.method import needs_gradients
@@ -218,6 +218,7 @@ class Recipe:
         if len(self.passes(options.texts)) > 1:
             self._check_passes(options)
         self._check_taken(options)
+        self._check_targets(checkpoint, options)
         last = next(step for step in reversed(self.steps) if step.stores != "same")
         if options.export == "slim" and last.stores != "slim":
             raise JaxmoeError(
@@ -228,11 +229,24 @@ class Recipe:
             # Form and rule are those of the last step; the steps before have but one.
             step.check(checkpoint, options if step is last else options._replace(export=None, allocation=None))
 
-    def check_plan(self, options: Options) -> None:
+    def check_plan(self, checkpoint: Source, options: Options) -> None:
         """Raise if the recipe cannot be planned with such options."""
         if options.statistics and len(self.passes(texts=False)) > 1:
             raise JaxmoeError(f"--statistics: {self.name} does not take that; plan it by its sizes alone")
         self._check_taken(options)
+        self._check_targets(checkpoint, options)
+
+    def _check_targets(self, checkpoint: Source, options: Options) -> None:
+        if options.targets == EXPERTS:
+            return
+        sized = [step for step in self.steps if step.takes == "ratio"]
+        if len(sized) > 1:
+            raise JaxmoeError(
+                f"--targets {','.join(options.targets)}: the steps of {self.name} share a budget of the routed experts;"
+                " give one of them alone"
+            )
+        for step in sized or self.steps:
+            step.check_targets(checkpoint, options.targets)
 
     def _check_taken(self, options: Options) -> None:
         if wrong := [f"--{name}" for name in options.given() if not self.accepts(name)]:

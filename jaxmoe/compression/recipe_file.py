@@ -24,7 +24,7 @@ import yaml
 from jaxmoe.checkpoint.records import read_bytes
 from jaxmoe.compression.evidence import Sums
 from jaxmoe.compression.recipe import Recipe
-from jaxmoe.compression.step import Asked, Options, Texts
+from jaxmoe.compression.step import EXPERTS, Asked, Options, Texts
 from jaxmoe.errors import JaxmoeError, shortened
 from jaxmoe.texts.reading import at_home
 
@@ -45,6 +45,7 @@ class RecipeFile(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     unit: str | None = None
     setting: str | None = None
     set: dict[str, Value] | None = None
+    targets: Names | None = None
     allocation: str | None = None
     statistics: str | None = None
     text: Names | None = None
@@ -195,7 +196,8 @@ def recorded(
     if asked.budget is not None:
         found |= asked.budget.as_json()
     found |= {"main_experts": asked.main_experts, "setting": recipe.setting, "set": recipe.changed or None}
-    found |= {"allocation": options.allocation, "export": options.export, "seed": seed}
+    targets = None if options.targets == EXPERTS else list(options.targets)
+    found |= {"targets": targets, "allocation": options.allocation, "export": options.export, "seed": seed}
     if texts is not None:
         most = max(len(text.ids) for text in texts.windows)
         found |= {

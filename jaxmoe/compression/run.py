@@ -33,7 +33,7 @@ from jaxmoe.methods.method import Outcome
 from jaxmoe.report.events import Complete, LayerDone, OnEvent, Waiting, ignore
 from jaxmoe.report.records import Improvement, Projection, Report
 
-_NOT_REPORTED = ("key", "sha256", "spec", "stored", "counts", "edited", "answers", "outcomes", "peak_bytes")
+_NOT_REPORTED = ("key", "sha256", "spec", "linears", "stored", "counts", "edited", "answers", "outcomes", "peak_bytes")
 """What the journal says of a layer and the report does not."""
 
 OF_A_STEP = ("method", "settings", "requested", "achieved", "kept", "parameters", "bytes", "outcomes", "layer_seconds")

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.allocation import Shares, by_energy, by_loss, by_odds
-from jaxmoe.checkpoint import Checkpoint, MoELayer
+from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.checkpoint.roles import LinearMap
 from jaxmoe.compression.evidence import LayerSums, Sums, moments
+from jaxmoe.compression.linear_maps import linear_moment, read_matrix
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS
+from jaxmoe.methods.method import linear_weight
 from jaxmoe.methods.svd import break_even
 from jaxmoe.solvers.weighted_svd import weighted_energies
 
@@ -58,6 +61,7 @@ def shares(
     checkpoint: Checkpoint,
     targets: Sequence[Mapping[str, float]],
     statistics: Sums | None,
+    linears: Sequence[LinearMap] = (),
 ) -> Shares:
     """Return how the slots of a model share a budget, layer by layer and target by target.
 
@@ -66,11 +70,15 @@ def shares(
         checkpoint: the source.
         targets: the weights of each layer's targets.
         statistics: what calibration says.
+        linears: linear maps beside the experts, which come after these; "importance" knows nothing of them.
     """
     if rule == "uniform":
-        return by_odds([weight for own in targets for weight in own.values()])
+        weights = [weight for own in targets for weight in own.values()]
+        return by_odds(weights + [linear_weight(own.name) for own in linears])
     sizes = [int(np.prod(layer.shape.of(t))) for layer, own in zip(checkpoint.layers, targets) for t in own]
+    sizes += [own.shape.numbers for own in linears]
     measured = list(_measure(rule, checkpoint, targets, statistics))
+    measured += [_measure_linear(checkpoint, own, statistics) for own in linears]
     if rule == "importance":
         return by_loss(sizes, [loss for loss, _, _ in measured])
     _, energies, costs = zip(*measured)
@@ -84,8 +92,15 @@ def _measure(rule, checkpoint, targets, statistics) -> Iterator[tuple[float, np.
             matrices = checkpoint.target(layer, target)
             loss = fisher_loss(matrices, sums, target)
             loss = weight * matrices.size if loss is None else loss
-            energies = spectrum(matrices, layer, target, sums, loss) if rule == "spectral" else np.zeros(0)
+            energies = spectrum(matrices, moments(sums, target), loss) if rule == "spectral" else np.zeros(0)
             yield loss, energies, sum(matrices.shape[1:])
+
+
+def _measure_linear(
+    checkpoint: Checkpoint, source: LinearMap, statistics: Sums | None
+) -> tuple[float, np.ndarray, int]:
+    matrix, loss = read_matrix(checkpoint, source)[None], linear_weight(source.name) * source.shape.numbers
+    return loss, spectrum(matrix, linear_moment(statistics, source), loss), sum(source.shape)
 
 
 def fisher_loss(weight: np.ndarray, sums: LayerSums | None, target: str) -> float | None:
@@ -103,16 +118,20 @@ def _energies(weight, moment):
     return weighted_energies(weight, column_moment=moment)
 
 
-def spectrum(weight: np.ndarray, layer: MoELayer, target: str, sums: LayerSums | None, loss: float) -> np.ndarray:
+def spectrum(weight: np.ndarray, moment: np.ndarray | None, loss: float) -> np.ndarray:
     """Return the energies of all experts of a target in descending order; with those cut off, they sum to `loss`.
 
     No more of them than the ranks that can save anything.
+
+    Args:
+        weight: matrices, `[expert, out, in]`.
+        moment: what weighs their errors, `[1|expert, in, in]`; None weighs all directions alike.
+        loss: what removing all of them costs.
     """
-    moment = moments(sums, target)
     with jax.enable_x64(moment is not None):
         kind = jnp.float32 if moment is None else jnp.float64
         found = _energies(jnp.asarray(weight, kind), None if moment is None else jnp.asarray(moment, kind))
         energies = np.asarray(found, np.float64)
     total = energies.sum()
     energies = energies * (loss / total if total > 0 else 0.0)
-    return -np.sort(-energies.reshape(-1))[: layer.shape.experts * break_even(layer.shape.of(target))]
+    return -np.sort(-energies.reshape(-1))[: len(weight) * break_even(weight.shape)]

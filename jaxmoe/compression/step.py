@@ -10,13 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-from jaxmoe.checkpoint import Checkpoint, MoELayer
+from jaxmoe import methods
+from jaxmoe.checkpoint import Checkpoint, MoELayer, tensor_file
 from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.factored_format import layer_index
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.compression.budget import NOTHING, Budget, Sizes, Totals, disk_counts
 from jaxmoe.compression.evidence import LayerSums, Sums
-from jaxmoe.factors import TARGETS, CompressedLayer, Count, Dense, LayerShape, Term
+from jaxmoe.compression.linear_maps import PlannedLinear
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors import TARGETS, CompressedLayer, CompressedLinear, Count, Dense, LayerShape, Term
 from jaxmoe.methods.method import Outcome
 from jaxmoe.model.auxiliary import MainExperts, vector_shapes
 from jaxmoe.texts import Windows
@@ -55,6 +58,10 @@ class Asked(NamedTuple):
     main_experts: int | None = None
 
 
+EXPERTS = ("experts",)
+"""The targets of every step that is told no others."""
+
+
 class Options(NamedTuple):
     """How a recipe is to be carried out, beside its sizes: what some steps refuse.
 
@@ -63,6 +70,7 @@ class Options(NamedTuple):
         layers: `(first, end)`, to work on these layers alone.
         sequential: whether each layer is calibrated behind the compressed ones.
         allocation: rule by which the budget is shared; None for the method's own.
+        targets: what factors replace: "experts", and of the linear maps beside them `model.roles.LINEAR_TARGETS`.
         gradients: whether and how the calibration keeps the Fisher information; None for what is needed.
         texts: whether there are texts to calibrate on.
         statistics: whether there are statistics.
@@ -72,6 +80,7 @@ class Options(NamedTuple):
     layers: tuple[int, int] | None = None
     sequential: bool = False
     allocation: str | None = None
+    targets: tuple[str, ...] = EXPERTS
     gradients: str | None = None
     texts: bool = False
     statistics: bool = False
@@ -96,12 +105,14 @@ class Found:
         layers: what the experts of each layer store, abstract, by the layer's index.
         main: the experts that run, where vectors compensate for the others.
         replaced: the projections of each layer that steps so far replaced.
+        linears: the linear maps beside them that steps so far replaced, by layer.
     """
 
     checkpoint: Source
     layers: Mapping[int, CompressedLayer] = field(repr=False)
     main: MainExperts | None = None
     replaced: Mapping[int, frozenset[str]] = field(default_factory=dict)
+    linears: Mapping[int, tuple[PlannedLinear, ...]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(cls, checkpoint: Source) -> "Found":
@@ -142,6 +153,7 @@ class Found:
     def reader(self, layer: "Layer") -> Callable[[str], Any]:
         """Return what reads the matrices of a layer's projections as the checkpoint has them."""
         if isinstance(self.checkpoint, CompressedCheckpoint):
+            assert layer.read is not None
             return layer.read().materialize
         return partial(self.checkpoint.projection, self._layer(layer.index))
 
@@ -159,6 +171,25 @@ class Found:
         numbers = sum(rows * size for own in self.layers.values() for rows, size in vector_shapes(own.sizes).values())
         return Count(numbers, 4 * numbers)
 
+    def copied(self) -> list[tensor_file.Planned]:
+        """Plan every tensor that no step replaces, byte for byte."""
+        if isinstance(self.checkpoint, CompressedCheckpoint):
+            return [*self.checkpoint.copied(), *self.checkpoint.linear_tensors()]
+        copied = self.checkpoint.copied()
+        if not self.linears:
+            return copied
+        replaced = {own.source.tensor for linears in self.linears.values() for own in linears}
+        return [planned for planned in copied if planned.name not in replaced]
+
+    def count(self, index: int) -> Count:
+        """Count what is stored of a layer."""
+        experts = self.layers[index].count() if index in self.layers else NOTHING
+        return sum((own.template.count() for own in self.linears.get(index, ())), experts)
+
+    def linear_count(self) -> Count:
+        """Count what is stored of the linear maps that were replaced."""
+        return sum((own.template.count() for linears in self.linears.values() for own in linears), NOTHING)
+
     def before(self) -> Totals:
         """Count the three scopes as they lie on disk."""
         checkpoint = self.checkpoint
@@ -167,6 +198,7 @@ class Found:
             return Totals(checkpoint.count(), checkpoint.count(), model)
         counts = {layer.index: disk_counts(checkpoint, layer) for layer in checkpoint.layers}
         touched = [count for index, own in counts.items() for name, count in own.items() if name in self.touched(index)]
+        touched += [own.before(checkpoint) for linears in self.linears.values() for own in linears]
         experts = [count for own in counts.values() for count in own.values()]
         return Totals(sum(touched, NOTHING), sum(experts, NOTHING), model)
 
@@ -178,9 +210,10 @@ class Found:
             for target, terms in layer.terms.items():
                 if not {*TARGETS[target]} & self.touched(index):
                     kept = sum((term.count() for term in terms), kept)
-        copied = self.checkpoint.copied()
+        copied, linears = self.copied(), self.linear_count()
         rest = Count(sum(planned.numbers for planned in copied), sum(planned.bytes for planned in copied))
-        return Totals(Count(stored.numbers - kept.numbers, stored.bytes - kept.bytes), stored, stored + rest)
+        touched = Count(stored.numbers - kept.numbers, stored.bytes - kept.bytes) + linears
+        return Totals(touched, stored, stored + linears + rest)
 
     def touched(self, index: int) -> frozenset[str]:
         """Return the projections of a layer that the ratio of what is replaced is about: all where none is replaced."""
@@ -222,29 +255,40 @@ class Layer:
 
     Args:
         index: of the layer.
-        read: returns its experts as the source stores them.
+        read: returns its experts as the source stores them; None where it has none.
         sums: what calibration says of it, None without.
         experts: what they are so far; None as long as no step has worked on them.
         vectors: that compensate for experts, by name.
         replaced: projections whose matrices are no longer those of the source.
+        linears: what stands for linear maps beside them, by the maps' names.
         outcomes: what the user should know.
         facts: what the steps have to say of it, as JSON.
         counts: what it stored behind every step so far.
     """
 
     index: int
-    read: Callable[[], CompressedLayer]
+    read: Callable[[], CompressedLayer] | None
     sums: LayerSums | None = None
     experts: CompressedLayer | None = None
     vectors: Mapping[str, Any] = field(default_factory=dict)
     replaced: frozenset[str] = frozenset()
+    linears: Mapping[str, CompressedLinear] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     counts: tuple[Count, ...] = ()
 
     def held(self) -> CompressedLayer:
         """Return the experts as they are now."""
-        return self.read() if self.experts is None else self.experts
+        if self.experts is not None:
+            return self.experts
+        if self.read is None:
+            raise RuntimeError(f"layer {self.index} has no routed experts: a defect of jaxmoe")
+        return self.read()
+
+    def count(self) -> Count:
+        """Count what is stored of it."""
+        experts = NOTHING if self.read is None else self.held().count()
+        return sum((own.count() for own in self.linears.values()), experts)
 
 
 class Context(NamedTuple):
@@ -354,6 +398,16 @@ class Step:
 
     def check(self, checkpoint: Source, options: Options) -> None:
         """Raise if it cannot be carried out like that on a checkpoint, before anything runs."""
+
+    def check_targets(self, checkpoint: Source, targets: tuple[str, ...]) -> None:
+        """Raise if it cannot replace anything but routed experts, or the checkpoint has nothing of a target.
+
+        Args:
+            checkpoint: the source.
+            targets: others than the routed experts alone.
+        """
+        able = ", ".join(methods.of_linear_maps())
+        raise JaxmoeError(f"--targets {','.join(targets)}: {self.name} works on the experts alone; others take {able}")
 
     def terms(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
         """Return what becomes of the abstract terms of a target."""

@@ -1,5 +1,6 @@
 """A pass over the layers of a model whose experts are stored as terms: one step after the other works on each layer."""
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,20 +11,37 @@ import numpy as np
 
 from jaxmoe.checkpoint import tensor_file
 from jaxmoe.checkpoint.factored import CompressedCheckpoint
-from jaxmoe.checkpoint.factored_format import experts_modules, factored_config
+from jaxmoe.checkpoint.factored_format import Module, experts_modules, factored_config
 from jaxmoe.checkpoint.families import architecture
 from jaxmoe.compression.budget import NOTHING, Sizes
 from jaxmoe.compression.evidence import Sums
 from jaxmoe.compression.layer_errors import measured_errors
-from jaxmoe.compression.plan import describe
+from jaxmoe.compression.linear_maps import (
+    PlannedLinear,
+    describe_linear,
+    linear_moment,
+    measured_linear,
+    read_matrix,
+)
+from jaxmoe.compression.plan import describe, describe_layers
 from jaxmoe.compression.run import OF_A_STEP, Files, Written, run, step_outcomes
 from jaxmoe.compression.step import Context, Found, Layer, Planned, Setup, Source, Step
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.checking import answers, dense_answers, first_and_last, vector_answers
+from jaxmoe.export.checking import (
+    Answers,
+    answers,
+    dense_answers,
+    first_and_last,
+    linear_answers,
+    vector_answers,
+)
 from jaxmoe.export.remote_code import remote_code
-from jaxmoe.factors import CompressedLayer, Count
+from jaxmoe.factors import CompressedLayer, CompressedLinear, Count
 from jaxmoe.methods.method import Outcome
 from jaxmoe.report.records import Report
+
+_Linears = Sequence[tuple[PlannedLinear, CompressedLinear]]
+"""Linear maps of a layer, and what stands for them."""
 
 SETUP = Setup()
 EXPORTS = ("factored", "dense")
@@ -76,8 +94,8 @@ class TermPass:
 
     @property
     def indices(self) -> list[int]:
-        """The layers with routed experts."""
-        return sorted(self.found.layers)
+        """The layers with routed experts, and those of which a step replaces linear maps."""
+        return sorted({*self.found.layers, *self.planned[-1].after.linears})
 
     @property
     def peak_bytes(self) -> int | None:
@@ -99,58 +117,102 @@ class TermPass:
     def layers(self, indices: Sequence[int], journal: Path) -> Iterator[Written]:
         """Hand each layer from step to step."""
         stream = (self._begin(index) for index in indices)
+        before = self.found
         for step in self.planned:
-            stream = map(_counted, step.layers(stream, self._context(journal)))
+            # Layers without routed experts concern the step alone that replaces linear maps.
+            replaces = step.after.linears and not before.linears
+            through = step.layers if replaces else partial(_with_experts, step)
+            stream = map(_counted, through(stream, self._context(journal)))
+            before = step.after
         return map(self._written, stream)
 
     def _begin(self, index: int) -> Layer:
+        if index not in self.found.layers:
+            return Layer(index=index, read=None)
         sums = None if self.statistics is None else self.statistics.layer(index)
         read = partial(self.found.read, index)
         return Layer(index=index, sums=sums, read=read, vectors=self.found.compensating(index))
 
     def _written(self, layer: Layer) -> Written:
-        experts = layer.held()
-        projections = describe(experts)
-        if layer.replaced:
-            read = self.found.reader(layer)
-            for name, record in projections.items():
-                record |= measured_errors(read, experts, name, layer.sums, name in layer.replaced)
-        checked = layer.index in first_and_last(self.indices)
+        experts = None if layer.read is None else layer.held()
+        linears = [(own, layer.linears[own.source.name]) for own in self._linears(layer.index)]
         record = {
-            "spec": experts.spec(),
-            "stored": experts.count()._asdict(),
+            "spec": {} if experts is None else experts.spec(),
+            "linears": {own.source.module: stored.spec() for own, stored in linears},
+            "stored": layer.count()._asdict(),
             "counts": [count._asdict() for count in layer.counts],
-            "projections": projections,
+            "projections": self._projections(layer, experts, linears),
             **layer.facts,
         }
         written = Written(
             layer.index,
-            self._tensors(layer, experts),
+            self._tensors(layer, experts, linears),
             record,
             layer.outcomes,
-            self._answers(layer, experts) if checked else None,
+            self._answers(layer, experts, linears),
         )
         if self.statistics is not None:
             # Before the journal says that the layer is done: a run that resumes finds everything behind it.
-            self.statistics.follow(layer.index, experts)
+            own = {} if experts is None else {"experts": experts}
+            self.statistics.follow(
+                layer.index, own | {k: x for p, s in linears for k, x in p.source.parameters(s).items()}
+            )
         return written
 
-    def _tensors(self, layer: Layer, experts: CompressedLayer) -> list[tensor_file.Planned]:
+    def _linears(self, index: int) -> tuple[PlannedLinear, ...]:
+        """Return the linear maps of a layer that steps replace."""
+        return self.planned[-1].after.linears.get(index, ())
+
+    def _projections(self, layer: Layer, experts: CompressedLayer | None, linears: _Linears) -> dict[str, Any]:
+        """Return what the report says of everything that is stored of a layer."""
+        projections = {} if experts is None else describe(experts)
+        if experts is not None and (layer.replaced or linears):
+            read = self.found.reader(layer)
+            for name, record in projections.items():
+                record |= measured_errors(read, experts, name, layer.sums, name in layer.replaced)
+        for own, stored in linears:
+            matrix = read_matrix(self.found.original, own.source)
+            moment = linear_moment(self.statistics, own.source, floor=0.0)
+            record = {**describe_linear(own.source.name, stored), **measured_linear(matrix, stored, moment)}
+            projections[own.source.name] = record
+        return projections
+
+    def _tensors(self, layer: Layer, experts: CompressedLayer | None, linears: _Linears) -> list[tensor_file.Planned]:
         if self.export == "dense":
-            own = next(own for own in self.found.original.layers if own.index == layer.index)
-            return self.found.original.dense_tensors(own, partial(_materialized, experts))
-        arrays = {**experts.tensors(), **layer.vectors}
-        module = self.found.modules()[layer.index]
+            tensors = []
+            if experts is not None:
+                source = next(own for own in self.found.original.layers if own.index == layer.index)
+                tensors = self.found.original.dense_tensors(source, partial(_materialized, experts))
+            return tensors + [
+                tensor_file.Planned(
+                    own.source.tensor, own.dtype, tuple(own.source.shape), partial(_matrix, own, stored)
+                )
+                for own, stored in linears
+            ]
+        arrays = {f"{own.source.module}.{name}": x for own, stored in linears for name, x in stored.tensors().items()}
+        if experts is not None:
+            module = self.found.modules()[layer.index]
+            of_experts = {**experts.tensors(), **layer.vectors}
+            arrays = {**{f"{module}.{name}": array for name, array in of_experts.items()}, **arrays}
         return [
-            tensor_file.Planned(f"{module}.{name}", array.dtype, array.shape, partial(np.asarray, array))
+            tensor_file.Planned(name, array.dtype, array.shape, partial(np.asarray, array))
             for name, array in arrays.items()
         ]
 
-    def _answers(self, layer: Layer, experts: CompressedLayer):
-        """Return what a layer is to answer as exported; a term that masks every batch anew answers otherwise dense."""
-        if self.export == "dense":
-            return dense_answers(experts.materialize, experts.sizes)
-        return {**answers(experts), **vector_answers(layer.vectors)}
+    def _answers(self, layer: Layer, experts: CompressedLayer | None, linears: _Linears) -> Answers | None:
+        """Return what a layer is to answer as exported; a term that masks every batch anew answers otherwise dense.
+
+        Of experts and of linear maps, the first and the last layer that has any is checked.
+        """
+        found: dict[str, list[float]] = {}
+        if experts is not None and layer.index in first_and_last(self.found.layers):
+            if self.export == "dense":
+                found |= dense_answers(experts.materialize, experts.sizes)
+            else:
+                found |= {**answers(experts), **vector_answers(layer.vectors)}
+        if layer.index in first_and_last(self.planned[-1].after.linears):
+            found |= {own.source.tensor: linear_answers(stored) for own, stored in linears}
+        return found or None
 
     def sizes(self, entries: Mapping[int, Mapping[str, Any]]) -> Sizes:
         """Return the sizes behind the last step, given what the layers really store: never more than was planned."""
@@ -160,9 +222,9 @@ class TermPass:
         after = self.planned[position].after
         less = NOTHING
         for index, entry in entries.items():
-            planned, own = after.layers[index].count(), Count(**entry["counts"][position])
+            planned, own = after.count(index), Count(**entry["counts"][position])
             less += Count(own.numbers - planned.numbers, own.bytes - planned.bytes)
-        before = replace(self.found, replaced=after.replaced).before()
+        before = replace(self.found, replaced=after.replaced, linears=after.linears).before()
         return Sizes(before, after.after() + less)
 
     def summary(self, entries: Mapping[int, Mapping[str, Any]] = {}) -> dict[str, Any]:
@@ -171,8 +233,7 @@ class TermPass:
         for position, step in enumerate(self.planned):
             merged |= step.summary(self._sizes(entries, position))
         peak = {} if self.peak_bytes is None else {"peak_bytes": self.peak_bytes}
-        layers = self.planned[-1].after.layers
-        return {**merged, **peak, "layers": [{"layer": i, "projections": describe(layers[i])} for i in self.indices]}
+        return {**merged, **peak, "layers": describe_layers(self.planned[-1].after)}
 
     def steps(self, entries: Mapping[int, Mapping[str, Any]] = {}) -> list[dict[str, Any]]:
         """Return what is reported of each step; time and outcomes are those of the pass, at its last step."""
@@ -201,12 +262,18 @@ class TermPass:
 
     def files(self, entries: Mapping[int, Mapping[str, Any]]) -> Files:
         """Return the config, the code that runs the terms, and all tensors beside them."""
-        original, copied = self.source.dense_config(), self.source.copied()
+        after = self.planned[-1].after
+        original, copied = self.source.dense_config(), after.copied()
         if self.export == "dense":
             return Files(original, {}, copied, None)
-        after, modules = self.planned[-1].after, self.found.modules()
-        described = {modules[index]: (after.layers[index].sizes, entry["spec"]) for index, entry in entries.items()}
-        config = factored_config(original, experts_modules(described, self.source.layouts(), after.main))
+        paths = self.found.modules()
+        described = {paths[i]: (layer.sizes, entries[i]["spec"]) for i, layer in after.layers.items()}
+        modules: dict[str, Module] = {**experts_modules(described, self.source.layouts(), after.main)}
+        if isinstance(self.source, CompressedCheckpoint):
+            modules |= self.source.linears
+        for index, linears in after.linears.items():
+            modules |= {own.source.module: own.module(entries[index]["linears"][own.source.module]) for own in linears}
+        config = factored_config(original, modules)
         return Files(config, remote_code(config), copied, self.sizes(entries).after.model.bytes)
 
 
@@ -234,7 +301,29 @@ def check_factored(checkpoint: Source, export: str) -> None:
 
 def _counted(layer: Layer) -> Layer:
     """Return a layer with what it stores behind the step that it comes from."""
-    return replace(layer, counts=(*layer.counts, layer.held().count()))
+    return replace(layer, counts=(*layer.counts, layer.count()))
+
+
+def _with_experts(step: Planned, layers: Iterator[Layer], context: Context) -> Iterator[Layer]:
+    """Let a step work on the layers that have routed experts, and hand on the others as they are, in order."""
+    others: deque[Layer] = deque()
+
+    def its_own() -> Iterator[Layer]:
+        for layer in layers:
+            if layer.read is None:
+                others.append(layer)
+            else:
+                yield layer
+
+    for layer in step.layers(its_own(), context):
+        while others and others[0].index < layer.index:
+            yield others.popleft()
+        yield layer
+    yield from others
+
+
+def _matrix(planned: PlannedLinear, stored: CompressedLinear) -> np.ndarray:
+    return np.asarray(stored.materialize()).astype(planned.dtype)
 
 
 def _materialized(layer: CompressedLayer, projection: str) -> np.ndarray:

@@ -62,6 +62,16 @@ def names(kind: str) -> list[str]:
     return [name for name, method in sorted(METHODS.items()) if method.kind == kind]
 
 
+def of_linear_maps() -> list[str]:
+    """Return the names of the methods that also replace attention, shared experts and dense blocks.
+
+    Example:
+        >>> of_linear_maps()
+        ['svd']
+    """
+    return [name for name, method in sorted(METHODS.items()) if getattr(method, "linear_slot", None) is not None]
+
+
 for _method in (SVD, MOBE, RFID, D2MOE, HC_SMOE, FREQUENCY, REAP, CAMERA, NYSTROM, COMPRESSED_EXPERTS, RECOVER):
     register(_method)
 
@@ -79,5 +89,6 @@ __all__ = [
     "Slot",
     "get",
     "names",
+    "of_linear_maps",
     "register",
 ]

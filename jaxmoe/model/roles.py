@@ -68,17 +68,21 @@ def role_sizes(arrays: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, tuple
     return found
 
 
-def check_targets(asked: Iterable[str]) -> tuple[str, ...]:
+def check_targets(asked: str | Iterable[str]) -> tuple[str, ...]:
     """Return targets in one order, each once: "experts", then those of `LINEAR_TARGETS`.
+
+    Args:
+        asked: their names, or text with commas between them.
 
     Raises:
         JaxmoeError: one of them is unknown, or there is none.
 
     Example:
-        >>> check_targets(["shared", "experts", "attention"])
+        >>> check_targets("shared, experts,attention")
         ('experts', 'attention', 'shared')
     """
-    asked, known = list(asked), ("experts", *LINEAR_TARGETS)
+    asked = [name.strip() for name in asked.split(",")] if isinstance(asked, str) else list(asked)
+    known = ("experts", *LINEAR_TARGETS)
     if not asked or (unknown := [name for name in asked if name not in known]):
         given = ", ".join(map(repr, unknown)) if asked else "none"
         raise JaxmoeError(f"targets {given}: give one or more of {', '.join(known)}")

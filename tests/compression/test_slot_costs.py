@@ -94,14 +94,14 @@ def test_spectrum_is_that_of_all_experts_in_units_of_the_loss(target, weighted):
     root = np.eye(weight.shape[2])[None] if moment is None else np.linalg.cholesky(moment)
     values = np.linalg.svd(weight.astype(np.float64) @ root, compute_uv=False) ** 2
     expected = np.sort(values.ravel())[::-1] * (7.0 / values.sum())
-    found = spectrum(weight, LAYER, target, known, 7.0)
+    found = spectrum(weight, moment, 7.0)
     most = E * break_even(weight.shape)
     assert len(found) == most < values.size
     np.testing.assert_allclose(found, expected[:most], rtol=1e-4)
 
 
 def test_spectrum_of_zeros_is_zero():
-    found = spectrum(np.zeros(SHAPE.of("down"), np.float32), LAYER, "down", None, 3.0)
+    found = spectrum(np.zeros(SHAPE.of("down"), np.float32), None, 3.0)
     assert not found.any()
 
 
