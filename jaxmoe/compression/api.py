@@ -98,8 +98,8 @@ def plan(
         allocation=allocation,
         targets=check_targets(targets),
         gradients=gradients,
-        # A plan of sizes needs no texts.
-        texts=True,
+        # A plan of sizes needs no texts, also where the run will.
+        texts=text is not None or recipe.calibration == "required",
         statistics=statistics is not None,
     )
     recipe.check_plan(source, options)
