@@ -74,7 +74,9 @@ def options(
     modules: Annotated[
         list[str] | None,
         typer.Option(
-            "--import", metavar="MODULE", help="module or Python file that registers further methods; may be repeated"
+            "--import",
+            metavar="MODULE",
+            help="module or Python file that registers methods or architectures; may be repeated",
         ),
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="show where an error arose, for reports of defects")] = False,

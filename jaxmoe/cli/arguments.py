@@ -228,7 +228,7 @@ def mesh_sizes(text: str) -> tuple[int, int]:
 
 
 def import_module(name: str) -> None:
-    """Import a module, or a file whose name ends in .py, for the methods that it registers.
+    """Import a module, or a file whose name ends in .py, for the methods and architectures that it registers.
 
     Raises:
         JaxmoeError: it cannot be imported.
