@@ -42,10 +42,10 @@ demo: $(INSTALLED)
 	$(BIN)/jaxmoe demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-newest:
 	@test -n "$(NEWEST)" || { echo "no Python newer than 3.11 is here: make test-newest NEWEST=python3.13" >&2; exit 1; }

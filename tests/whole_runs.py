@@ -18,6 +18,9 @@ from jaxmoe.texts import Windows
 SHAPES = {"small": (16, 128, 64), "narrow": (32, 256, 128), "wide": (8, 128, 256), "square": (8, 96, 96)}
 """Experts, hidden size, expert intermediate size."""
 
+DESCENTS_AT = ("small", "square")
+"""Where mobe and rfid run too: most of their time goes into tracing, which more shapes would only repeat."""
+
 SETTINGS = {"mobe": {"steps": 12}, "rfid": {"steps": 12}, "svd": {}, "d2moe": {}, "nystrom": {}}
 
 
@@ -35,7 +38,7 @@ def prepared(folder: Path, shape: tuple[int, int, int]):
 
 
 def main(folder: Path, names: list[str]) -> None:
-    """Run all methods at all shapes."""
+    """Run the methods at all shapes, those that descend at two."""
     for label, shape in SHAPES.items():
         checkpoint, statistics = prepared(folder / label, shape)
         for name in names:

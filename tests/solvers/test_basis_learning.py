@@ -134,14 +134,15 @@ def test_known_errors_on_gaussian_weights_in_full():
         "tanh": (0.406, 0.375, 0.358, 0.352),
         "silu": (0.399, 0.359, 0.344, 0.338),
     }
+    at_1000 = {}
     for activation, expected in table.items():
         losses = np.asarray(learn_basis(weight, bases=8, rank=96, activation=activation, steps=1500).losses)
         errors = [np.sqrt(losses[:steps].min()) for steps in (200, 500, 1000, 1500)]
         np.testing.assert_allclose(errors, expected, atol=0.01, err_msg=activation)
-    at_1000 = {
-        name: float(np.sqrt(np.nanmin(learn_basis(weight, bases=8, rank=96, activation=name, steps=1000).losses)))
-        for name in ("silu", "gelu", "tanh", "identity", "relu", "sigmoid")
-    }
+        at_1000[activation] = errors[2]
+    for activation in ("gelu", "relu", "sigmoid"):
+        losses = learn_basis(weight, bases=8, rank=96, activation=activation, steps=1000).losses
+        at_1000[activation] = float(np.sqrt(np.nanmin(losses)))
     assert at_1000["gelu"] == pytest.approx(at_1000["silu"], abs=0.01)
     ordered = [at_1000[name] for name in ("silu", "tanh", "identity", "relu", "sigmoid")]
     assert ordered == sorted(ordered)

@@ -24,7 +24,7 @@ from jaxmoe.factors import CompressedLayer, LowRank
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-QUICK = {"svd": {"setting": "paper"}, "mobe": {"steps": 40}}
+QUICK = {"svd": {"setting": "paper"}, "mobe": {"steps": 5}}
 FACTORED = [family for family in FAMILIES if "factored" in exports(family)]
 LAYOUTS = ["qwen3_moe", "gpt_oss", "granitemoe", "nemotron_h"]
 """One for each way in which the matrices of a gated or ungated layer lie on disk."""
@@ -79,8 +79,13 @@ def forms(folder):
     return {name: (entry.dtype, entry.shape) for name, entry in read_tensors(folder).items()}
 
 
-@pytest.mark.parametrize("method", ["svd", pytest.param("mobe", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("family", FACTORED)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        *((name, "svd") for name in FACTORED),
+        *(pytest.param(name, "mobe", marks=pytest.mark.slow) for name in LAYOUTS),
+    ],
+)
 def test_compressed_is_what_another_writer_writes(source, tmp_path, family, method):
     """`test_architectures` runs in PyTorch what that writer writes, of every architecture."""
     original, small = source(family), tmp_path / "small"
