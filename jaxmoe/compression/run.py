@@ -394,7 +394,7 @@ def _publish(
     meant = {index: entry["answers"] for index, entry in entries.items() if "answers" in entry}
     check_written(workspace.folder, work.source, meant)
     record = write_report(workspace.folder, {**report.as_json(), "stored": stored})
-    write_bytes(workspace.folder / "README.md", model_card(record).encode())
+    write_bytes(workspace.folder / "README.md", model_card(Report.read(record)).encode())
     workspace.publish()
     on_event(Complete(output=str(workspace.output)))
     return Report.read(record)

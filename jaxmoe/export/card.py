@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxmoe.report.records import Calibration, Layer, Outcome, Projection, Report
+
 _FORMS = {
     "factored": "The experts are stored as factors: the model needs transformers 5.16 or newer and the code in this"
     " folder (`trust_remote_code=True`, or `import jaxmoe.torch` before loading). The tokenizer needs none of it:"
@@ -15,64 +17,57 @@ _FORMS = {
 """What a reader has to know of each form of a checkpoint."""
 
 
-def model_card(report: Mapping[str, Any]) -> str:
+def model_card(report: Report) -> str:
     """Return the README.md of a compressed checkpoint.
 
     Args:
-        report: the run's report.
+        report: of a run that is complete.
     """
-    factored = report["export"] == "factored"
-    requested, achieved = report["requested"], report["achieved"]
-    load = (
-        "from transformers import AutoModelForCausalLM\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER"'
-        + (", trust_remote_code=True" if factored else "")
-        + ")"
-    )
-    form = _FORMS[report["export"]]
+    requested, stored = report.requested, report.stored
+    factored = ", trust_remote_code=True" if report.export == "factored" else ""
+    counted = "" if requested.unit == "parameters" else f" (in {requested.unit})"
     lines = [
         "---",
         "library_name: transformers",
         "tags: [jaxmoe, mixture-of-experts, compressed]",
         "---",
         "",
-        f"# Compressed with jaxmoe: {report['method']}",
+        f"# Compressed with jaxmoe: {report.method}",
         "",
-        form,
+        _FORMS[report.export],
         "",
         "```python",
-        load,
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER"{factored})',
         "```",
         "",
         "## Size",
         "",
         "| | before | after |",
         "|---|---|---|",
-        *(
-            f"| {name.replace('_', ' ')} | {report[name]['before']:,} | {report[name]['after']:,} |"
-            for name in ("parameters", "bytes", "active_parameters", "operations_per_token", "experts_per_token")
-            if name in report
-        ),
-        f"| in the files | | {report['stored']['parameters']:,} parameters, {report['stored']['bytes']:,} bytes |",
+        *(f"| {name.replace('_', ' ')} | {own.before:,} | {own.after:,} |" for name, own in report.changes().items()),
+        *([] if stored is None else [f"| in the files | | {stored.parameters:,} parameters, {stored.bytes:,} bytes |"]),
         "",
-        "| removed fraction of | touched matrices | routed experts | model |",
+        f"| removed fraction{counted} of | replaced matrices | routed experts | model |",
         "|---|---|---|---|",
-        _ratio_row("requested", {requested["of"]: requested["ratio"]} if requested.get("of") else {}),
-        _ratio_row("achieved", achieved),
+        _ratio_row("requested", {requested.of: requested.ratio} if requested.of and requested.ratio else {}),
+        _ratio_row("achieved", report.achieved),
         "",
-        *_errors(report["layers"]),
+        *_errors(report.layers),
         "",
         "## How it was made",
         "",
-        f"- method: {report['method']}, settings: {_settings(report['settings'])}, seed {report['seed']}",
-        f"- calibration: {_calibration(report.get('calibration'))}",
-        f"- command: `{report['command']}`" if report["command"] else "- made through the Python interface",
-        f"- time {report['layer_seconds']:.1f} s for the layers, peak memory {report['peak_bytes'] / 1e6:.0f} MB",
-        f"- jaxmoe {report['jaxmoe']}",
+        f"- method: {report.method}, settings: {_settings(report.settings)}, seed {report.seed}",
+        f"- calibration: {_calibration(report.calibration)}",
+        f"- command: `{report.command}`" if report.command else "- made through the Python interface",
+        "- the same again: `jaxmoe compress CHECKPOINT OUTPUT --recipe recipe.yaml`, with the file in this folder",
+        f"- time {report.layer_seconds:.1f} s for the layers, peak memory {(report.peak_bytes or 0) / 1e6:.0f} MB",
+        f"- jaxmoe {report.jaxmoe}",
         "",
         "## What to know",
         "",
-        *([f"- {_outcome(outcome)}" for outcome in report["outcomes"]] or ["- nothing unusual happened"]),
+        *([f"- {_outcome(outcome)}" for outcome in report.outcomes] or ["- nothing unusual happened"]),
         "",
     ]
     return "\n".join(lines)
@@ -83,9 +78,12 @@ def _ratio_row(name: str, ratios: Mapping[str, float]) -> str:
     return f"| {name} | {' | '.join(cells)} |"
 
 
-def _errors(layers: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the section on errors: of the matrices, or of the experts' sum where vectors stand in for some experts."""
-    if not all("error" in record for layer in layers for record in layer["projections"].values()):
+def _errors(layers: Sequence[Layer]) -> list[str]:
+    """Return the section on errors: of the matrices, or of the experts' sum where vectors compensate for some."""
+    names = list(
+        dict.fromkeys(name for layer in layers for name, own in layer.projections.items() if own.error is not None)
+    )
+    if not names:
         return [
             "## Experts that do not run",
             "",
@@ -93,31 +91,30 @@ def _errors(layers: Sequence[Mapping[str, Any]]) -> list[str]:
             " of the others scale their inputs (Compressed Experts, arXiv 2503.00634). Relative squared error of the"
             " experts' sum, with these experts left out and with vectors in their place:",
             "",
-            "| layer | left out | stood in for |",
+            "| layer | left out | compensated for |",
             "|---|---|---|",
             *(
-                f"| {layer['layer']} | {layer['error']['before']:.4f} | {layer['error']['after']:.4f} |"
+                f"| {layer.layer} | {layer.error.before:.4f} | {layer.error.after:.4f} |"
                 for layer in layers
-                if "error" in layer
+                if layer.error is not None
             ),
         ]
     return [
         "## Reconstruction error",
         "",
-        "Relative Frobenius error of the stored numbers, mean over experts (worst expert in brackets).",
+        "Relative Frobenius error of what is stored, mean over experts (worst expert in brackets).",
         "",
-        "| layer | gate | up | down |",
-        "|---|---|---|---|",
-        *(_error_row(layer) for layer in layers),
+        f"| layer | {' | '.join(names)} |",
+        f"|---|{'---|' * len(names)}",
+        *(
+            f"| {layer.layer} | {' | '.join(_error(layer.projections.get(name)) for name in names)} |"
+            for layer in layers
+        ),
     ]
 
 
-def _error_row(layer: Mapping[str, Any]) -> str:
-    def cell(name):
-        record = layer["projections"].get(name)
-        return "" if record is None else f"{record['error']:.4f} ({record['worst_error']:.4f})"
-
-    return f"| {layer['layer']} | {' | '.join(cell(name) for name in ('gate', 'up', 'down'))} |"
+def _error(own: Projection | None) -> str:
+    return "" if own is None or own.error is None else f"{own.error:.4f} ({own.worst_error:.4f})"
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
@@ -128,14 +125,14 @@ def _settings(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _calibration(calibration: Mapping[str, Any] | None) -> str:
+def _calibration(calibration: Calibration | None) -> str:
     if calibration is None:
         return "none, the weights alone decided"
-    texts = ", ".join(f"{name} {tokens:,}" for name, tokens in calibration["domains"].items())
-    behind = ", each layer behind the compressed ones" if calibration["sequential"] else ""
-    return f"{calibration['tokens']:,} tokens ({texts}){behind}"
+    texts = ", ".join(f"{name} {tokens:,}" for name, tokens in calibration.domains.items())
+    behind = ", each layer behind the compressed ones" if calibration.sequential else ""
+    return f"{calibration.tokens:,} tokens ({texts}){behind}"
 
 
-def _outcome(outcome: Mapping[str, Any]) -> str:
-    where = "" if outcome["layer"] is None else f"layer {outcome['layer']}, {outcome['target']}: "
-    return f"{outcome['kind']}: {where}{outcome['detail']}"
+def _outcome(outcome: Outcome) -> str:
+    where = ", ".join(filter(None, [None if outcome.layer is None else f"layer {outcome.layer}", outcome.target]))
+    return f"{outcome.kind}: {where and f'{where}: '}{outcome.detail}"

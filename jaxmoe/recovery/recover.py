@@ -35,6 +35,7 @@ from jaxmoe.recovery.sharding import training_mesh
 from jaxmoe.recovery.trainable import merge, select
 from jaxmoe.recovery.training import Training
 from jaxmoe.report.events import Complete, OnEvent, ignore
+from jaxmoe.report.records import Report
 from jaxmoe.texts import (
     Document,
     Paths,
@@ -194,7 +195,7 @@ def recover(
                 "stored": stored,
                 "seconds": completes.report["seconds"] + report["seconds"],
             }
-            card = _card(model_card(whole).rstrip(), report)
+            card = _card(model_card(Report.read(whole)).rstrip(), report)
             report = write_report(workspace.folder, {**whole, "recovery": own})
             for name, content in completes.files.items():
                 write_bytes(workspace.folder / name, content.encode())
