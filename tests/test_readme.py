@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from program import checksums
 
 from jaxmoe.cli import app
 from jaxmoe.data import demo_checkpoint, demo_texts
@@ -101,6 +102,23 @@ def shortened(line: str) -> list[str]:
     if words[1] == "compress" and "--text" in words:
         words += ["--sequences", "2", "--length", "64"]
     return words
+
+
+EXAMPLES = [
+    line
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+    for line in commands(path.read_text(encoding="utf-8"), "jaxmoe compress ")
+    if re.search(r"--method \S+\+", line)
+]
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_a_recipe_makes_the_same_as_its_command(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, *words = shortened(line)
+    app(words, standalone_mode=False)
+    app(["compress", words[1], "AGAIN", "--recipe", f"{words[2]}/recipe.yaml"], standalone_mode=False)
+    assert checksums(tmp_path / words[2]) == checksums(tmp_path / "AGAIN")
 
 
 @pytest.mark.slow
