@@ -33,8 +33,8 @@ def call(*arguments) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(words, done.exit_code, done.stdout, done.stderr)
 
 
-def checksums(folder: Path, leave_out=("report.json", "README.md")) -> dict[str, str]:
-    """Return the sha256 of every file of a folder; the report and the card hold times and the command line."""
+def checksums(folder: Path, leave_out=("report.json", "README.md", "recipe.yaml")) -> dict[str, str]:
+    """Return the sha256 of every file of a folder; report, card and recipe hold times and commands."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))

@@ -4,7 +4,7 @@ A factored checkpoint has a `model_type` of its own, `jaxmoe_<original>`, so tha
 for the original and runs it with random experts. That costs a question: transformers asks on a terminal whether to run
 the checkpoint's code, also for the tokenizer, which needs none. Under the original's `model_type` it would not ask, but
 then stock classes would have to refuse, and no value in a config makes all of them do so: before version 5 transformers
-ignores unknown kinds of attention and experts, and GPT-OSS and LFM2 never read their activation's name.
+ignores unknown kinds of attention and experts, and GPT-OSS never reads the name of its activation.
 
 The configuration is the original JSON edited in place: transformers may write other keys than the hub has. Under
 `jaxmoe` stands the record: versions, the replaced keys of the original, and the `modules` that terms stand for, by

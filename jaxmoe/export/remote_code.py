@@ -8,6 +8,7 @@ read, not imported. The same terms give the same text.
 import ast
 import sys
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from importlib.machinery import PathFinder
 from typing import Any, NamedTuple
 
@@ -36,10 +37,13 @@ def remote_code(config: Mapping[str, Any]) -> dict[str, str]:
     original, modules = read_record(config)
     model_type, kinds = original["model_type"], {kind for module in modules.values() for kind in module.kinds()}
     stock = architecture(model_type)
-    return dict(zip(CODE, (_configuration(model_type, stock), _modeling(model_type, stock, kinds)), strict=True))
+    modeling = _modeling(model_type, stock, kinds)
+    # Transformers keeps one model class for each configuration class: that of other terms has to be another one.
+    digest = sha256(modeling.encode()).hexdigest()
+    return dict(zip(CODE, (_configuration(model_type, stock, digest), modeling), strict=True))
 
 
-def _configuration(model_type: str, stock: TransformersClasses) -> str:
+def _configuration(model_type: str, stock: TransformersClasses, digest: str) -> str:
     return f'''\
 {_LICENCE}"""The configuration of {model_type} with factored modules, written by jaxmoe {jaxmoe.__version__}."""
 
@@ -56,6 +60,8 @@ from {stock.configuration} import {stock.config}
 
 
 class Factored{stock.config}({stock.config}):
+    """For the model classes in modeling_jaxmoe.py of SHA-256 {digest[:32]}."""
+
     model_type = "{PREFIX}{model_type}"
 '''
 

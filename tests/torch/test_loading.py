@@ -119,6 +119,18 @@ def test_cache_flag_in_the_configuration(factored, tmp_path):
     assert term._kept is None
 
 
+def test_checkpoints_of_other_terms_in_one_process(dense, tmp_path, monkeypatch):
+    """Each with its own code, also where their folders have one name."""
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
+    for number, recipe in enumerate((low_rank_layer, basis_layer, mixed_layer, low_rank_layer)):
+        folder = tmp_path / str(number) / "small"
+        write_factored(dense, folder, {module: layer(dense, 0, recipe) for module in MODULES})
+        twin = load_tiny(dense)
+        for module in MODULES:
+            set_dense(twin.get_submodule(module), layer(dense, 0, recipe))
+        assert difference(logits(load(folder)), logits(twin)) < 1e-5
+
+
 @pytest.mark.parametrize("name", ["gate_up.0.left", "down.0.right"])
 def test_a_missing_tensor_is_an_error(factored, tmp_path, name):
     folder = edited(factored, tmp_path / "hole", tensors=lambda t: t.pop(f"{MODULES[0]}.{name}"))
