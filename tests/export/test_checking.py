@@ -58,7 +58,7 @@ def slimmed(source, output, name):
 
 
 def fewer(source, output):
-    planned.run(Checkpoint.open(source), output, "compressed_experts", main_experts=1)
+    planned.run(StoredModel(source).checkpoint, output, "compressed_experts", main_experts=1)
 
 
 WRITERS = {
