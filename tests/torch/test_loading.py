@@ -187,9 +187,10 @@ def test_an_older_transformers_is_named_in_the_error(factored, tmp_path, monkeyp
 
 def test_parallel_plans_leave_the_factors_alone(dense, factored):
     """The stock plans would add up the outputs of experts that every device holds in full."""
-    stock, model = load_tiny(dense)._tp_plan, load(factored)
-    assert model._tp_plan == {name: rule for name, rule in stock.items() if ".experts" not in name}
-    assert stock.keys() > model._tp_plan.keys() > set()
+    model = load(factored)
+    stock, ours = (own._tp_plan or {} for own in (load_tiny(dense), model))
+    assert ours == {name: rule for name, rule in stock.items() if ".experts" not in name}
+    assert stock.keys() > ours.keys() > set()
     assert not model._ep_plan
 
 
