@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +22,8 @@ from jaxmoe.checkpoint.mapped import create_mapped
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import START_OVER
 from jaxmoe.errors import JaxmoeError, StorageError
+from jaxmoe.model.blocked import BlockShape, block_rows, blocks_needed
 from jaxmoe.model.decoder import embed
-from jaxmoe.model.grouped import BlockShape, block_rows, blocks_needed
 from jaxmoe.model.layer import Attended, Intermediates, attended, finish
 from jaxmoe.model.spec import ExpertBlock, LayerSpec
 
@@ -94,6 +95,40 @@ class HiddenStates:
         first, end, _ = part.indices(len(self.ids))
         for begin in range(first, end, self.batch):
             yield slice(begin, min(begin + self.batch, end))
+
+
+class TemporaryStates(HiddenStates):
+    """Hidden states in files without names: whatever ends the program, nothing of them remains on disk.
+
+    Args:
+        ids: the windows, `[window, position]`.
+        hidden: hidden size.
+        work: folder on whose disk the files are; that for temporary files if None.
+        tokens: that go through a layer together, at least one window's.
+
+    Example:
+        >>> states = TemporaryStates(np.zeros((2, 3), np.int32), hidden=4)
+        >>> states.create(0)[:] = 1
+        >>> float(states.open(0).sum()), states.remove(0)
+        (24.0, None)
+    """
+
+    def __init__(self, ids: np.ndarray, hidden: int, *, work: Path | None = None, tokens: int = TOKENS):
+        super().__init__(ids, Path(work or gettempdir()), hidden, tokens=tokens)
+        self._arrays: dict[int, np.ndarray] = {}
+
+    def open(self, index: int) -> np.ndarray:
+        return self._arrays[index]
+
+    def create(self, index: int) -> np.ndarray:
+        self._arrays[index] = create_mapped(self.folder, "float32", self.shape, named=False)
+        return self._arrays[index]
+
+    def finish(self, index: int) -> None:
+        pass
+
+    def remove(self, index: int) -> None:
+        self._arrays.pop(index, None)
 
 
 def on_device(arrays: Any) -> Any:

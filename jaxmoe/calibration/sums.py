@@ -1,6 +1,6 @@
 """The sums of one batch in one layer, as a pure function of what the layer's experts saw and did.
 
-Assignments of tokens to experts are sorted into blocks of one expert each (`model.grouped`), and a loop over the blocks
+Assignments of tokens to experts are sorted into blocks of one expert each (`model.blocked`), and a loop over the blocks
 adds up products in float32 at the highest precision; the caller adds batches up in float64. The second moments of some
 of the experts can be asked for alone, where those of all would not fit into memory.
 
@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmoe.calibration.statistics import FIELDS
 from jaxmoe.factors import LayerShape
 from jaxmoe.factors.term import pytree
-from jaxmoe.model.grouped import BlockShape, arrange, most_blocks, summed_rows
+from jaxmoe.model.blocked import BlockShape, arrange, most_blocks, summed_rows
 from jaxmoe.model.layer import Intermediates
 
 

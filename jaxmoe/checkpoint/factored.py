@@ -22,7 +22,7 @@ from jaxmoe.checkpoint.quantization import without_quantization
 from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, CompressedLinear, Count, LayerShape
-from jaxmoe.model.auxiliary import MainExperts, vector_shapes
+from jaxmoe.model.compressed_experts import MainExperts, vector_shapes
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ their paths in transformers. There are two kinds:
     experts   the routed experts of a layer: `shape` {experts, hidden, intermediate, gated}, `terms` of each target,
               `layout` of the dense experts on disk, and, where vectors compensate for experts that do not run,
               `main_experts` and `renorm`. Tensors `<module>.<target>.<position>.<tensor>`; vectors
-              (`model/auxiliary.py`) `<module>.auxiliary.<projection>` in float32.
+              (`model/compressed_experts.py`) `<module>.auxiliary.<projection>` in float32.
     linear    one matrix, of an attention, a shared expert or a dense MLP: `shape` {out, in}, `terms`, `bias` (whether
               there is one; it stays where it was), `layout` of the dense matrix on disk. Tensors
               `<module>.<position>.<tensor>`.
@@ -39,7 +39,7 @@ from jaxmoe.factors import (
     LinearShapeRecord,
     ShapeRecord,
 )
-from jaxmoe.model.auxiliary import MainExperts
+from jaxmoe.model.compressed_experts import MainExperts
 
 FORMAT_VERSION = 2
 """Of the layout that this module writes, and the newest that it reads."""

@@ -35,7 +35,7 @@ from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.checkpoint.roles import LinearMap, check_factored, linear_maps, targets_of
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, Term
-from jaxmoe.model.auxiliary import MainExperts, main_experts
+from jaxmoe.model.compressed_experts import MainExperts, main_experts
 from jaxmoe.model.roles import role_sizes
 from jaxmoe.model.spec import DecoderSpec, ExpertBlock
 

@@ -27,7 +27,7 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.checkpoint.mapped import create_mapped
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods.compressed_experts import Settings
-from jaxmoe.model.auxiliary import by_weight, ones
+from jaxmoe.model.compressed_experts import by_weight, ones
 from jaxmoe.model.layer import Intermediates, routed
 from jaxmoe.model.routing import Routes
 from jaxmoe.model.spec import ExpertBlock, LayerSpec
@@ -85,7 +85,7 @@ def squares(
     """Return the sum of the squared errors and that of the squared outputs.
 
     Args:
-        vectors: by their names, as `model.auxiliary.ones` has them.
+        vectors: by their names, as `model.compressed_experts.ones` has them.
         examples: some tokens.
         parameters: of the layer; `experts`, and biases where it has them.
         block: how many experts run.

@@ -22,7 +22,7 @@ from jaxmoe.compression.term_pass import TermStep, check_factored
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import Count
 from jaxmoe.methods.method import Outcome
-from jaxmoe.model.auxiliary import MainExperts, main_experts, ones
+from jaxmoe.model.compressed_experts import MainExperts, main_experts, ones
 from jaxmoe.model.spec import DecoderSpec, ExpertBlock
 from jaxmoe.model.work import Activity, activity
 from jaxmoe.streaming import HiddenStates, Prefetched, run_layer, start

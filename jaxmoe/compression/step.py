@@ -21,7 +21,7 @@ from jaxmoe.compression.linear_maps import PlannedLinear
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS, CompressedLayer, CompressedLinear, Count, Dense, LayerShape, Term
 from jaxmoe.methods.method import Outcome
-from jaxmoe.model.auxiliary import MainExperts, vector_shapes
+from jaxmoe.model.compressed_experts import MainExperts, vector_shapes
 from jaxmoe.texts import Windows
 
 Source = Checkpoint | CompressedCheckpoint

@@ -16,10 +16,9 @@ from numpy.typing import ArrayLike
 
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.evaluation.nameless import NamelessStates
 from jaxmoe.evaluation.scoring import Comparison, Scores, Side, compare, compare_block, score, score_block
 from jaxmoe.report.events import Forward, OnEvent, ignore
-from jaxmoe.streaming import TOKENS, stream
+from jaxmoe.streaming import TOKENS, TemporaryStates, stream
 
 ROWS = 1024
 """Tokens that the head is applied to together."""
@@ -47,7 +46,7 @@ def walk(model: StoredModel, ids: np.ndarray, *, work: Path | None = None, on_ev
     batch = _even(len(ids), max(1, TOKENS // ids.shape[1]))
     # Windows are repeated to fill the last batch, so that one program does for all.
     filled = np.pad(ids, ((0, -len(ids) % batch), (0, 0)), mode="edge")
-    states = NamelessStates(filled, model.spec.hidden, work=work, tokens=batch * ids.shape[1])
+    states = TemporaryStates(filled, model.spec.hidden, work=work, tokens=batch * ids.shape[1])
     total = len(model.spec.layers)
     for index, step in stream(model, states):
         if step.windows.stop == len(filled):

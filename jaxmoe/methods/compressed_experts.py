@@ -1,8 +1,8 @@
 """Compressed Experts (arXiv 2503.00634): fewer experts run, and small vectors compensate for the others.
 
 The main experts read their inputs scaled by the mean of the vectors of the token's other experts, weighted by the
-router (`model.auxiliary`). The paper trains the vectors with the whole model (`jaxmoe recover`); the improved setting
-learns them layer by layer from what each layer gave when all chosen experts ran (`compression.expert_vectors`).
+router (`model.compressed_experts`). The paper trains the vectors with the whole model (`jaxmoe recover`); the improved
+setting learns them layer by layer from what each layer gave when all chosen experts ran (`compression.expert_vectors`).
 """
 
 from collections.abc import Callable, Mapping
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods.method import check_setting, no_requirements
-from jaxmoe.model.auxiliary import RENORMS
+from jaxmoe.model.compressed_experts import RENORMS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class Settings:
 
     Args:
         setting: "improved"; "paper" has no way to find them without training the whole model, see `jaxmoe recover`.
-        renorm: what becomes of the main experts' weights, one of `model.auxiliary.RENORMS`.
+        renorm: what becomes of the main experts' weights, one of `model.compressed_experts.RENORMS`.
         steps: of Adam at most, for each layer.
         rate: its learning rate at the start, which falls to nothing along a cosine.
         batch: tokens of a step.

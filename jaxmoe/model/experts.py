@@ -8,7 +8,7 @@ goes to its experts, and for down behind their weighted sum,
 
     sum_k w_k (W_k + B) h_k  =  sum_k w_k W_k h_k  +  B sum_k w_k h_k
 
-Where the inputs of the projections are scaled token by token (`auxiliary.py`), that still holds.
+Where the inputs of the projections are scaled token by token (`compressed_experts.py`), that still holds.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS, CompressedLayer
 from jaxmoe.factors.term import per_expert
-from jaxmoe.model.grouped import (
+from jaxmoe.model.blocked import (
     BlockShape,
     arrange,
     block_product,

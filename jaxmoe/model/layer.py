@@ -13,9 +13,9 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.model.attention import attend
-from jaxmoe.model.auxiliary import by_weight, divide, stand_in
+from jaxmoe.model.blocked import BlockShape
+from jaxmoe.model.compressed_experts import by_weight, divide, stand_in
 from jaxmoe.model.experts import ExpertRows, gated, run_experts
-from jaxmoe.model.grouped import BlockShape
 from jaxmoe.model.linear import linear
 from jaxmoe.model.norm import normalize
 from jaxmoe.model.roles import BLOCK_INPUT

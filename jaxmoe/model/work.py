@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from jaxmoe.factors import CompressedLayer, Work
-from jaxmoe.model.auxiliary import vector_shapes
+from jaxmoe.model.compressed_experts import vector_shapes
 from jaxmoe.model.spec import ExpertBlock
 
 

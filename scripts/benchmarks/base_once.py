@@ -24,9 +24,9 @@ import numpy as np  # noqa: E402
 
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank, Shared, Term  # noqa: E402
 from jaxmoe.factors.term import pytree  # noqa: E402
-from jaxmoe.model import grouped  # noqa: E402
+from jaxmoe.model import blocked  # noqa: E402
+from jaxmoe.model.blocked import BlockShape, block_rows, blocks_needed  # noqa: E402
 from jaxmoe.model.experts import run_experts  # noqa: E402
-from jaxmoe.model.grouped import BlockShape, block_rows, blocks_needed  # noqa: E402
 from jaxmoe.model.spec import Gate  # noqa: E402
 
 KEPT = 0.6
@@ -97,14 +97,14 @@ def program(tokens: int, chosen: np.ndarray, sizes: LayerShape):
 
 def operations(run, layer, inputs) -> float:
     """Count the operations of the compiled program with all blocks in one product: the analysis counts a loop once."""
-    limit, grouped._COPIES = grouped._COPIES, 1 << 62
+    limit, blocked._COPIES = blocked._COPIES, 1 << 62
     try:
         # A function of its own: what was traced under another limit must not serve.
         analysis = jax.jit(lambda *arguments: run(*arguments)).lower(layer, *inputs).compile().cost_analysis()
         assert analysis is not None
         return analysis["flops"]
     finally:
-        grouped._COPIES = limit
+        blocked._COPIES = limit
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, Term  # noqa: E402
-from jaxmoe.model.auxiliary import by_weight, vector_shapes  # noqa: E402
-from jaxmoe.model.grouped import BlockShape, block_rows, blocks_needed  # noqa: E402
+from jaxmoe.model.blocked import BlockShape, block_rows, blocks_needed  # noqa: E402
+from jaxmoe.model.compressed_experts import by_weight, vector_shapes  # noqa: E402
 from jaxmoe.model.layer import routed  # noqa: E402
 from jaxmoe.model.routing import Routes  # noqa: E402
 from jaxmoe.model.spec import ExpertBlock, Router  # noqa: E402

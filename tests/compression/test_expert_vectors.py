@@ -17,7 +17,7 @@ from jaxmoe.data import demo_checkpoint, demo_texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape
 from jaxmoe.methods.compressed_experts import Settings
-from jaxmoe.model.auxiliary import vector_shapes
+from jaxmoe.model.compressed_experts import vector_shapes
 from jaxmoe.model.layer import routed
 from jaxmoe.model.routing import Routes
 from jaxmoe.model.spec import ExpertBlock, Router

@@ -11,7 +11,7 @@ from jaxmoe.checkpoint.families import decoder_spec, find_family
 from jaxmoe.data import demo_checkpoint
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank
-from jaxmoe.model.auxiliary import MainExperts, main_experts
+from jaxmoe.model.compressed_experts import MainExperts, main_experts
 from jaxmoe.model.spec import ExpertBlock, Router
 from jaxmoe.model.work import Activity, activity, block_work
 

@@ -12,8 +12,8 @@ import pytest
 
 from jaxmoe.factors import CompressedLayer, Dense, Grouped, Hashed, LayerShape, LowRank, Shared, SharedBasis, Sparse
 from jaxmoe.model import experts
+from jaxmoe.model.blocked import BlockShape, block_rows, blocks_needed, most_blocks
 from jaxmoe.model.experts import _blocked, _ragged, run_experts
-from jaxmoe.model.grouped import BlockShape, block_rows, blocks_needed, most_blocks
 from jaxmoe.model.spec import Gate
 
 SIZES = LayerShape(experts=6, hidden=12, intermediate=10)

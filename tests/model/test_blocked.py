@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxmoe.model import grouped
-from jaxmoe.model.grouped import BlockShape, arrange, block_product, gather, gather_tokens, most_blocks, scatter
+from jaxmoe.model import blocked
+from jaxmoe.model.blocked import BlockShape, arrange, block_product, gather, gather_tokens, most_blocks, scatter
 
 SIZE = 3
 
@@ -56,7 +56,7 @@ def test_there_and_back():
 @pytest.mark.parametrize("together", [1, 2, 4, 5, 8], ids="{} matrices at a time".format)
 def test_products_and_their_gradients_equal_float64(monkeypatch, together, dtype):
     experts, out, size, rows = 3, 6, 4, 2
-    monkeypatch.setattr(grouped, "_COPIES", together * out * size * 4)
+    monkeypatch.setattr(blocked, "_COPIES", together * out * size * 4)
     rng = np.random.default_rng(together)
     chosen = rng.integers(0, experts - 1, (10, 1)).astype(np.int32)
     blocks = arrange(jnp.asarray(chosen), experts, BlockShape(rows, 8))

@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank, Shared, SharedBasis
-from jaxmoe.model.auxiliary import by_weight, check_main, divide, mixing, ones, stand_in, vector_shapes
+from jaxmoe.model.compressed_experts import by_weight, check_main, divide, mixing, ones, stand_in, vector_shapes
 from jaxmoe.model.layer import Attended, finish
 from jaxmoe.model.routing import Routes, route
 from jaxmoe.model.spec import Attention, DenseBlock, ExpertBlock, LayerSpec, Norm, Router
