@@ -19,7 +19,7 @@ class JaxmoeError(ValueError):
 class StorageError(JaxmoeError):
     """What lies on the disk is in the way: no space, no permission, a changed record, another run at work.
 
-    It says nothing of what was asked for: once it is mended, the same command goes on.
+    It says nothing of what was asked for: once it is mended, the same command resumes.
 
     Example:
         >>> raise StorageError("out is a file: remove it, or choose another output folder")

@@ -4,7 +4,7 @@
 #
 #   sbatch --array=0-7 scripts/array_job.sh CHECKPOINT OUTPUT --method mobe --ratio 0.25 --of experts
 #
-# Everything behind OUTPUT goes to `jaxmoe compress`. A task that was killed can be run again: it goes on where it
+# Everything behind OUTPUT goes to `jaxmoe compress`. A task that was killed can be run again: it resumes where it
 # stopped. The result is the same, byte for byte, as that of a single run. Without SLURM, one after another or each on a
 # machine of its own:
 #

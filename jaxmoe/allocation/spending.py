@@ -1,7 +1,7 @@
 """Spend a budget down a list of steps, best first, where each unit's own steps come in order.
 
 The longest beginning of the list that the budget affords is taken whole. The first step that is too dear closes its
-unit; the rest goes on to the steps further down that still fit. So what is left is smaller than the next step of every
+unit; the rest is left for the steps further down that still fit. So what is left is smaller than the next step of every
 unit, and nothing better than the first refused step was left out.
 
 Cost: one cumulative sum for each different price of a step, whatever their number.

@@ -1,6 +1,6 @@
 """Calibrate a stored model: stream texts through it and gather every layer's statistics, layer by layer.
 
-A run that is killed goes on at the layer where it stopped: the hidden states that enter it lie in the unfinished
+A run that is killed resumes at the layer where it stopped: the hidden states that enter it lie in the unfinished
 folder. Memory holds one layer's weights and the sums of one text; where the second moments of a layer's experts would
 take more than a bound, the layer runs several times, for some of its experts each. With gradients, the states that
 enter every layer are kept, and the layers are visited a second time from the last to the first.
@@ -66,7 +66,7 @@ def calibrate_windows(
         gradients: whether to keep the Fisher information, of each "sequence" or "token"; None for none.
         targets: what beside "experts" is to have the second moments of its inputs kept: "attention", "shared", "dense".
         layers: `(first, end)`: keep the decoder layers first <= index < end only; None for all.
-        resume: whether to go on with an unfinished run.
+        resume: whether to resume an unfinished run.
         tokens: that go through a layer together.
         limit: bytes that the sums of a layer's experts may take in memory; None for as much as its matrices take in
             float32, at least 256 MB.

@@ -79,7 +79,9 @@ class Statistics:
         folder = Path(folder).expanduser()
         if not (folder / RECORD).is_file():
             if folder.with_name(folder.name + ".partial").is_dir():
-                raise JaxmoeError(f"{folder} is not finished: run the same calibration again, it goes on where it was")
+                raise JaxmoeError(
+                    f"{folder} is not finished: run the same calibration again, it resumes where it stopped"
+                )
             raise JaxmoeError(f"{folder} has no {RECORD}: give a folder that `jaxmoe calibrate` wrote")
         return cls(folder=folder, record=Record.read(folder / RECORD))
 

@@ -17,7 +17,7 @@ from jaxmoe.errors import JaxmoeError
 def merge(folders: Sequence[str | Path], output: str | Path, *, force: bool = False) -> Statistics:
     """Write the statistics of several runs of one model into one folder; domains of one name add up.
 
-    One layer of one domain is in memory at a time; a killed merge goes on where it stopped.
+    One layer of one domain is in memory at a time; a killed merge resumes where it stopped.
 
     Args:
         folders: statistics folders, at least two.

@@ -2,7 +2,7 @@
 
 What a layer sees then is what it will see in the compressed model: its fit can make up for the errors before it. The
 original layer runs on these hidden states once for its sums; once it is compressed, the states move on through its
-factors. They lie in a folder, so that a run that was stopped goes on.
+factors. They lie in a folder, so that a run that was stopped resumes.
 """
 
 from collections.abc import Collection, Mapping, Sequence

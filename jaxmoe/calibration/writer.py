@@ -1,4 +1,4 @@
-"""Write a statistics folder, one domain and layer at a time; a killed run goes on where it stopped.
+"""Write a statistics folder, one domain and layer at a time; a killed run resumes where it stopped.
 
 Work lies in `STATISTICS.partial` with a journal (`checkpoint.workspace`), and gets its name when every record is there.
 """
@@ -68,7 +68,7 @@ class StatisticsWriter:
         """Open the unfinished folder for the length of a `with` block; nobody else may work on it meanwhile.
 
         Args:
-            resume: whether to go on with an unfinished run; False starts over.
+            resume: whether to resume an unfinished run; False starts over.
 
         Raises:
             JaxmoeError: the output exists, the folder was begun with another record, or another process works on it.

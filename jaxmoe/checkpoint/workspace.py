@@ -86,7 +86,7 @@ class Workspace:
 
         Args:
             units: that this process will work on.
-            resume: whether to go on with what the folder holds; False starts over.
+            resume: whether to resume from what the folder holds; False starts over.
 
         Raises:
             StorageError: the folder belongs to a run with other settings or to something else, holds what no run makes,

@@ -1,7 +1,7 @@
 """The command line: thin commands over the library, one JSON object on standard output where asked.
 
 Exit codes: 0, 1 with a message that one can act on, 2 for wrong usage, 130 for Ctrl-C. SIGTERM ends the program as it
-ends any other: every run can be killed at any moment, and goes on.
+ends any other: every run can be killed at any moment, and resumes.
 """
 
 import os

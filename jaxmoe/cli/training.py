@@ -44,7 +44,10 @@ def recover(
         str | None, typer.Option("--teacher", metavar="CHECKPOINT", help="the original: learn to be like it")
     ] = None,
     train: Annotated[
-        str, typer.Option("--train", metavar="SET,...", help="what is trained: router, factors, norms, theta or all")
+        str,
+        typer.Option(
+            "--train", metavar="SET,...", help="what is trained: router, factors, norms, expert_vectors or all"
+        ),
     ] = "router,norms,factors",
     loss: Annotated[
         str | None,

@@ -6,7 +6,7 @@
     REPORT/.jaxmoe/comparison.json                              of which checkpoint
     REPORT/.jaxmoe/records/KEY.json                             one finished record each
 
-A record is written whole or not at all, and is never removed: a run that was killed goes on, and one with other
+A record is written whole or not at all, and is never removed: a run that was killed resumes, and one with other
 settings finds those that still apply.
 """
 

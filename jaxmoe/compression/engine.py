@@ -179,7 +179,7 @@ def compress(
         options: how it is to be carried out.
         texts: to calibrate on, and to learn from.
         statistics: of the source, where they are known already; for a recipe of several passes those of `texts`.
-        seed: of everything random.
+        seed: the random seed.
         resume: whether to resume an unfinished run; False starts over.
         command: the command line, for the report.
         on_event: called with a small record after every layer.

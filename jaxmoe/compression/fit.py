@@ -90,8 +90,8 @@ def _fit(
     outcomes = [outcome._replace(target=target) for outcome in fit.outcomes]
     if all(outcome.kind != REORDERED for outcome in fit.outcomes):
         behind = behind_svd(weight, fit.terms, known.moment, target)
-        yields = behind is not None and method.falls_back_to_svd and plan.settings.setting == "improved"
-        if behind is not None and yields and (closer := svd_instead(weight, fit.terms, known)) is not None:
+        falls_back = behind is not None and method.falls_back_to_svd and plan.settings.setting == "improved"
+        if behind is not None and falls_back and (closer := svd_instead(weight, fit.terms, known)) is not None:
             terms = closer
             behind = behind._replace(kind="svd_instead", detail=f"{behind.detail}; it is stored instead")
         outcomes += [] if behind is None else [behind]

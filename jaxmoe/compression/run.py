@@ -89,7 +89,7 @@ class Pass(Protocol):
 
     @property
     def seed(self) -> int:
-        """Of everything random."""
+        """The random seed."""
         ...
 
     @property

@@ -125,7 +125,7 @@ def spectrum(weight: np.ndarray, moment: np.ndarray | None, loss: float) -> np.n
 
     Args:
         weight: matrices, `[expert, out, in]`.
-        moment: what weighs their errors, `[1|expert, in, in]`; None weighs all directions alike.
+        moment: what weighs their errors, `[1|expert, in, in]`; None for an unweighted error.
         loss: what removing all of them costs.
     """
     with jax.enable_x64(moment is not None):

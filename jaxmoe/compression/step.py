@@ -236,7 +236,7 @@ class Setup(NamedTuple):
 
     Args:
         export: form of the result; None for the steps' own.
-        seed: of everything random.
+        seed: the random seed.
         statistics: calibrated on the model that it finds, None without.
         texts: to learn from, None without.
         teacher: folder of the model that the recipe began with.

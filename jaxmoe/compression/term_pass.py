@@ -79,7 +79,7 @@ class TermPass:
 
     @property
     def seed(self) -> int:
-        """Of everything random."""
+        """The random seed."""
         return self.setup.seed
 
     @property

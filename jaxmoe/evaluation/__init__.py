@@ -1,4 +1,4 @@
-"""How good a checkpoint is: perplexity, distance from the original, and how it goes on."""
+"""How good a checkpoint is: perplexity, distance from the original, and greedy continuations."""
 
 from jaxmoe.evaluation.checkpoints import evaluate
 from jaxmoe.evaluation.records import Continuation, Evaluation, TextEvaluation

@@ -1,4 +1,4 @@
-"""The generation probe: how a model goes on from the beginning of each text, and whether it falls into repetition."""
+"""The generation probe: greedy continuations of the beginning of each text, and whether they fall into repetition."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ from jaxmoe.evaluation.repetition import degenerate, period, repetition
 from jaxmoe.texts import Tokenizer, Windows
 
 PROMPT = 32
-"""Tokens of a window that a model goes on from, or half of a shorter window."""
+"""Tokens of a window that a model continues, or half of a shorter window."""
 
 
 def probe(model: StoredModel, texts: Sequence[Windows], tokenizer: Tokenizer, new: int) -> tuple[Continuation, ...]:
-    """Continue the first window of each text, and compare with how the window itself goes on.
+    """Continue the first window of each text, and compare with the rest of the window itself.
 
     Args:
         model: on disk.

@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Continuation:
-    """How a model goes on from the beginning of a window, choosing the likeliest token each time.
+    """The greedy continuation of the beginning of a window: the likeliest token each time.
 
     Args:
         prompt: the beginning.
@@ -37,7 +37,7 @@ class TextEvaluation:
         nats_per_token: mean negative log-likelihood.
         kl: mean KL(original || model) in nats per token, None without an original.
         top1_agreement: fraction of the tokens at which both hold the same token for most likely.
-        generation: how the model goes on, None where that was not asked for.
+        generation: the greedy continuations, None where they were not asked for.
 
     Example:
         >>> TextEvaluation(name="code", tokens=255, left_out=3, nats_per_token=0.0).perplexity

@@ -78,7 +78,7 @@ def answers(layer: CompressedLayer) -> Answers:
 
 
 def vector_answers(vectors: Mapping[str, Any]) -> Answers:
-    """Return the products of vectors that stand in for experts, `[expert, size]`, with a random one, by name.
+    """Return the products of vectors that compensate for experts, `[expert, size]`, with a random one, by name.
 
     Example:
         >>> len(vector_answers({"auxiliary.up": np.ones((3, 5))})["auxiliary.up"])

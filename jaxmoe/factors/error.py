@@ -35,7 +35,7 @@ def relative_errors(weight, layer: CompressedLayer, projection: str, *, moment=N
         weight: the original matrices of the projection, `[expert, out, in]`.
         layer: its compressed twin.
         projection: "gate", "up" or "down".
-        moment: `[1|expert, in, in]`; None weighs all directions alike.
+        moment: `[1|expert, in, in]`; None for an unweighted error.
 
     Example:
         >>> from jaxmoe.factors import Dense, LayerShape
@@ -62,7 +62,7 @@ def linear_error(weight, linear: CompressedLinear, *, moment=None) -> float:
     Args:
         weight: the original matrix, `[out, in]`.
         linear: its compressed twin.
-        moment: `[1, in, in]`; None weighs all directions alike.
+        moment: `[1, in, in]`; None for an unweighted error.
 
     Example:
         >>> from jaxmoe.factors import Dense, LinearShape

@@ -16,7 +16,7 @@ from jaxmoe.model.compressed_experts import RENORMS
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How the vectors that stand in for experts are found from text.
+    """How the vectors that compensate for experts are found from text.
 
     Args:
         setting: "improved"; "paper" has no way to find them without training the whole model, see `jaxmoe recover`.

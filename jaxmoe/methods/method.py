@@ -92,7 +92,7 @@ class Evidence:
     Args:
         target: its name.
         moment: second moment of the inputs that weighs the errors, `[1|expert, in, in]`, shrunk and floored, the scale
-            of an expert's its say; None weighs all directions alike.
+            of an expert's its say; None for an unweighted error.
         counts: tokens that chose each expert, `[expert]`, or None.
         statistic: returns an array of `calibration.LayerStatistics` by name, None where it was not kept.
         weight: returns the matrices of a target of the same layer, `[expert, out, in]`, in float32.

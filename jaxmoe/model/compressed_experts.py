@@ -1,4 +1,4 @@
-"""Compressed Experts: of a token's k chosen experts the main ones run, and vectors stand in for the auxiliary others.
+"""Compressed Experts: of a token's k chosen experts the main ones run, and vectors compensate for the auxiliary ones.
 
 Each expert e has a vector for what each of its matrices c reads (gate, up and down). Those of the token's auxiliary
 experts are averaged by their router weights w, and scale the inputs of its main experts:
@@ -51,7 +51,7 @@ class MainExperts(NamedTuple):
 
 
 class Divided(NamedTuple):
-    """Routes of the experts that run, and of those that vectors stand in for."""
+    """Routes of the experts that run, and of those that vectors compensate for."""
 
     main: Routes
     auxiliary: Routes
@@ -128,7 +128,7 @@ def divide(routes: Routes, main: int, renorm: str = "none") -> Divided:
 def mixing(auxiliary: Routes, experts: int) -> Float[Array, "token expert"]:
     """Return the weights by which the vectors are averaged, which sum to one for every token.
 
-    Where the router's weights vanish, all auxiliary experts of the token count alike.
+    Where the router's weights vanish, all auxiliary experts of the token count equally.
 
     Example:
         >>> mixing(Routes(jnp.array([[2, 0]]), jnp.array([[0.3, 0.1]])), 3)
@@ -143,7 +143,7 @@ def mixing(auxiliary: Routes, experts: int) -> Float[Array, "token expert"]:
     return jnp.zeros((len(weights), experts), jnp.float32).at[rows, auxiliary.experts].add(share)
 
 
-def stand_in(auxiliary: Routes, parameters: Mapping[str, Any]) -> dict[str, Float[Array, "token size"]]:
+def input_scales(auxiliary: Routes, parameters: Mapping[str, Any]) -> dict[str, Float[Array, "token size"]]:
     """Return by what the inputs of each projection are multiplied, token by token, in float32.
 
     Args:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.model.attention import attend
 from jaxmoe.model.blocked import BlockShape
-from jaxmoe.model.compressed_experts import by_weight, divide, stand_in
+from jaxmoe.model.compressed_experts import by_weight, divide, input_scales
 from jaxmoe.model.experts import ExpertRows, gated, run_experts
 from jaxmoe.model.linear import linear
 from jaxmoe.model.norm import normalize
@@ -138,7 +138,7 @@ def routed(
     shape: BlockShape | None = None,
     probes: Mapping[str, Array] | None = None,
 ) -> tuple[ExpertRows, Routes]:
-    """Run those of a layer's routed experts that are to run, with what stands in for the others.
+    """Run those of a layer's routed experts that are to run, with what compensates for the others.
 
     Args:
         x: the tokens, as the router sees them.
@@ -155,7 +155,7 @@ def routed(
     scales = None
     if block.running < block.router.top_k:
         routes, auxiliary = divide(routes, block.running, block.renorm)
-        scales = stand_in(auxiliary, parameters)
+        scales = input_scales(auxiliary, parameters)
     experts, weights = routes
     rows = run_experts(x, experts, parameters["experts"], block.gate, biases, shape, probes, weights, scales)
     return rows, routes

@@ -179,7 +179,7 @@ class ExpertBlock:
         shared: what all tokens use beside the routed experts, None for nothing.
         shared_gate: whether a sigmoid of the token scales that.
         scale: factor of what routed and shared experts give together.
-        main: how many of a token's experts run, those with the largest weights; vectors stand in for the others
+        main: how many of a token's experts run, those with the largest weights; vectors compensate for the others
             (`compressed_experts.py`). None runs all.
         renorm: "main" scales the weights of those that run to the sum of all, "none" leaves them.
     """

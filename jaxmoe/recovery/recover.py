@@ -1,7 +1,7 @@
 """Recover a checkpoint: train some of its arrays on text, and write the same checkpoint with other numbers.
 
 The whole model, the optimiser's memory of what is trained and the teacher are in memory at once. The run can be stopped
-at any moment; the same command goes on, and ends with the same bytes.
+at any moment; the same command resumes, and ends with the same bytes.
 """
 
 import platform
@@ -242,7 +242,7 @@ def documents(
 def _clock(folder: Path, output: Path) -> datetime | None:
     """Return the time that a chat template with a date in it is told, None for others: that at which the run began.
 
-    The same command goes on with the same rows on another day.
+    The same command resumes with the same rows on another day.
     """
     template = chat_template(folder)
     if template is None or not template.dated:

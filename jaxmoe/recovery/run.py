@@ -1,11 +1,11 @@
-"""A training run on disk: it can be stopped at any moment, and goes on to the same numbers.
+"""A training run on disk: it can be stopped at any moment, and resumes to the same numbers.
 
     FOLDER/
       states/            the training's state after some steps, see `states`
       metrics.jsonl      a line for every step: its losses, norm of the gradient, rate
 
 Which rows a step takes follows from the state's key and the number of the step alone, and metrics that are newer than
-the state a run goes on from are written again.
+the state from which a run resumes are written again.
 """
 
 import json
@@ -55,7 +55,7 @@ def train(
         rows: the text.
         chosen: names of the arrays to train, see `trainable.select`.
         training: how.
-        folder: for the states and metrics; a run that was stopped goes on from them.
+        folder: for the states and metrics; a run that was stopped resumes from them.
         seed: of the order of the data.
         save_every: steps after which the state is saved.
         keep: so many states remain.

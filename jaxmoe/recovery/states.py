@@ -3,8 +3,8 @@
     FOLDER/<step>/       an Orbax checkpoint of the state's arrays
     FOLDER/<step>.json   the checksum of each of its files; written last, so that a state without it was never finished
 
-Training goes on to the same numbers from any of its states. So a newest state that was damaged costs the steps since
-the one before it, which the run goes on from and says so; only where none can be used does it stop.
+Training resumes to the same numbers from any of its states. So a newest state that was damaged costs the steps since
+the one before it, from which the run resumes, and says so; only where none can be used does it stop.
 """
 
 from collections.abc import Mapping

@@ -19,11 +19,14 @@ SETS: Mapping[str, str] = {
     "router": r"layers\.\d+\.router\.",
     "factors": r"layers\.\d+\.experts\.terms\.",
     "norms": r"(layers\.\d+\.)?(attention\.)?\w*norm(_after)?\.",
-    "theta": r"layers\.\d+\.auxiliary\.",
+    "expert_vectors": r"layers\.\d+\.auxiliary\.",
     "all": "",
 }
 """What can be trained by name, as regular expressions of the names' beginnings: routers, the routed experts as they are
 stored, normalisations, the vectors of compressed experts, everything."""
+
+_EARLIER = {"theta": "expert_vectors"}
+"""Names of sets in earlier versions, which are still understood."""
 
 _NEVER = re.compile(r"layers\.\d+\.router\.selection_bias$")
 
@@ -56,7 +59,7 @@ def select(parameters: Any, sets: Sequence[str]) -> list[str]:
     arrays = dict(zip(names(parameters), jax.tree.leaves(parameters), strict=True))
     floating = [n for n, x in arrays.items() if jnp.issubdtype(x.dtype, jnp.floating) and not _NEVER.match(n)]
     chosen: set[str] = set()
-    for own in sets:
+    for own in (_EARLIER.get(name, name) for name in sets):
         if own not in SETS:
             raise JaxmoeError(f"cannot train {own!r}: give some of {', '.join(SETS)}")
         found = [name for name in floating if re.match(SETS[own], name)]

@@ -3,7 +3,7 @@
 The optimiser is AdamW (arXiv 1711.05101) behind a bound of the gradient's norm, its rate warmed up and then taken down
 along a cosine, or held and taken down at the end (warm-up, stable, decay: arXiv 2404.06395). A state is a pytree of
 arrays: what is trained, the optimiser's memory, the number of steps done and the random key from which the order of the
-data follows; with it, training goes on anywhere as if it had never stopped.
+data follows; with it, training resumes anywhere as if it had never stopped.
 """
 
 from collections.abc import Mapping

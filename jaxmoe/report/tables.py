@@ -167,7 +167,7 @@ def calibration_table(record: Mapping[str, Any]) -> Table:
 
 
 def evaluation_tables(record: Mapping[str, Any]) -> list[Any]:
-    """Return what `evaluate` prints: the loss on every text, how the model goes on, and its speed."""
+    """Return what `evaluate` prints: the loss on every text, greedy continuations, and speed."""
     before = record.get("against")
 
     def row(name, tokens, own, other):
@@ -196,7 +196,7 @@ def evaluation_tables(record: Mapping[str, Any]) -> list[Any]:
 
 
 def generation_lines(texts: Iterable[Mapping[str, Any]]) -> Text:
-    """Return how a model goes on from each text, and how much it repeats itself.
+    """Return the greedy continuation of each text, and how much it repeats itself.
 
     Example:
         >>> own = {"prompt": "Once upon", "continuation": " a time", "repetition": 0, "repetition_of_text": 0}

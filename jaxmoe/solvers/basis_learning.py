@@ -84,8 +84,8 @@ def learn_basis(
         learning_rate: of Adam(.9, .999, 1e-8).
         steps: upper limit; 0 returns the start.
         patience: stop after so many steps without a new best loss; None never stops early.
-        moment: second moment of the inputs along the columns, `[1|expert, column, column]`; None weighs all directions
-            alike.
+        moment: second moment of the inputs along the columns, `[1|expert, column, column]`; None for an
+            unweighted error.
         row_moment: the same along the rows, `[1|expert, row, row]` (for matrices fitted transposed).
         expert_weight: u_e, relative weight of every expert's error.
         resolve: whether A is finally solved exactly for the bases found.
@@ -276,7 +276,7 @@ def _join(parts, target, shares, blocks, moment):
     parameters, losses, taken, diverged = zip(*parts)
     alpha = jax.scipy.linalg.block_diag(*(p[2] for p in parameters))
     joined = jnp.concatenate([p[0] for p in parameters]), jnp.concatenate([p[1] for p in parameters]), alpha
-    # A group that stopped early keeps its best loss while the others go on.
+    # A group that stopped early keeps its best loss while the others continue.
     filled = [jnp.where(jnp.isnan(x), jnp.nanmin(x, initial=jnp.inf), x) for x in losses]
     portion = jax.ops.segment_sum(energy, jnp.asarray(blocks), len(parts)) / jnp.sum(energy)
     total = jnp.sum(portion[:, None] * jnp.stack(filled), axis=0)

@@ -1,4 +1,4 @@
-"""Merge experts that do alike into clusters, by the tree of their distances."""
+"""Merge experts that compute similar outputs into clusters, by the tree of their distances."""
 
 import numpy as np
 from jaxtyping import Float, Int

@@ -95,7 +95,7 @@ def descend(
     rise: Scalar | None = None,
     rounding: float = 0.0,
 ) -> Descent:
-    """Go on with a descent.
+    """Continue a descent.
 
     Args:
         evaluate: returns loss and gradient for parameters.

@@ -185,7 +185,7 @@ def shared_energy(
     Args:
         weight: the matrices, `[expert, out, in]`.
         base: `[out, in]`.
-        moments: second moments of the inputs, `[1|expert, in, in]`; None weighs all inputs alike.
+        moments: second moments of the inputs, `[1|expert, in, in]`; None for an unweighted average.
 
     Returns:
         A fraction in [0, 1]: 1 if all experts are the base, 0 if it explains nothing or there is no energy.

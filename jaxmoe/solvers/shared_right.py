@@ -36,7 +36,8 @@ def shared_right(
     Args:
         weight: the matrices.
         rank: rows of the shared factor, 1 to in.
-        moment: second moments of the inputs, `[1|expert, in, in]` or `[1|expert, in]` for diagonals; None weighs alike.
+        moment: second moments of the inputs, `[1|expert, in, in]` or `[1|expert, in]` for diagonals; None for an
+            unweighted error.
         refit: whether left factors are fitted under each expert's own moment; False takes the pooled one for all.
 
     Example:

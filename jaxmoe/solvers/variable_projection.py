@@ -9,8 +9,8 @@ B and alpha are learned:
 With A at its optimum its own gradient vanishes, so what stands above is the exact gradient of the reduced problem (up
 to eps). Mixing may have any sign. Adam takes long steps at a constant rate after a short warm-up, then the rate decays
 to zero over the second half: the long steps find the valley, the decay its floor. The start is chosen by running both
-the blocks' singular vectors and a random one for the first few steps; the better goes on. A last exact solution for A
-closes.
+the blocks' singular vectors and a random one for the first few steps; the better one continues. A last exact solution
+for A closes.
 
 A second moment C of the inputs weighs the columns; it stands outside f. One step costs about 2 E r Q (3 P + 3 M + r)
 operations, 2 E r Q² more with a moment. Source: MoBE, arXiv 2508.05257, for the form; Golub and Pereyra 1973 for the
@@ -103,8 +103,8 @@ def variable_projection(
         rise: factor on the best loss, above 1, beyond which the descent returns to the best state with half the rate;
             with infinity it returns from losses alone that are not finite.
         patience: stop after so many steps without a new best loss; None runs the whole schedule, whose end gains most.
-        moment: second moment of the inputs along the columns, `[1|expert, column, column]`; None weighs all directions
-            alike.
+        moment: second moment of the inputs along the columns, `[1|expert, column, column]`; None for an
+            unweighted error.
         row_moment: the same along the rows, `[1|expert, row, row]` (for matrices fitted transposed).
         expert_weight: relative weight of every expert's error.
         ragged: unequal ranks of the bases, the largest of them `rank`; None for equal ones.

@@ -2,8 +2,8 @@
 
     python scripts/benchmarks/compressed_experts.py [--tokens 2048] [--rounds 7]
 
-"half, others stood in for" averages the vectors of the auxiliary experts, scales what gate, up and down read, and runs
-the main experts; "half" runs these alone, as a model with half as many experts per token would. Ordering a token's
+"half, others compensated for" averages the vectors of the auxiliary experts, scales what gate, up and down read, and
+runs the main experts; "half" runs these alone, as a model with half as many experts per token would. Ordering a token's
 experts by weight is counted, choosing them is not. Random numbers in float32, tokens routed at random, every expert
 equally often. CPU time is that of one core, contestants in turn, medians; operations are those of `model.work`.
 On Linux the process keeps its memory between calls: glibc would give every buffer above 32 MB back and fetch it again
@@ -39,7 +39,7 @@ SHAPES = {
     "OLMoE, 16 experts, top 8": (LayerShape(experts=16, hidden=2048, intermediate=1024), 8),
     "Qwen3-MoE, 16 experts, top 8": (LayerShape(experts=16, hidden=2048, intermediate=768), 8),
 }
-FULL, HALF, STOOD_IN = "all", "half", "half, others stood in for"
+FULL, HALF, COMPENSATED = "all", "half", "half, others compensated for"
 
 
 def keep_memory() -> None:
@@ -92,7 +92,7 @@ def report(name: str, sizes: LayerShape, top_k: int, tokens: int, rounds: int) -
     contestants = {
         FULL: (block, everything),
         HALF: (alone, half),
-        STOOD_IN: (replace(block, main=top_k // 2), everything),
+        COMPENSATED: (replace(block, main=top_k // 2), everything),
     }
 
     def outputs(run, chosen):

@@ -159,7 +159,7 @@ def test_other_commands_take_it(learned, tmp_path):
     assert f"| active parameters | {report['active_parameters']['before']:,} |" in card
 
 
-def test_a_killed_run_goes_on_with_the_same_bytes(learned, tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(learned, tmp_path):
     folder, _ = learned
     arguments = ("compress", demo_checkpoint(), tmp_path / "small", "--method", "compressed_experts")
     arguments += ("--main-experts", "1", *LEARN)
@@ -173,7 +173,7 @@ def test_a_killed_run_goes_on_with_the_same_bytes(learned, tmp_path):
     assert not (tmp_path / "small").exists()
     done = call(*arguments)
     assert done.returncode == 0, done.stderr
-    assert "layer 0 " not in done.stderr
+    assert "layer 0 (1 of 4, kept from an earlier run)" in done.stderr
     assert checksums(tmp_path / "small") == checksums(folder)
     again, other = (call(*arguments, "--seed", seed) for seed in ("0", "1"))
     assert again.returncode == 0
@@ -219,8 +219,8 @@ def test_other_methods_take_a_ratio(name, options, code, word, tmp_path):
     assert word in done.stderr
 
 
-def test_vectors_do_not_stand_in_twice(learned, tmp_path):
+def test_vectors_do_not_compensate_twice(learned, tmp_path):
     line = ["compress", learned[0], tmp_path / "twice", "--method", "compressed_experts", "--main-experts", "1"]
     done = call(*line)
     assert done.returncode == 1
-    assert "stand in for experts already" in done.stderr
+    assert "compensate for experts already" in done.stderr

@@ -9,7 +9,7 @@ import pytest
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank, Shared, SharedBasis
-from jaxmoe.model.compressed_experts import by_weight, check_main, divide, mixing, ones, stand_in, vector_shapes
+from jaxmoe.model.compressed_experts import by_weight, check_main, divide, input_scales, mixing, ones, vector_shapes
 from jaxmoe.model.layer import Attended, finish
 from jaxmoe.model.routing import Routes, route
 from jaxmoe.model.spec import Attention, DenseBlock, ExpertBlock, LayerSpec, Norm, Router
@@ -215,7 +215,7 @@ def test_averages_in_float32(rng):
     weights = jnp.asarray(rng.random((64, 6)), jnp.bfloat16)
     chosen = jnp.asarray([rng.permutation(8)[:6] for _ in range(64)])
     vectors = {name: own.astype(jnp.bfloat16) for name, own in ones(SIZES).items()}
-    for scale in stand_in(Routes(chosen, weights), vectors).values():
+    for scale in input_scales(Routes(chosen, weights), vectors).values():
         assert scale.dtype == jnp.float32
         assert np.abs(np.asarray(scale) - 1).max() <= 1e-6
 
@@ -227,7 +227,7 @@ def test_one_auxiliary_expert_gives_the_router_no_gradient(rng):
 
     def total(weights, main):
         _, auxiliary = divide(routes._replace(weights=weights), main)
-        return sum(jnp.sum(scale**2) for scale in stand_in(auxiliary, arrays).values())
+        return sum(jnp.sum(scale**2) for scale in input_scales(auxiliary, arrays).values())
 
     assert not np.any(jax.grad(total)(routes.weights, 3))
     assert np.abs(jax.grad(total)(routes.weights, 2)).max() > 1e-1
