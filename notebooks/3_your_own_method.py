@@ -62,7 +62,7 @@ def fit(weight, template, settings, *, evidence, key=None):
 # name everywhere: in a file of its own, `jaxmoe --import mine.py compress ... --method shared_inputs` finds it too.
 
 # %%
-methods.register(
+mine = methods.register(
     SVD._replace(name="shared_inputs", summary="one right factor for all experts of a layer", slot=slot, fit=fit)
 )
 
@@ -83,7 +83,7 @@ for text in demo_texts():
 result = jaxmoe.compare(
     demo_checkpoint(),
     folder / "report",
-    "shared_inputs,svd",
+    [mine.name, "svd"],
     ratios=[0.5],
     text=folder / "unseen",
     calibration_text=folder / "calibration",
