@@ -1,4 +1,4 @@
-"""The demonstration: the bundled checkpoint compressed by every method at two sizes, and its cost in one table."""
+"""The demonstration: the bundled checkpoint compressed by SVD and MoBE at two sizes, and its cost in one table."""
 
 import time
 from pathlib import Path

@@ -165,6 +165,7 @@ RUNS = {
     "sequential": ("svd", {"ratio": 0.5, "text": demo_texts()[0], "sequential": True, "export": "dense", **SHORT}),
     "fewer experts": ("compressed_experts", {"main_experts": 1, "set": {"steps": 2}, "text": demo_texts()[0], **SHORT}),
     "bytes": ("svd", {"ratio": 0.4, "unit": "bytes"}),
+    "targets": ("svd", {"ratio": 0.2, "targets": "experts,attention"}),
 }
 
 
