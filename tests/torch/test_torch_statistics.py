@@ -242,7 +242,8 @@ def test_factored_experts_are_refused():
     model = tiny_models.build("mixtral")
     shape = {"experts": 8, "hidden": 64, "intermediate": 24, "gated": True}
     terms = {"gate_up": [{"kind": "dense"}], "down": [{"kind": "dense"}]}
-    jaxmoe.torch.swap_experts(model, {"model.layers.1.mlp.experts": {"shape": shape, "terms": terms}})
+    entry = {"kind": "experts", "shape": shape, "terms": terms}
+    jaxmoe.torch.swap_modules(model, {"model.layers.1.mlp.experts": entry})
     with pytest.raises(
         JaxmoeError, match=r"layers\.1\.mlp\.experts \(FactoredExperts\): it has no stacked gate_up_proj"
     ):

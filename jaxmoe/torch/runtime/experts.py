@@ -14,7 +14,6 @@ from jaxmoe.torch.runtime.term import build
 
 TARGETS = ("gate", "up", "gate_up", "down")
 
-
 WEIGHTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 BLEND_NUMBERS = 1 << 26
 """At most so many float32 numbers of blended bases are formed at a time, one expert's at least."""
 
-
 try:
     # Private, but traceable and fast on accelerators. Without it the experts that have tokens are visited one by one.
     from transformers.integrations.moe import _grouped_linear
