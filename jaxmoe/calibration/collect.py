@@ -28,7 +28,7 @@ from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import JOURNAL
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.model.roles import check_offered, check_targets
+from jaxmoe.model.roles import check_targets, offered_targets
 from jaxmoe.model.spec import LayerSpec
 from jaxmoe.report.events import Calibrated, OnEvent, ignore
 from jaxmoe.streaming import TOKENS, HiddenStates, Prefetched, on_device, run_layer, start
@@ -104,12 +104,12 @@ def make_record(
     if not chosen:
         known = sorted(model.shapes)
         raise JaxmoeError(f"layers {first}:{end} hold no routed experts: they lie in layers {known[0]} to {known[-1]}")
-    others = tuple(name for name in check_targets(targets) if name != "experts")
+    asked = offered_targets(check_targets(targets), model.linear_targets)
+    others = tuple(name for name in asked if name != "experts")
     if others and moments == "none":
         raise JaxmoeError(
             f"targets {', '.join(others)} ask for second moments, and moments is none: give pooled, expert or weighted"
         )
-    check_offered(others, model.linear_targets)
     inputs = {
         index: kept_inputs(model.linear_sizes(index), others, experts=index in chosen)
         for index in range(first, min(end, len(model.spec.layers)))

@@ -20,7 +20,7 @@ from jaxmoe.checkpoint.tensor_file import DTYPES, listing
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLinear, LinearShape
 from jaxmoe.model.linear import Outputs
-from jaxmoe.model.roles import LINEAR_TARGETS, ROLES, check_offered
+from jaxmoe.model.roles import LINEAR_TARGETS, ROLES, offered_targets
 from jaxmoe.model.spec import DecoderSpec
 
 if TYPE_CHECKING:
@@ -114,13 +114,13 @@ def find_linear(checkpoint: "Checkpoint", targets: tuple[str, ...]) -> dict[int,
         targets: as `model.roles.check_targets` returns them.
 
     Raises:
-        JaxmoeError: jaxmoe does not know exactly what the decoder computes, the model has nothing of a target, or a
+        JaxmoeError: jaxmoe does not know exactly what the decoder computes, the model has nothing of any target, or a
             tensor is missing or not what the config says.
     """
     if set(targets) <= {"experts"}:
         return {}
     maps = _all_maps(checkpoint)
-    check_offered(targets, targets_of(maps))
+    offered_targets(targets, targets_of(maps))
     chosen = {index: tuple(own for own in layer if own.target in targets) for index, layer in maps.items()}
     _check_dtypes(chosen, checkpoint.matrices)
     return {index: layer for index, layer in chosen.items() if layer}

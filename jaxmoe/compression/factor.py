@@ -18,6 +18,7 @@ from jaxmoe.checkpoint import Checkpoint, MoELayer
 from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.families import exports
 from jaxmoe.checkpoint.roles import find_linear, weight_dtype
+from jaxmoe.checkpoint.tensor_file import listing
 from jaxmoe.checkpoint.workspace import fingerprint
 from jaxmoe.compression.budget import NOTHING, Budget, Sizes, Totals
 from jaxmoe.compression.evidence import Sums
@@ -177,7 +178,7 @@ def make_plan(
     preferred = method.allocation if settings.setting == "improved" else "uniform"
     rule = choose_rule(allocation, preferred, statistics)
     replaced = [method.targets(x.shape, settings) if "experts" in targets else {} for x in checkpoint.layers]
-    maps = _linear_slots(checkpoint, method, settings, targets)
+    maps, notes = _linear_slots(checkpoint, method, settings, targets)
     if maps:
         _check_experts_alone(budget, rule, targets)
 
@@ -240,6 +241,7 @@ def make_plan(
         settings,
         layers,
         linears=linears,
+        notes=notes,
         requested={**budget.as_json(), **({} if targets == EXPERTS else {"targets": list(targets)})},
         allocation=rule,
         weighted=weighted,
@@ -266,18 +268,24 @@ class _Place:
 
 def _linear_slots(
     checkpoint: Checkpoint, method: Method, settings: Any, targets: tuple[str, ...]
-) -> list[tuple[PlannedLinear, Slot]]:
-    """Return the linear maps of some targets, dense, and the sizes that they can take; none where no rank saves."""
-    found = []
-    for maps in find_linear(checkpoint, targets).values():
-        for source in maps:
-            assert method.linear_slot is not None
-            dtype = weight_dtype(source, checkpoint.matrices)
-            slot = method.linear_slot(source.shape, dtype, settings)
-            dense = CompressedLinear(terms=(Dense.abstract(source.shape.terms, dtype),), sizes=source.shape)
-            if slot.high >= slot.low:
-                found.append((PlannedLinear(source=source, dtype=dtype, template=dense), slot))
-    return found
+) -> tuple[list[tuple[PlannedLinear, Slot]], tuple[str, ...]]:
+    """Return the linear maps of some targets, dense, the sizes that each can take, and notes on what stays."""
+    found, kept = [], []
+    maps = [source for own in find_linear(checkpoint, targets).values() for source in own]
+    for source in maps:
+        assert method.linear_slot is not None
+        dtype = weight_dtype(source, checkpoint.matrices)
+        slot = method.linear_slot(source.shape, dtype, settings)
+        dense = CompressedLinear(terms=(Dense.abstract(source.shape.terms, dtype),), sizes=source.shape)
+        if slot.high < slot.low:
+            kept.append(source.tensor)
+        else:
+            found.append((PlannedLinear(source=source, dtype=dtype, template=dense), slot))
+    absent = [name for name in targets if name not in (*EXPERTS, *(source.target for source in maps))]
+    notes = [f"The model has nothing of the targets {', '.join(absent)}."] if absent else []
+    if kept:
+        notes.append(f"No rank makes {listing(kept)} smaller: they are copied.")
+    return found, tuple(notes)
 
 
 def _check_experts_alone(budget: Budget, rule: str, targets: tuple[str, ...]) -> None:
@@ -322,6 +330,7 @@ def assemble(
     layers: Sequence[PlannedLayer],
     *,
     linears: Sequence[PlannedLinear] = (),
+    notes: tuple[str, ...] = (),
     requested: dict[str, Any],
     allocation: str = "uniform",
     weighted: bool = False,
@@ -340,6 +349,7 @@ def assemble(
             0,
         ),
         linears=_by_layer(linears),
+        notes=notes,
     )
 
 

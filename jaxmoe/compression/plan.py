@@ -38,6 +38,7 @@ class Plan:
         allocation: the rule that shared the budget, one of `slot_costs.RULES`.
         layers: those with routed experts.
         linears: the linear maps beside them that are replaced, by layer.
+        notes: what a user should know of it, one sentence each.
         found: the model that it is made for.
         peak_bytes: predicted peak of anonymous memory beyond that of the idle program.
     """
@@ -50,6 +51,7 @@ class Plan:
     found: Found = field(repr=False)
     peak_bytes: int
     linears: Mapping[int, tuple[PlannedLinear, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def after(self) -> Found:
@@ -59,6 +61,7 @@ class Plan:
             layers={layer.source.index: layer.template for layer in self.layers},
             replaced={layer.source.index: layer.replaced for layer in self.layers},
             linears=self.linears,
+            notes=(*self.found.notes, *self.notes),
         )
 
     @property

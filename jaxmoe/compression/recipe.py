@@ -215,10 +215,10 @@ class Recipe:
         """
         if options.texts and self.calibration == "none":
             raise JaxmoeError(f"{self.name}: {self.steps[0].without_text}")
+        self._check_targets(checkpoint, options)
         if len(self.passes(options.texts)) > 1:
             self._check_passes(options)
         self._check_taken(options)
-        self._check_targets(checkpoint, options)
         last = next(step for step in reversed(self.steps) if step.stores != "same")
         if options.export == "slim" and last.stores != "slim":
             raise JaxmoeError(

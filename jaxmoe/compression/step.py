@@ -106,6 +106,7 @@ class Found:
         main: the experts that run, where vectors compensate for the others.
         replaced: the projections of each layer that steps so far replaced.
         linears: the linear maps beside them that steps so far replaced, by layer.
+        notes: what a user should know of what they do, one sentence each.
     """
 
     checkpoint: Source
@@ -113,6 +114,7 @@ class Found:
     main: MainExperts | None = None
     replaced: Mapping[int, frozenset[str]] = field(default_factory=dict)
     linears: Mapping[int, tuple[PlannedLinear, ...]] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, checkpoint: Source) -> "Found":

@@ -254,7 +254,7 @@ class TermPass:
 
     def notes(self) -> list[Outcome]:
         """Return how the source was read, and what a dense export is."""
-        notes = [Outcome("note", "", note) for note in self.source.notes]
+        notes = [Outcome("note", "", note) for note in (*self.source.notes, *self.planned[-1].after.notes)]
         if self.export == "dense":
             detail = "the files hold the materialised matrices: nothing is saved on disk, the ratios are the factors'"
             notes.insert(0, Outcome("dense_export", "", detail))

@@ -114,7 +114,9 @@ def _errors(layers: Sequence[Layer]) -> list[str]:
 
 
 def _error(own: Projection | None) -> str:
-    return "" if own is None or own.error is None else f"{own.error:.4f} ({own.worst_error:.4f})"
+    if own is None or own.error is None:
+        return ""
+    return f"{own.error:.4f}" + ("" if own.worst_error is None else f" ({own.worst_error:.4f})")
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

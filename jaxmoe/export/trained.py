@@ -93,6 +93,11 @@ def _new_tensors(model: StoredModel, parameters: Mapping[str, Any], changed: lis
         if any(name.endswith(".bias") and name.startswith("experts.") for name in names):
             biases = {name: np.asarray(own[name], np.float32) for name in own if name.startswith("experts.")}
             yield from join_expert_biases(model.biases(index), biases, model.family).items()
+        for linear in model.factored_maps(index):
+            role = next(iter(linear.rows))
+            if any(name.startswith(f"{role}.weight.terms.") for name in names):
+                factors = own[f"{role}.weight"].tensors()
+                yield from ((f"{linear.module}.{name}", array) for name, array in factors.items())
         if not isinstance(model.checkpoint, CompressedCheckpoint) or index not in model.modules:
             continue
         module = model.modules[index]

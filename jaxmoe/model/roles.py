@@ -89,12 +89,21 @@ def check_targets(asked: str | Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in known if name in asked)
 
 
-def check_offered(targets: Collection[str], offered: Collection[str]) -> None:
-    """Raise if a model has nothing of some targets.
+def offered_targets(targets: Collection[str], offered: Collection[str]) -> tuple[str, ...]:
+    """Return those of some targets that a model has.
 
     Args:
         targets: as `check_targets` returns them.
         offered: what the model has, of `LINEAR_TARGETS`.
+
+    Raises:
+        JaxmoeError: it has none of them.
+
+    Example:
+        >>> offered_targets(("experts", "attention", "shared"), ("attention",))
+        ('experts', 'attention')
     """
-    if missing := [name for name in targets if name not in ("experts", *offered)]:
-        raise JaxmoeError(f"targets {', '.join(missing)}: this model has {', '.join(('experts', *offered))}")
+    known = ("experts", *offered)
+    if not (found := tuple(name for name in targets if name in known)):
+        raise JaxmoeError(f"targets {', '.join(targets)}: this model has {', '.join(known)}")
+    return found

@@ -17,18 +17,19 @@ from jaxmoe.errors import JaxmoeError
 
 SETS: Mapping[str, str] = {
     "router": r"layers\.\d+\.router\.",
-    "factors": r"layers\.\d+\.experts\.terms\.",
+    "factors": r"layers\.\d+\.(experts|\w+\.\w+\.weight)\.terms\.",
     "norms": r"(layers\.\d+\.)?(attention\.)?\w*norm(_after)?\.",
     "expert_vectors": r"layers\.\d+\.auxiliary\.",
     "all": "",
 }
 """What can be trained by name, as regular expressions of the names' beginnings: routers, the routed experts as they are
-stored, normalisations, the vectors of compressed experts, everything."""
+stored and the factors of other maps, normalisations, the vectors of compressed experts, everything."""
 
 _EARLIER = {"theta": "expert_vectors"}
 """Names of sets in earlier versions, which are still understood."""
 
-_NEVER = re.compile(r"layers\.\d+\.router\.selection_bias$")
+# Of maps that are stored as one, such as gate and up of a shared expert, each would train the whole by itself.
+_NEVER = re.compile(r"layers\.\d+\.(router\.selection_bias$|\w+\.\w+\.weight\.whole\.)")
 
 
 def names(parameters: Any) -> list[str]:

@@ -100,7 +100,7 @@ class Projection(Record, frozen=True, kw_only=True):
         kept: these as a fraction of the original's.
         group_ranks: ranks of the groups of experts, for terms whose groups have ranks of their own.
         error: relative Frobenius error, mean over the experts; None where no matrix changes.
-        worst_error: that of the worst expert.
+        worst_error: that of the worst expert; None for a linear map beside the experts.
         worst_expert: which one it is.
         weighted_error: as `error`, weighted by the calibrated second moments; None without these.
     """
@@ -128,7 +128,7 @@ class Layer(Record, frozen=True, kw_only=True):
 
     Args:
         layer: its index.
-        projections: what it stores, by projection.
+        projections: what it stores, by projection of the experts, or by name of a linear map beside them.
         seconds: that it took; None in a plan.
         losses: thinned history of the loss of every target that was fitted step by step.
         kept: indices of the experts that stay, for steps that remove some.
@@ -148,6 +148,11 @@ class Layer(Record, frozen=True, kw_only=True):
     steps: int | None = None
     importance: dict[str, Any] | None = None
     never_auxiliary: list[int] | None = None
+
+    @property
+    def linear_maps(self) -> dict[str, Projection]:
+        """Of what it stores, the linear maps beside the experts, such as `attention.query`."""
+        return {name: own for name, own in self.projections.items() if "." in name}
 
 
 class Step(Record, frozen=True, kw_only=True):
@@ -227,12 +232,14 @@ class Calibration(Record, frozen=True, kw_only=True):
         domains: tokens of each text.
         tokens: in all.
         moments: which second moments were kept.
+        targets: of what inputs these are; None for the experts' alone.
     """
 
     sequential: bool
     domains: dict[str, int]
     tokens: int
     moments: str | None = None
+    targets: list[str] | None = None
 
 
 class Stored(Record, frozen=True, kw_only=True):

@@ -93,6 +93,7 @@ def report_tables(report: Report) -> list[Table]:
     return [
         *steps,
         *([error_table(report.layers)] if errors else []),
+        *([linear_table(report.layers)] if any(layer.linear_maps for layer in report.layers) else []),
         *([skipped_table(learned)] if learned else []),
         *size_tables(report),
     ]
@@ -121,13 +122,27 @@ def size_tables(record: PlanSummary) -> list[Table]:
 
 def error_table(layers: Sequence[Layer]) -> Table:
     """Return relative errors per layer and projection, mean over experts and the worst expert."""
-    names = list(dict.fromkeys(name for layer in layers for name in layer.projections))
+    of_experts = [layer for layer in layers if len(layer.projections) > len(layer.linear_maps)]
+    names = list(dict.fromkeys(n for layer in layers for n in layer.projections if n not in layer.linear_maps))
 
     def cell(own: Projection | None) -> str:
         return "" if own is None or own.error is None else f"{own.error:.4f} ({own.worst_error:.4f})"
 
-    rows = [(layer.layer, *(cell(layer.projections.get(name)) for name in names)) for layer in layers]
+    rows = [(layer.layer, *(cell(layer.projections.get(name)) for name in names)) for layer in of_experts]
     return table(("layer", *names), rows, title="relative error, mean over experts (worst)")
+
+
+def linear_table(layers: Sequence[Layer]) -> Table:
+    """Return relative errors of linear maps beside the experts, mean over the layers and the worst layer."""
+    errors: dict[str, list[tuple[float, int]]] = {}
+    for layer in layers:
+        for name, own in layer.linear_maps.items():
+            errors.setdefault(name, []).append((own.error or 0.0, layer.layer))
+    rows = []
+    for name, found in errors.items():
+        worst, index = max(found)
+        rows.append((name, f"{sum(error for error, _ in found) / len(found):.4f}", f"{worst:.4f}", index))
+    return table(("matrix", "mean over layers", "worst", "in layer"), rows, title="relative error beside the experts")
 
 
 def skipped_table(layers: Iterable[Layer]) -> Table:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_windows import random_windows
 from tiny_models import load_tiny, save_tiny
 
 from jaxmoe.calibration.collect import calibrate_windows
@@ -19,17 +20,9 @@ from jaxmoe.model.decoder import embed
 from jaxmoe.model.layer import Attended, Intermediates, attended, finish, layer
 from jaxmoe.model.routing import Routes
 from jaxmoe.streaming import on_device
-from jaxmoe.texts import Tokenizer, Windows, text_windows
+from jaxmoe.texts import Tokenizer, text_windows
 
 torch = pytest.importorskip("torch")
-
-
-def random_windows(name="text", windows=6, length=16, seed=0) -> Windows:
-    ids = np.random.default_rng(seed).integers(3, 120, (windows, length)).astype(np.int32)
-    counted = np.ones(ids.shape, bool)
-    counted[:, 0] = False
-    counted[1, 9] = False
-    return Windows(name=name, fingerprint=f"{name}{seed}", ids=ids, counted=counted, left_out=0)
 
 
 def close(found, expected, tolerance=2e-5):

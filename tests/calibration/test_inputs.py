@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_collect import random_windows
+from random_windows import random_windows
 from tiny_models import load_tiny, save_tiny
 
 from jaxmoe.calibration.collect import calibrate_windows
