@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -74,6 +74,7 @@ class Files(NamedTuple):
     size: int | None
 
 
+@runtime_checkable
 class Pass(Protocol):
     """One pass over the layers of a model, planned: everything that differs between the steps of recipes."""
 

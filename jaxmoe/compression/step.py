@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from jaxmoe import methods
 from jaxmoe.checkpoint import Checkpoint, MoELayer, tensor_file
@@ -307,6 +307,7 @@ class Context(NamedTuple):
     journal: Path
 
 
+@runtime_checkable
 class Planned(Protocol):
     """A step that works on the layers of a pass, planned: what it will store, and how it comes about."""
 

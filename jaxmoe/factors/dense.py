@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.spec import TermSpec
 from jaxmoe.factors.term import EVERY, Abstract, Term, per_expert, pytree
@@ -32,7 +33,7 @@ class Dense(Term):
 
     kind: ClassVar[str] = "dense"
     named: ClassVar[Mapping[str, str]] = {"weight": "dense"}
-    weight: Float[Array | Abstract, "expert out in"]
+    weight: Float[AnyArray | Abstract, "expert out in"]
 
     @classmethod
     def abstract(cls, shape, dtype) -> "Dense":

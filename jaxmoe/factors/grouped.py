@@ -21,6 +21,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.shared_basis import ACTIVATIONS, Activation
@@ -70,12 +71,12 @@ class Grouped(Term):
         widest: Number | None = None
 
     kind: ClassVar[str] = "grouped"
-    coefficients: Float[Array | Abstract, "coefficient row"]
-    bases: Float[Array | Abstract, "total column"]
-    ranks: Int[Array | Abstract, "1 group"]
+    coefficients: Float[AnyArray | Abstract, "coefficient row"]
+    bases: Float[AnyArray | Abstract, "total column"]
+    ranks: Int[AnyArray | Abstract, "1 group"]
     experts: int
-    order: Int[Array | Abstract, "1 expert"] | None = None
-    mixing: Float[Array | Abstract, "expert group"] | None = None
+    order: Int[AnyArray | Abstract, "1 expert"] | None = None
+    mixing: Float[AnyArray | Abstract, "expert group"] | None = None
     size: int = 1
     widest: int
     activation: str = "identity"
@@ -130,12 +131,12 @@ class Grouped(Term):
     @classmethod
     def build(
         cls,
-        coefficients: Float[Array, "expert row widest"],
-        bases: Float[Array, "group widest column"],
+        coefficients: Float[AnyArray, "expert row widest"],
+        bases: Float[AnyArray, "group widest column"],
         ranks: Sequence[int] | np.ndarray,
         *,
         order: Sequence[int] | np.ndarray | None = None,
-        mixing: Float[Array, "expert group"] | None = None,
+        mixing: Float[AnyArray, "expert group"] | None = None,
         size: int = 1,
         activation: str = "identity",
         transposed: bool = False,

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt32
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.spec import Size, TermSpec, check_order
@@ -131,9 +132,9 @@ class Hashed(Term):
         order: bool
 
     kind: ClassVar[str] = "hashed"
-    values: Float[Array | Abstract, "1 total"]
-    seed: Int[Array | Abstract, "1 1"]
-    order: Int[Array | Abstract, "1 expert"] | None = None
+    values: Float[AnyArray | Abstract, "1 total"]
+    seed: Int[AnyArray | Abstract, "1 1"]
+    order: Int[AnyArray | Abstract, "1 expert"] | None = None
     experts: int
     out: int
     in_: int

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import msgspec
 from jaxtyping import Array, Float
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.registry import check_taken, read_terms
 from jaxmoe.factors.spec import Size, as_spec
@@ -141,7 +142,7 @@ class CompressedLayer:
         )
         return replace(self, terms=own), replace(self, terms=base)
 
-    def masked(self, rows: Float[Array, "*row in"], projection: str) -> "CompressedLayer":
+    def masked(self, rows: Float[AnyArray, "*row in"], projection: str) -> "CompressedLayer":
         """Return the layer with the choices made that terms for all experts of one projection make from their rows."""
         terms = {
             target: tuple(term.masked(rows) for term in terms) if projection in TARGETS[target] else terms
@@ -150,7 +151,7 @@ class CompressedLayer:
         return replace(self, terms=terms)
 
     def sums(
-        self, rows: Float[Array, "*row in"], projections: tuple[str, ...], product=per_expert
+        self, rows: Float[AnyArray, "*row in"], projections: tuple[str, ...], product=per_expert
     ) -> dict[str, Float[Array, "*row out"]]:
         """Multiply activations by some projections, term by term, without densifying; without those that have no term.
 
@@ -168,7 +169,7 @@ class CompressedLayer:
         return totals
 
     def apply(
-        self, rows: Float[Array, "expert row in"], projections: tuple[str, ...], product=per_expert
+        self, rows: Float[AnyArray, "expert row in"], projections: tuple[str, ...], product=per_expert
     ) -> tuple[Float[Array, "expert row out"], ...]:
         """Multiply each expert's activations by some projections, see `sums`."""
         totals = self.sums(rows, projections, product)

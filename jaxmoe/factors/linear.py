@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 from jaxtyping import Array, Float
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.registry import check_taken, read_terms
 from jaxmoe.factors.spec import Size, as_spec
@@ -91,7 +92,7 @@ class CompressedLinear:
         """Return the dense matrix, in float32."""
         return sum((term.materialize()[0] for term in self.terms[1:]), self.terms[0].materialize()[0])
 
-    def apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    def apply(self, x: Float[AnyArray, "*batch in"]) -> Float[Array, "*batch out"]:
         """Return `x Wᵀ`, term by term, without forming the dense matrix."""
         rows = x.reshape(1, -1, self.sizes.in_)
         outs = [term.apply(rows) for term in self.terms]

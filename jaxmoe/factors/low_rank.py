@@ -5,8 +5,9 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.spec import Size, TermSpec
 from jaxmoe.factors.term import EVERY, Abstract, Term, Work, per_expert, pytree
@@ -34,8 +35,8 @@ class LowRank(Term):
         rank: Size
 
     kind: ClassVar[str] = "low_rank"
-    left: Float[Array | Abstract, "expert out rank"]
-    right: Float[Array | Abstract, "expert rank in"]
+    left: Float[AnyArray | Abstract, "expert out rank"]
+    right: Float[AnyArray | Abstract, "expert rank in"]
 
     @classmethod
     def abstract(cls, shape, dtype, *, rank: int) -> "LowRank":

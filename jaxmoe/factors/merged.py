@@ -6,8 +6,9 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.spec import Size, TermSpec
@@ -37,8 +38,8 @@ class Merged(Term):
 
     kind: ClassVar[str] = "merged"
     named: ClassVar[Mapping[str, str]] = {"weight": "merged"}
-    weight: Float[Array | Abstract, "cluster out in"]
-    labels: Int[Array | Abstract, "1 expert"]
+    weight: Float[AnyArray | Abstract, "cluster out in"]
+    labels: Int[AnyArray | Abstract, "1 expert"]
 
     @classmethod
     def abstract(cls, shape, dtype, *, clusters: int) -> "Merged":

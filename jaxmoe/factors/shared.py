@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.spec import Number, Size, TermSpec, shortened
@@ -62,8 +63,8 @@ class Shared(Term):
 
     kind: ClassVar[str] = "shared"
     for_all: ClassVar[bool] = True
-    weight: Float[Array | Abstract, "kept_out kept_in"]
-    kept: Int[Array | Abstract, "1 channel"] | None = None
+    weight: Float[AnyArray | Abstract, "kept_out kept_in"]
+    kept: Int[AnyArray | Abstract, "1 channel"] | None = None
     experts: int
     out: int
     in_: int
@@ -95,7 +96,7 @@ class Shared(Term):
     @classmethod
     def build(
         cls,
-        weight: Float[Array, "out in"],
+        weight: Float[AnyArray, "out in"],
         *,
         experts: int,
         kept: Sequence[int] | np.ndarray | None = None,
@@ -146,7 +147,7 @@ class Shared(Term):
             dense = whole.at[index].set(dense)
         return jnp.broadcast_to(dense, (len(range(self.experts)[experts]), self.out, self.in_))
 
-    def apply(self, rows: Float[Array, "*row in"], product=per_expert) -> Float[Array, "*row out"]:
+    def apply(self, rows: Float[AnyArray, "*row in"], product=per_expert) -> Float[Array, "*row out"]:
         """Multiply rows in whatever order they come, once each; `product` is of no use to a matrix of all experts."""
         own = self.masked(rows)
         read = rows if own.kept is None or own.axis == "out" else rows[..., jnp.asarray(own.kept)[0]]
@@ -156,7 +157,7 @@ class Shared(Term):
             return y
         return jnp.zeros((*y.shape[:-1], self.out), y.dtype).at[..., own._kept_rows()].set(y)
 
-    def masked(self, rows: Float[Array, "*row in"]) -> "Shared":
+    def masked(self, rows: Float[AnyArray, "*row in"]) -> "Shared":
         """Return the term with zeros in place of the `dynamic` input channels that contribute least to these rows."""
         if not self.dynamic:
             return self

@@ -16,6 +16,7 @@ import msgspec
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.spec import Size, TermSpec
 from jaxmoe.factors.term import EVERY, Abstract, Term, Work, count_arrays, per_expert, pytree
@@ -80,10 +81,10 @@ class SharedBasis(Term):
         mean: bool
 
     kind: ClassVar[str] = "shared_basis"
-    coefficients: Float[Array | Abstract, "expert row rank"]
-    bases: Float[Array | Abstract, "base rank column"]
-    mixing: Float[Array | Abstract, "expert base"]
-    mean: Float[Array | Abstract, "1 1"] | None = None
+    coefficients: Float[AnyArray | Abstract, "expert row rank"]
+    bases: Float[AnyArray | Abstract, "base rank column"]
+    mixing: Float[AnyArray | Abstract, "expert base"]
+    mean: Float[AnyArray | Abstract, "1 1"] | None = None
     activation: str = "silu"
     transposed: bool = False
 

@@ -9,8 +9,9 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.spec import Number, TermSpec, shortened
@@ -45,9 +46,9 @@ class Sparse(Term):
         entries: Number
 
     kind: ClassVar[str] = "sparse"
-    values: Float[Array | Abstract, "1 entry"]
-    indices: Int[Array | Abstract, "1 entry"]
-    counts: Int[Array | Abstract, "1 expert"]
+    values: Float[AnyArray | Abstract, "1 entry"]
+    indices: Int[AnyArray | Abstract, "1 entry"]
+    counts: Int[AnyArray | Abstract, "1 expert"]
     experts: int
     out: int
     in_: int

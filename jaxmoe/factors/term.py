@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.spec import TermSpec, as_spec
 
@@ -80,7 +81,7 @@ def chance(experts: int, chosen: int, size: int) -> float:
     return 1 - comb(experts - size, chosen) / comb(experts, chosen)
 
 
-def per_expert(rows: Float[Array, "expert row in"], matrices: Float[Array, "expert out in"]):
+def per_expert(rows: Float[AnyArray, "expert row in"], matrices: Float[AnyArray, "expert out in"]):
     """Multiply every expert's own rows by its matrix.
 
     Example:
@@ -171,7 +172,7 @@ class Term(ABC):
         """Return the dense matrices of all experts, or of some, in float32."""
 
     @abstractmethod
-    def apply(self, rows: Float[Array, "expert row in"], product=per_expert) -> Float[Array, "expert row out"]:
+    def apply(self, rows: Float[AnyArray, "expert row in"], product=per_expert) -> Float[Array, "expert row out"]:
         """Multiply each expert's rows of activations without forming the dense matrices.
 
         `product(rows, matrices)` multiplies rows by the matrices `[expert, out, in]` of their experts; another one than
@@ -199,7 +200,7 @@ class Term(ABC):
         """Return the term that was read, or raise a `JaxmoeError` if its whole numbers are not what they must be."""
         return self
 
-    def masked(self, rows: Float[Array, "*row in"]) -> Self:
+    def masked(self, rows: Float[AnyArray, "*row in"]) -> Self:
         """Return the term with the choices made that it makes from the rows of a call: itself where it makes none."""
         return self
 
