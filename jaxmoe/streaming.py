@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from math import prod
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ class HiddenStates:
     def whole(self, index: int) -> bool:
         """Return whether the states that enter a layer are there, from this run or one before it."""
         path = self.path(index)
-        return path.is_file() and path.stat().st_size == 4 * np.prod(self.shape)
+        return path.is_file() and path.stat().st_size == 4 * prod(self.shape)
 
     def open(self, index: int) -> np.ndarray:
         """Return the states that enter a layer, `[window, position, hidden]`, mapped.

@@ -1,17 +1,32 @@
-"""The checks of types and shapes that the tests run `jaxmoe` under: jaxtyping's import hook with beartype."""
+"""The checks of shapes and types that the tests run `jaxmoe` under: jaxtyping's import hook with beartype.
 
-from collections.abc import Iterator
+All arguments and results of every function that takes or returns arrays are checked, and all fields of such records;
+what is compiled is checked while it is traced. The others would cost the time, and know no shapes.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from beartype import BeartypeConf, FrozenDict, beartype
-from jaxtyping import config
+from jaxtyping import AbstractArray, config
 from numpy.typing import ArrayLike
 
 # Functions are checked one by one, which leaves open what `Self` is; and no tuple is what numpy calls a sequence.
 UNCHECKED = FrozenDict({Self: Any, ArrayLike: Any})
 
-checked = beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=UNCHECKED))
+CONFIGURATION = BeartypeConf(is_pep484_tower=True, hint_overrides=UNCHECKED)
+
+
+def checked(function: Callable) -> Callable:
+    """Return the function with checks of its arguments and results, if there are arrays among them."""
+    hints = function.__annotations__.values()
+    return beartype(function, conf=CONFIGURATION) if any(map(_of_arrays, hints)) else function
+
+
+def _of_arrays(hint: Any) -> bool:
+    own = isinstance(hint, type) and issubclass(hint, AbstractArray)
+    return own or any(map(_of_arrays, get_args(hint)))
 
 
 @contextmanager

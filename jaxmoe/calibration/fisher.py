@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.model.decoder import head
 from jaxmoe.model.layer import Intermediates, layer
 from jaxmoe.model.spec import DecoderSpec, ExpertBlock, LayerSpec
@@ -28,10 +29,10 @@ Projections = dict[str, Array]
 
 
 def sequence_loss(
-    x: Float[Array, "position hidden"],
-    ids: Int[Array, " position"],
-    counted: Bool[Array, " position"],
-    parameters: Mapping[str, Array],
+    x: Float[AnyArray, "position hidden"],
+    ids: Int[AnyArray, " position"],
+    counted: Bool[AnyArray, " position"],
+    parameters: Mapping[str, AnyArray],
     spec: DecoderSpec,
 ) -> Float[Array, ""]:
     """Return the mean negative log-likelihood, in nats, of a sequence's counted tokens given those before them.
@@ -49,10 +50,10 @@ def sequence_loss(
 
 
 def loss_gradients(
-    x: Float[Array, "sequence position hidden"],
-    ids: Int[Array, "sequence position"],
-    counted: Bool[Array, "sequence position"],
-    parameters: Mapping[str, Array],
+    x: Float[AnyArray, "sequence position hidden"],
+    ids: Int[AnyArray, "sequence position"],
+    counted: Bool[AnyArray, "sequence position"],
+    parameters: Mapping[str, AnyArray],
     spec: DecoderSpec,
 ) -> Float[Array, "sequence position hidden"]:
     """Return the gradient of every sequence's loss with respect to what leaves the last layer."""
@@ -62,8 +63,8 @@ def loss_gradients(
 
 
 def layer_backward(
-    x: Float[Array, "sequence position hidden"],
-    gradient: Float[Array, "sequence position hidden"],
+    x: Float[AnyArray, "sequence position hidden"],
+    gradient: Float[AnyArray, "sequence position hidden"],
     parameters: Mapping[str, Any],
     spec: LayerSpec,
     *,

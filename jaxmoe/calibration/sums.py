@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.calibration.statistics import FIELDS
 from jaxmoe.factors import LayerShape
 from jaxmoe.factors.term import pytree
@@ -120,7 +121,7 @@ class _Rows:
         return jnp.square(self.weights * self.intermediate)
 
 
-def gram(rows: Float[Array, "row size"]) -> Float[Array, "size size"]:
+def gram(rows: Float[AnyArray, "row size"]) -> Float[Array, "size size"]:
     """Return the sum of r r' over some rows r.
 
     Example:

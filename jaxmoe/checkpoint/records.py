@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from hashlib import sha256
 from io import BufferedReader
 from pathlib import Path
+from types import GenericAlias
 from typing import Any, TypeVar
 
 import msgspec
@@ -89,7 +90,7 @@ def read_bytes(path: str | Path, *, limit: int = LARGEST) -> bytes:
             raise unreadable(path, error) from None
 
 
-def read_record(path: str | Path, kind: type[Record], mend: str) -> Record:
+def read_record(path: str | Path, kind: type[Record] | GenericAlias, mend: str) -> Record:
     """Return the record that a JSON file holds.
 
     Args:
@@ -122,7 +123,7 @@ def _half(error: UnicodeEncodeError, where: str, mend: str) -> StorageError:
     return StorageError(f"{where} does not hold what it should ({half}): {mend}")
 
 
-def as_record(value: Any, kind: type[Record], where: str, mend: str) -> Record:
+def as_record(value: Any, kind: type[Record] | GenericAlias, where: str, mend: str) -> Record:
     """Return decoded JSON as a record.
 
     Args:

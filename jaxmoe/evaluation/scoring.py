@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.checkpoint.decoder import Rows
 from jaxmoe.model.decoder import head
 from jaxmoe.model.spec import DecoderSpec
@@ -90,7 +91,7 @@ def compare_block(state: Apart, x, parameters, targets, first, *, spec: tuple[De
     return Apart(_fold(state.seen, logits, targets, first), after, apart)
 
 
-def score(side: Side, targets: Int[Array, " token"], *, block: int = BLOCK, step=score_block) -> Scores:
+def score(side: Side, targets: Int[AnyArray, " token"], *, block: int = BLOCK, step=score_block) -> Scores:
     """Score the tokens that follow.
 
     Args:
@@ -113,7 +114,7 @@ def score(side: Side, targets: Int[Array, " token"], *, block: int = BLOCK, step
 
 
 def compare(
-    side: Side, original: Side, targets: Int[Array, " token"], *, block: int = BLOCK, step=compare_block
+    side: Side, original: Side, targets: Int[AnyArray, " token"], *, block: int = BLOCK, step=compare_block
 ) -> Comparison:
     """Score the tokens that follow by two models of one vocabulary, and measure how far apart the models are.
 

@@ -249,7 +249,7 @@ class Grouped(Term):
         members = np.minimum(self.size, experts - self.size * np.arange(len(ranks)))
         share = chosen / experts
         # Blended bases are read whole by every expert.
-        used = np.array([chance(experts, chosen, size) for size in members]) if self.mixing is None else 1.0
+        used = np.array([chance(experts, chosen, size) for size in members.tolist()]) if self.mixing is None else 1.0
         own = count_arrays([self.coefficients, *([] if self.mixing is None else [self.mixing])]).numbers
         numbers = own * share + float(np.sum(used * ranks)) * self.bases.shape[1]
         return Work(numbers, 2.0 * share * float(np.sum(members * ranks)) * (out + in_))

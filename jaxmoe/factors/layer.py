@@ -152,7 +152,7 @@ class CompressedLayer:
 
     def sums(
         self, rows: Float[AnyArray, "*row in"], projections: tuple[str, ...], product=per_expert
-    ) -> dict[str, Float[Array, "*row out"]]:
+    ) -> dict[str, Float[Array, "*row _"]]:
         """Multiply activations by some projections, term by term, without densifying; without those that have no term.
 
         Every term is applied once, also where it covers several of the projections; `product` is that of `Term.apply`.

@@ -4,6 +4,7 @@ Kinds, ranges and unknown keys are refused there; what whole numbers in tensors 
 the functions at the end.
 """
 
+from types import GenericAlias
 from typing import Annotated, Any
 
 import msgspec
@@ -21,7 +22,7 @@ Number = Annotated[int, msgspec.Meta(ge=0, le=LARGEST)]
 """A number of things of which there may be none."""
 
 
-def as_spec(value: Any, kind: type, where: str) -> Any:
+def as_spec(value: Any, kind: type | GenericAlias, where: str) -> Any:
     """Return a record of decoded JSON as a type, for the core, which knows no files.
 
     Args:

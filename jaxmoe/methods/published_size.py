@@ -28,7 +28,7 @@ def published_size(template: tuple[Term, ...], masked: int) -> Outcome:
 
 
 def published_keep(
-    total: float, *, model: int, layers: int, experts: int, hidden: int, intermediate: int, sparsity: float
+    total: float, *, model: float, layers: int, experts: int, hidden: int, intermediate: int, sparsity: float
 ) -> float:
     """Return the fraction of every deviation that the publication keeps to remove a fraction of the whole model.
 

@@ -15,20 +15,21 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.model.linear import linear
 from jaxmoe.model.norm import normalize
 from jaxmoe.model.rotary import rotate
 from jaxmoe.model.spec import Attention, LatentAttention
 
-Parameters = Mapping[str, Array]
-Reads = dict[str, Float[Array, "sequence position size"]]
+Parameters = Mapping[str, AnyArray]
+Reads = dict[str, Float[AnyArray, "sequence position _"]]
 
 
 def attend(
-    x: Float[Array, "sequence position hidden"],
+    x: Float[AnyArray, "sequence position hidden"],
     parameters: Parameters,
     spec: Attention | LatentAttention,
-    documents: Int[Array, "sequence position"] | None = None,
+    documents: Int[AnyArray, "sequence position"] | None = None,
 ) -> tuple[Float[Array, "sequence position hidden"], Reads]:
     """Return what attention adds to the residual stream, and what its linear maps read by name (`roles.py`).
 

@@ -143,7 +143,7 @@ def mixing(auxiliary: Routes, experts: int) -> Float[Array, "token expert"]:
     return jnp.zeros((len(weights), experts), jnp.float32).at[rows, auxiliary.experts].add(share)
 
 
-def input_scales(auxiliary: Routes, parameters: Mapping[str, Any]) -> dict[str, Float[Array, "token size"]]:
+def input_scales(auxiliary: Routes, parameters: Mapping[str, Any]) -> dict[str, Float[Array, "token _"]]:
     """Return by what the inputs of each projection are multiplied, token by token, in float32.
 
     Args:
@@ -169,7 +169,7 @@ def vector_shapes(shape: LayerShape) -> dict[str, tuple[int, int]]:
     return {PREFIX + name: (shape.experts, shape.of(name)[2]) for name in shape.projections}
 
 
-def ones(shape: LayerShape) -> dict[str, Float[Array, "expert size"]]:
+def ones(shape: LayerShape) -> dict[str, Float[Array, "expert _"]]:
     """Return the vectors with which the auxiliary experts are just left out."""
     return {name: jnp.ones(own, jnp.float32) for name, own in vector_shapes(shape).items()}
 

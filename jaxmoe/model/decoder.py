@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.model.layer import layer
 from jaxmoe.model.linear import linear
 from jaxmoe.model.norm import normalize
@@ -16,14 +17,14 @@ from jaxmoe.model.spec import DecoderSpec
 
 
 def embed(
-    tokens: Int[Array, "sequence position"], parameters: Mapping[str, Array], spec: DecoderSpec
+    tokens: Int[AnyArray, "sequence position"], parameters: Mapping[str, AnyArray], spec: DecoderSpec
 ) -> Float[Array, "sequence position hidden"]:
     """Return the hidden states that enter the first layer, in float32."""
     return parameters["embedding.weight"][tokens].astype(jnp.float32) * spec.embedding_scale
 
 
 def head(
-    x: Float[Array, "*batch hidden"], parameters: Mapping[str, Array], spec: DecoderSpec
+    x: Float[AnyArray, "*batch hidden"], parameters: Mapping[str, AnyArray], spec: DecoderSpec
 ) -> Float[Array, "*batch vocabulary"]:
     """Return the logits of the next token from the hidden states that leave the last layer."""
     x = normalize(x, parameters, "norm", spec.norm)
@@ -37,7 +38,7 @@ def head(
 
 
 def forward(
-    tokens: Int[Array, "sequence position"], parameters: Mapping[str, Any], spec: DecoderSpec
+    tokens: Int[AnyArray, "sequence position"], parameters: Mapping[str, Any], spec: DecoderSpec
 ) -> Float[Array, "sequence position vocabulary"]:
     """Return the logits of every position.
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS, CompressedLayer
 from jaxmoe.factors.term import per_expert
@@ -75,15 +76,15 @@ def gated(gate: Array, up: Array, spec: Gate) -> Array:
 
 
 def run_experts(
-    x: Float[Array, "token hidden"],
-    chosen: Int[Array, "token choice"],
+    x: Float[AnyArray, "token hidden"],
+    chosen: Int[AnyArray, "token choice"],
     experts: CompressedLayer,
     gate: Gate,
-    biases: Mapping[str, Float[Array, "expert out"]],
+    biases: Mapping[str, Float[AnyArray, "expert _"]],
     shape: BlockShape | None = None,
-    probes: Mapping[str, Float[Array, "token choice out"]] | None = None,
-    weights: Float[Array, "token choice"] | None = None,
-    scales: Mapping[str, Float[Array, "token size"]] | None = None,
+    probes: Mapping[str, Float[AnyArray, "token choice _"]] | None = None,
+    weights: Float[AnyArray, "token choice"] | None = None,
+    scales: Mapping[str, Float[AnyArray, "token _"]] | None = None,
 ) -> ExpertRows:
     """Run every token through its chosen experts.
 
@@ -137,7 +138,7 @@ def run_experts(
     return ExpertRows(intermediate, output, combined)
 
 
-def _sums(layer: CompressedLayer, reads: Mapping[str, Array], product=per_expert) -> dict[str, Array]:
+def _sums(layer: CompressedLayer, reads: Mapping[str, AnyArray], product=per_expert) -> dict[str, Array]:
     """Multiply by gate and up, which read the rows of their own or those of both (`gate_up`)."""
     sums: dict[str, Array] = {}
     for target, rows in reads.items():

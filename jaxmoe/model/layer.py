@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.model.attention import attend
 from jaxmoe.model.blocked import BlockShape
 from jaxmoe.model.compressed_experts import by_weight, divide, input_scales
@@ -33,10 +35,10 @@ class Attended(NamedTuple):
     attention read, by name (`roles.py`).
     """
 
-    residual: Float[Array, "sequence position hidden"]
-    inputs: Float[Array, "token hidden"]
+    residual: Float[AnyArray, "sequence position hidden"]
+    inputs: Float[AnyArray, "token hidden"]
     routes: Routes | None
-    reads: Mapping[str, Array] = {}
+    reads: Mapping[str, AnyArray] = {}
 
 
 class Intermediates(NamedTuple):
@@ -46,21 +48,21 @@ class Intermediates(NamedTuple):
     layer without them. `reads` holds what all other linear maps read, one row per token, by name (`roles.py`).
     """
 
-    inputs: Float[Array, "token hidden"]
+    inputs: Float[AnyArray, "token hidden"]
     routes: Routes | None
     intermediate: Float[Array, "token choice intermediate"] | None
     outputs: Float[Array, "token choice hidden"] | None
-    reads: Mapping[str, Array] = {}
+    reads: Mapping[str, AnyArray] = {}
 
 
 def layer(
-    x: Float[Array, "sequence position hidden"],
+    x: Float[AnyArray, "sequence position hidden"],
     parameters: Parameters,
     spec: LayerSpec,
     *,
     shape: BlockShape | None = None,
     probes: Mapping[str, Array] | None = None,
-    documents: Int[Array, "sequence position"] | None = None,
+    documents: Int[AnyArray, "sequence position"] | None = None,
 ) -> tuple[Float[Array, "sequence position hidden"], Intermediates]:
     """Run one decoder layer.
 
@@ -79,10 +81,10 @@ def layer(
 
 
 def attended(
-    x: Float[Array, "sequence position hidden"],
+    x: Float[AnyArray, "sequence position hidden"],
     parameters: Parameters,
     spec: LayerSpec,
-    documents: Int[Array, "sequence position"] | None = None,
+    documents: Int[AnyArray, "sequence position"] | None = None,
 ) -> Attended:
     """Run the first half of a layer: attention, the normalisation behind it, and the routing."""
     first = _before(x, parameters, "input_norm", spec)
@@ -126,11 +128,11 @@ def finish(
         seen = Intermediates(inputs, routes, rows.intermediate, rows.output, reads)
         added = added * block.scale
     added = _after(added.reshape(x.shape), parameters, "post_norm", spec)
-    return x + added * spec.multiplier, seen
+    return jnp.asarray(x + added * spec.multiplier), seen
 
 
 def routed(
-    x: Float[Array, "token hidden"],
+    x: Float[AnyArray, "token hidden"],
     routes: Routes,
     parameters: Parameters,
     block: ExpertBlock,
@@ -162,7 +164,7 @@ def routed(
 
 
 def dense(
-    x: Float[Array, "token hidden"], parameters: Parameters, name: str, spec: DenseBlock
+    x: Float[AnyArray, "token hidden"], parameters: Parameters, name: str, spec: DenseBlock
 ) -> tuple[Float[Array, "token hidden"], Float[Array, "token intermediate"]]:
     """Run a gated network that all tokens use; its matrices stand under `{name}.gate`, `.up` and `.down`.
 

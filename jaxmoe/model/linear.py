@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.factors import CompressedLinear
 from jaxmoe.factors.term import pytree
 
@@ -26,7 +27,7 @@ class Outputs:
     start: int
     stop: int
 
-    def apply(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+    def apply(self, x: Float[AnyArray, "*batch in"]) -> Float[Array, "*batch out"]:
         """Return these outputs; under `jax.jit` the whole is computed once for all that are taken from it."""
         return self.whole.apply(x)[..., self.start : self.stop]
 
@@ -35,7 +36,7 @@ class Outputs:
         return self.whole.materialize()[self.start : self.stop]
 
 
-def linear(x: Float[Array, "*batch in"], parameters: Mapping[str, Any], name: str) -> Float[Array, "*batch out"]:
+def linear(x: Float[AnyArray, "*batch in"], parameters: Mapping[str, Any], name: str) -> Float[Array, "*batch out"]:
     """Return `x Wᵀ + b` with `{name}.weight` and, where it is there, `{name}.bias`.
 
     Args:

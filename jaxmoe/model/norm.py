@@ -6,11 +6,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.model.spec import Norm
 
 
 def normalize(
-    x: Float[Array, "*batch size"], parameters: Mapping[str, Array], name: str, spec: Norm
+    x: Float[AnyArray, "*batch size"], parameters: Mapping[str, AnyArray], name: str, spec: Norm
 ) -> Float[Array, "*batch size"]:
     """Normalise by the root mean square ("rms") or by mean and deviation ("layer"), then scale by the weight.
 
@@ -24,7 +25,7 @@ def normalize(
         >>> normalize(jnp.array([5.0, -5.0]), {"norm.weight": jnp.ones(2)}, "norm", Norm(epsilon=0.0))
         Array([ 1., -1.], dtype=float32)
     """
-    wide = x.astype(jnp.float32)
+    wide = jnp.asarray(x, jnp.float32)
     if spec.kind == "layer":
         wide = wide - jnp.mean(wide, -1, keepdims=True)
     wide = wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + spec.epsilon)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.model.spec import Rotary
 
@@ -26,7 +27,7 @@ def angles(spec: Rotary, length: int) -> tuple[Float[Array, "position pair"], Fl
     return jnp.asarray(np.cos(angle) * np.float32(scale)), jnp.asarray(np.sin(angle) * np.float32(scale))
 
 
-def rotate(x: Float[Array, "*batch position head size"], spec: Rotary) -> Float[Array, "*batch position head size"]:
+def rotate(x: Float[AnyArray, "*batch position head size"], spec: Rotary) -> Float[Array, "*batch position head size"]:
     """Rotate the first numbers of every head by its position."""
     size = 2 * len(spec.frequencies)
     cos, sin = (part[:, None, :].astype(x.dtype) for part in angles(spec, x.shape[-3]))

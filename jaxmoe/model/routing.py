@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.model.spec import Router
 
 TIES = "of equal scores the lowest expert index is chosen"
@@ -25,7 +26,7 @@ class Routes(NamedTuple):
     weights: Float[Array, "token choice"]
 
 
-def route(x: Float[Array, "token hidden"], parameters: Mapping[str, Array], spec: Router) -> Routes:
+def route(x: Float[AnyArray, "token hidden"], parameters: Mapping[str, AnyArray], spec: Router) -> Routes:
     """Choose `top_k` experts for every token.
 
     Args:
@@ -58,7 +59,7 @@ def route(x: Float[Array, "token hidden"], parameters: Mapping[str, Array], spec
 
 
 def router_logits(
-    x: Float[Array, "token hidden"], parameters: Mapping[str, Array], spec: Router
+    x: Float[AnyArray, "token hidden"], parameters: Mapping[str, AnyArray], spec: Router
 ) -> Float[Array, "token expert"]:
     """Return what the router makes of the tokens, before any score; arguments as of `route`."""
     weight = parameters["router.weight"].astype(jnp.float32)

@@ -19,6 +19,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.model.decoder import embed, head
 from jaxmoe.model.layer import Intermediates, layer
@@ -84,7 +85,7 @@ def batch_losses(
     batch: Batch,
     *,
     wanted: tuple[str, ...],
-    counted: Float[Array, ""] | float | None = None,
+    counted: Float[AnyArray, ""] | float | None = None,
     temperature: float = 1.0,
     dtype: Any = jnp.float32,
     rematerialize: bool = False,

@@ -80,7 +80,7 @@ def split(parameters: Any, chosen: Sequence[str]) -> dict[str, Array]:
     return {name: jnp.array(arrays[name], jnp.float32) for name in chosen}
 
 
-def merge(parameters: Any, trained: Mapping[str, Array]) -> Any:
+def merge(parameters: Any, trained: Mapping[str, Any]) -> Any:
     """Return the parameters with the trained arrays in the place of those of the same names.
 
     Example:

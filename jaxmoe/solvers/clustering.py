@@ -1,7 +1,7 @@
 """Merge experts that compute similar outputs into clusters, by the tree of their distances."""
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from jaxmoe.errors import JaxmoeError
@@ -39,7 +39,7 @@ def cluster(outputs: Float[np.ndarray, "expert feature"], clusters: int) -> Int[
 
 
 def merge(
-    weight: Float[np.ndarray, "expert out in"], labels: Int[np.ndarray, " expert"], shares: Float[np.ndarray, " expert"]
+    weight: Float[np.ndarray, "expert out in"], labels: Int[np.ndarray, " expert"], shares: Num[np.ndarray, " expert"]
 ) -> Float[np.ndarray, "cluster out in"]:
     """Return the mean of every cluster's experts, weighed by their shares; the plain mean where these are all zero.
 
