@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxmoe.checkpoint import files, hub
 from jaxmoe.checkpoint.factored_format import ExpertsModule, LinearModule, is_factored, read_record
-from jaxmoe.checkpoint.families import decoder_config
+from jaxmoe.checkpoint.families import Family, decoder_config, find_family
 from jaxmoe.checkpoint.families.parts.moe_layers import num_layers
 from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.quantization import without_quantization
@@ -93,6 +93,11 @@ class CompressedCheckpoint:
         for module in opened.linears:
             opened.abstract_linear(module)
         return opened
+
+    @property
+    def family(self) -> Family | None:
+        """The record of the original's architecture, None where it is not known."""
+        return find_family(self.original)
 
     @property
     def modules(self) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from jaxmoe.checkpoint.decoder import (
 )
 from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.factored_format import is_factored, layer_index
-from jaxmoe.checkpoint.families import Family, decoder_config, decoder_spec, find_family
+from jaxmoe.checkpoint.families import Family, decoder_config, decoder_spec
 from jaxmoe.checkpoint.families.parts.keys import brief
 from jaxmoe.checkpoint.names import layer_number
 from jaxmoe.checkpoint.quantization import Matrix
@@ -75,7 +75,7 @@ class StoredModel:
             original = self.checkpoint.config
             self.matrices = self.checkpoint.matrices
             shapes = {layer.index: layer.shape for layer in self.checkpoint.layers}
-        family = find_family(original)
+        family = self.checkpoint.family
         if family is None:
             raise JaxmoeError(
                 f"{self.folder}: model_type {brief(original.get('model_type'))} is unknown to jaxmoe, so that it cannot"

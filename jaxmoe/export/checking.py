@@ -18,7 +18,7 @@ import numpy as np
 from jaxmoe.checkpoint import files
 from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.factored_format import is_factored, layer_index
-from jaxmoe.checkpoint.families import UNKNOWN, find_family
+from jaxmoe.checkpoint.families import UNKNOWN
 from jaxmoe.checkpoint.names import is_mtp
 from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.checkpoint.stored_model import StoredModel
@@ -160,7 +160,7 @@ def _open(folder: Path, source: Checkpoint | CompressedCheckpoint) -> Checkpoint
 
 def _names(opened: CompressedCheckpoint) -> list[str]:
     """Return which tensors of factored experts are missing or belong to nothing."""
-    family = find_family(opened.original)
+    family = opened.family
     wanted: dict[str, tuple[int, ...]] = {}
     if family is not None and family.expert_biases:
         for module, record in opened.experts.items():
