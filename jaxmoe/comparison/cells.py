@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.checkpoint.families import Family
 from jaxmoe.compression import engine
 from jaxmoe.compression.recipe import Recipe
 from jaxmoe.compression.step import Options, Texts
@@ -53,7 +54,14 @@ class Cell:
         """Return what tells this cell from all others of the same context, as JSON."""
         return {**self.recipe.identity(), **self.size, "seed": self.seed}
 
-    def command(self, source: str, output: Path, options: Sequence[str], revision: str | None = None) -> str:
+    def command(
+        self,
+        source: str,
+        output: Path,
+        options: Sequence[str],
+        revision: str | None = None,
+        family: Family | None = None,
+    ) -> str:
         """Return the command line that makes the cell.
 
         Args:
@@ -61,8 +69,9 @@ class Cell:
             output: the folder to create.
             options: further ones, such as those that give the method its statistics or texts.
             revision: branch, tag or commit of a hub id.
+            family: the source's architecture, None where it is not known.
         """
-        words = ["jaxmoe", *(word for name in self.recipe.imports() for word in ("--import", name))]
+        words = ["jaxmoe", *(word for name in self.recipe.imports(family) for word in ("--import", name))]
         words += ["compress", source, str(output), *recipe_options(self.recipe)]
         for name, value in self.size.items():
             words += [f"--{name.replace('_', '-')}", str(value)]

@@ -215,7 +215,7 @@ class _Run:
             calibration = Calibration.of(recipe, statistics, self.texts_seen, gradients=bool(gradients))
         ignored = self.checkpoint.ignored
         options = [*calibration.options(), *(["--ignore-config-keys", ",".join(ignored)] if ignored else [])]
-        command = cell.command(self.source, output, options, self.revision)
+        command = cell.command(self.source, output, options, self.revision, self.checkpoint.family)
         record = {
             "context": context,
             **decided,

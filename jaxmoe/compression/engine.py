@@ -270,7 +270,13 @@ class _Work:
     def _recipe_file(self) -> str:
         """Return the recipe file that makes the output again."""
         chosen = {"options": self.options, "statistics": self.given, "texts": self.texts, "seed": self.seed}
-        return recorded(self.recipe, self.spending.asked, ignored=self.checkpoint.ignored, **chosen)
+        return recorded(
+            self.recipe,
+            self.spending.asked,
+            ignored=self.checkpoint.ignored,
+            family=self.checkpoint.family,
+            **chosen,
+        )
 
     def _whole(self, identity: Mapping[str, Any] | None, reports: Sequence[Mapping[str, Any]]) -> Whole:
         return Whole(

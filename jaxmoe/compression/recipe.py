@@ -21,6 +21,7 @@ from jaxmoe import methods
 from jaxmoe.checkpoint import Checkpoint, files, hub
 from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.factored_format import is_factored
+from jaxmoe.checkpoint.families import Family
 from jaxmoe.compression.budget import Budget
 from jaxmoe.compression.factor import Factor
 from jaxmoe.compression.fewer_experts import FewerExperts
@@ -271,9 +272,11 @@ class Recipe:
         known = code[0] if len(code) == 1 else (code if any(code) else None)
         return {"method": self.name, "settings": {"setting": self.setting, **self.settings}, "code": known}
 
-    def imports(self) -> list[str]:
-        """Return what `--import` takes for the methods that do not come with jaxmoe."""
-        return list(dict.fromkeys(found for step in self.steps if (found := _outside(step.method)) is not None))
+    def imports(self, family: Family | None = None) -> list[str]:
+        """Return what `--import` takes for the methods, and a model's architecture, that do not come with jaxmoe."""
+        made = [_function(step.method) for step in self.steps]
+        made += [family.decoder] if family is not None and family.decoder is not None else []
+        return list(dict.fromkeys(found for function in made if (found := _outside(function)) is not None))
 
 
 def find(name: str, *, setting: str = "improved", options: Mapping[str, Any] | None = None) -> Recipe:
@@ -341,9 +344,9 @@ def _problem(steps: Collection[Step]) -> str | None:
     return None
 
 
-def _outside(method: AnyMethod) -> str | None:
-    """Return what `--import` takes for a method that does not come with jaxmoe, None for one that does."""
-    module = inspect.getmodule(_function(method))
+def _outside(function: Any) -> str | None:
+    """Return what `--import` takes for the module of a function, None where that comes with jaxmoe."""
+    module = inspect.getmodule(function)
     name = "__main__" if module is None else module.__name__
     top = name.split(".")[0]
     if module is None or top in ("jaxmoe", "__main__"):

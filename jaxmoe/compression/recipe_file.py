@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 import yaml
 
+from jaxmoe.checkpoint.families import Family
 from jaxmoe.checkpoint.records import read_bytes
 from jaxmoe.compression.evidence import Sums
 from jaxmoe.compression.recipe import Recipe
@@ -180,6 +181,7 @@ def recorded(
     statistics: Sums | None,
     seed: int,
     ignored: Collection[str] = (),
+    family: Family | None = None,
 ) -> str:
     """Return the recipe file of a run: all that decides its output, with absolute paths.
 
@@ -191,6 +193,7 @@ def recorded(
         statistics: that were given to it; where there are texts, these are what counts.
         seed: the random seed.
         ignored: keys of the source's config that were left out of account.
+        family: the source's architecture, None where it is not known.
     """
     found: dict[str, Any] = {"method": recipe.name}
     if asked.budget is not None:
@@ -210,7 +213,7 @@ def recorded(
         }
     elif statistics is not None:
         found["statistics"] = _absolute(statistics.reads[0])
-    imports = "".join(f" --import {name}" for name in recipe.imports())
+    imports = "".join(f" --import {name}" for name in recipe.imports(family))
     return recipe_yaml(
         found | {"ignore_config_keys": list(ignored) or None},
         comment=f"jaxmoe{imports} compress CHECKPOINT OUTPUT --recipe {NAME}",

@@ -140,6 +140,7 @@ def test_command_line_and_pytorch(source, text, tmp_path):
     report = jaxmoe("compress", source, tmp_path / "small", "--method", "svd", "--ratio", 0.4)
     assert report["parameters"] == planned["parameters"]
     assert 0.4 <= report["achieved"]["experts"] < 0.43
+    assert "jaxmoe --import own_family compress " in (tmp_path / "small" / "recipe.yaml").read_text()
     before, after = (jaxmoe("evaluate", folder, "--text", text) for folder in (source, tmp_path / "small"))
     assert 0 < abs(after["geometric_mean_perplexity"] / before["geometric_mean_perplexity"] - 1) < 1
 
@@ -181,6 +182,7 @@ def test_experts_are_removed_and_it_is_compared(source, text, tmp_path):
         ),
     )
     rows = {row["method"]: row for row in result["rows"]}
+    assert rows["svd"]["commands"][0].startswith("jaxmoe --import own_family compress ")
     assert rows["svd"]["nats_lost"] != 0
     assert rows["frequency"]["achieved"]["experts"] == 0.25
 
