@@ -165,7 +165,7 @@ RUNS = {
     "sequential": ("svd", {"ratio": 0.5, "text": demo_texts()[0], "sequential": True, "export": "dense", **SHORT}),
     "fewer experts": ("compressed_experts", {"main_experts": 1, "set": {"steps": 2}, "text": demo_texts()[0], **SHORT}),
     "bytes": ("svd", {"ratio": 0.4, "unit": "bytes"}),
-    "targets": ("svd", {"ratio": 0.2, "targets": "experts,attention"}),
+    "targets": ("svd", {"ratio": 0.2, "of": "model", "targets": "experts,attention"}),
 }
 
 
@@ -184,7 +184,7 @@ def test_what_an_output_holds_makes_it_again(case, tmp_path, monkeypatch):
     done = call("compress", demo_checkpoint(), tmp_path / "second", "--recipe", recipe, "--json")
     assert done.returncode == 0, done.stderr
     assert checksums(tmp_path / "first") == checksums(tmp_path / "second")
-    assert NAME in checksums(tmp_path / "second")
+    assert (tmp_path / "second" / NAME).read_text() == recipe.read_text()
     assert json.loads(done.stdout)["run"] == first.run
 
 
