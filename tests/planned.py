@@ -8,11 +8,12 @@ from jaxmoe.compression.budget import Budget
 from jaxmoe.compression.engine import check_statistics
 from jaxmoe.compression.factor import Factor, PlannedFactor
 from jaxmoe.compression.factor import make_plan as planned
+from jaxmoe.compression.found import Found
 from jaxmoe.compression.plan import Plan
 from jaxmoe.compression.prune import PrunePass
 from jaxmoe.compression.prune_plan import PrunePlan, make_prune_plan
 from jaxmoe.compression.recipe import find
-from jaxmoe.compression.step import Found, Setup
+from jaxmoe.compression.step import Setup
 from jaxmoe.compression.term_pass import TermPass, check_factored
 
 

@@ -9,8 +9,9 @@ from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.compression import engine
 from jaxmoe.compression.deprecated import Plan
+from jaxmoe.compression.found import Found, Source
 from jaxmoe.compression.recipe import find
-from jaxmoe.compression.step import Found, Options, Source, Texts
+from jaxmoe.compression.step import Options, Texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.model.roles import check_targets
 from jaxmoe.report.events import OnEvent, ignore

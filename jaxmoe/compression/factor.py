@@ -23,10 +23,11 @@ from jaxmoe.checkpoint.workspace import fingerprint
 from jaxmoe.compression.budget import NOTHING, Budget, Sizes, Totals
 from jaxmoe.compression.evidence import Sums
 from jaxmoe.compression.fit import fit_layer, fit_linear
+from jaxmoe.compression.found import Found, Layer, Source
 from jaxmoe.compression.linear_maps import PlannedLinear
 from jaxmoe.compression.plan import Plan, PlannedLayer
 from jaxmoe.compression.slot_costs import choose_rule, shares
-from jaxmoe.compression.step import EXPERTS, Asked, Context, Found, Layer, Options, Source, Step, behind
+from jaxmoe.compression.step import EXPERTS, Asked, Context, Options, Step, behind
 from jaxmoe.compression.term_pass import TermStep, check_factored
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS, CompressedLayer, CompressedLinear, Count, Dense, Term
@@ -191,7 +192,7 @@ def make_plan(
         for target, weight in own.items()
     ]
     of_experts = len(places)
-    places += [_Place(linear_weight(own.source.name), own.template.terms, lambda kept, s=s: s, ()) for own, s in maps]
+    places += [_Place(linear_weight(own.source.name), own.template.terms, lambda kept, s=s: s, then) for own, s in maps]
     # What the targets would take dense, in the form in which everything is written.
     sizes = [place.size(budget, place.dense) for place in places]
     before, beside = _scopes(found, replaced, [own for own, _ in maps], then)

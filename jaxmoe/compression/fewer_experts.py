@@ -17,7 +17,8 @@ from jaxmoe.checkpoint.families import decoder_config, decoder_spec
 from jaxmoe.checkpoint.workspace import fingerprint
 from jaxmoe.compression.budget import Sizes
 from jaxmoe.compression.expert_vectors import distil, importance, observe
-from jaxmoe.compression.step import Asked, Context, Found, Layer, Options, Source, Texts
+from jaxmoe.compression.found import Found, Layer, Source
+from jaxmoe.compression.step import Asked, Context, Options, Texts
 from jaxmoe.compression.term_pass import TermStep, check_factored
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import Count

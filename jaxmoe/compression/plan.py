@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxmoe.checkpoint import MoELayer
 from jaxmoe.compression.budget import Sizes
+from jaxmoe.compression.found import Found
 from jaxmoe.compression.linear_maps import PlannedLinear, describe_linear
-from jaxmoe.compression.step import Found
 from jaxmoe.factors import TARGETS, CompressedLayer
 from jaxmoe.methods import Method
 

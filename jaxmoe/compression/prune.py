@@ -13,10 +13,11 @@ from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.tensor_file import Planned
 from jaxmoe.compression.budget import Sizes
 from jaxmoe.compression.evidence import LayerSums, Sums, evidence
+from jaxmoe.compression.found import Found, Source
 from jaxmoe.compression.layer_errors import measured_errors
 from jaxmoe.compression.prune_plan import PrunePlan, make_prune_plan, unwritten
 from jaxmoe.compression.run import OF_A_STEP, Files, Written, run, step_outcomes
-from jaxmoe.compression.step import Asked, Found, Options, Setup, Source, Step
+from jaxmoe.compression.step import Asked, Options, Setup, Step
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.checking import dense_answers, first_and_last
 from jaxmoe.export.pruned import slim_config, slim_copied, slim_edited

@@ -13,7 +13,8 @@ from jaxmoe.checkpoint.families.parts.keys import brief
 from jaxmoe.checkpoint.layout import plan_dense
 from jaxmoe.checkpoint.tensor_file import Planned
 from jaxmoe.compression.budget import NOTHING, Budget, Sizes, Totals
-from jaxmoe.compression.step import Found, Step, behind, dense_layer
+from jaxmoe.compression.found import Found, dense_layer
+from jaxmoe.compression.step import Step, behind
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.pruned import check_stock, slim_config, slim_copied, slim_edited, slim_shape
 from jaxmoe.factors import Count, LayerShape

@@ -1,5 +1,6 @@
 """Quantising: bits instead of floats, of the matrices or of the terms that stand for them."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -11,11 +12,13 @@ import jax.numpy as jnp
 from jaxmoe.checkpoint.families import exports
 from jaxmoe.compression.budget import Sizes
 from jaxmoe.compression.evidence import evidence
-from jaxmoe.compression.step import Asked, Context, Found, Layer, Options, Source
+from jaxmoe.compression.found import Found, Layer, Source
+from jaxmoe.compression.linear_maps import linear_evidence
+from jaxmoe.compression.step import Asked, Context, Options
 from jaxmoe.compression.term_pass import TermStep, check_factored
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS, Term, stack
-from jaxmoe.methods.method import count
+from jaxmoe.methods.method import Evidence, Outcome, count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +71,13 @@ class PlannedQuantise:
             for index, layer in self.found.layers.items()
         }
         replaced = {index: frozenset(layer.sizes.projections) for index, layer in layers.items()}
-        return replace(self.found, layers=layers, replaced=replaced)
+        linears = {
+            index: tuple(
+                replace(own, template=replace(own.template, terms=self.step.terms(own.template.terms))) for own in found
+            )
+            for index, found in self.found.linears.items()
+        }
+        return replace(self.found, layers=layers, replaced=replaced, linears=linears)
 
     @property
     def peak_bytes(self) -> None:
@@ -94,24 +103,36 @@ class PlannedQuantise:
     def layers(self, layers: Iterator[Layer], context: Context) -> Iterator[Layer]:
         """Store one layer after the other."""
         for layer in layers:
-            experts, outcomes = layer.held(), list(layer.outcomes)
-            read = partial(_matrices, context.found.reader(layer))
-            key = jax.random.fold_in(jax.random.key(context.setup.seed), layer.index)
-            terms = {}
-            for position, (target, own) in enumerate(experts.terms.items()):
-                known = evidence(layer.sums, target, read, gated=experts.sizes.gated)
-                fit = self.step.method.fit(
-                    own, self.step.settings, evidence=known, key=jax.random.fold_in(key, position)
+            outcomes = list(layer.outcomes)
+            seed = jax.random.fold_in(jax.random.key(context.setup.seed), layer.index)
+            keys = (jax.random.fold_in(seed, position) for position in itertools.count())
+            if layer.read is not None:
+                experts = layer.held()
+                read = partial(_matrices, context.found.reader(layer))
+                terms = {}
+                for target, own in experts.terms.items():
+                    known = evidence(layer.sums, target, read, gated=experts.sizes.gated)
+                    terms[target] = self._fit(layer.index, own, known, next(keys), outcomes)
+                experts = replace(experts, terms=terms).check()
+                layer = replace(layer, experts=experts, replaced=frozenset(experts.sizes.projections))
+            linears = {}
+            for planned in self.found.linears.get(layer.index, ()):
+                known, told = linear_evidence(context.setup.statistics, planned.source)
+                own = layer.linears[planned.source.name]
+                outcomes += told
+                linears[planned.source.name] = replace(
+                    own, terms=self._fit(layer.index, own.terms, known, next(keys), outcomes)
                 )
-                self._check(layer.index, target, own, fit.terms)
-                terms[target] = fit.terms
-                outcomes += [outcome._replace(target=target) for outcome in fit.outcomes]
-            yield replace(
-                layer,
-                experts=replace(experts, terms=terms).check(),
-                replaced=frozenset(experts.sizes.projections),
-                outcomes=tuple(outcomes),
-            )
+            yield replace(layer, linears=linears, outcomes=tuple(outcomes))
+
+    def _fit(
+        self, index: int, terms: tuple[Term, ...], known: Evidence, key: jax.Array, outcomes: list[Outcome]
+    ) -> tuple[Term, ...]:
+        """Return the terms of a target in their new form; what the user should know joins the outcomes."""
+        fit = self.step.method.fit(terms, self.step.settings, evidence=known, key=key)
+        self._check(index, known.target, terms, fit.terms)
+        outcomes += [outcome._replace(target=known.target) for outcome in fit.outcomes]
+        return fit.terms
 
     def _check(self, index: int, target: str, before: tuple[Term, ...], after: tuple[Term, ...]) -> None:
         """Raise unless the terms are finite, and no larger than planned."""

@@ -25,11 +25,12 @@ from jaxmoe.checkpoint.families import Family
 from jaxmoe.compression.budget import Budget
 from jaxmoe.compression.factor import Factor
 from jaxmoe.compression.fewer_experts import FewerExperts
+from jaxmoe.compression.found import Source
 from jaxmoe.compression.prune import Prune
 from jaxmoe.compression.quantise import Quantise
 from jaxmoe.compression.recover import Recover
 from jaxmoe.compression.settings import changed, split, step_settings
-from jaxmoe.compression.step import EXPERTS, Asked, Options, Source, Step
+from jaxmoe.compression.step import EXPERTS, Asked, Options, Step
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods import AnyMethod
 from jaxmoe.methods.method import needs_gradients

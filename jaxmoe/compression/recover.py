@@ -9,8 +9,10 @@ from jaxmoe.checkpoint.families import exports
 from jaxmoe.checkpoint.records import read_record
 from jaxmoe.checkpoint.workspace import REPORT
 from jaxmoe.compression.budget import Sizes
-from jaxmoe.compression.run import OF_A_STEP, Whole
-from jaxmoe.compression.step import Asked, Found, Options, Setup, Source, Step
+from jaxmoe.compression.found import Found, Source
+from jaxmoe.compression.run import OF_A_STEP
+from jaxmoe.compression.step import Asked, Options, Setup, Step
+from jaxmoe.compression.whole import Whole
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.recovery.losses import TAUGHT
 from jaxmoe.recovery.recover import Completes, recover

@@ -10,7 +10,6 @@ import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -22,9 +21,10 @@ from jaxmoe.checkpoint.atomic import write_bytes
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.tensor_file import Planned, write_tensors
 from jaxmoe.checkpoint.workspace import Workspace, fingerprint, finished, layer_file
-from jaxmoe.compression.budget import Sizes, Totals
+from jaxmoe.compression.budget import Sizes
 from jaxmoe.compression.evidence import Sums
-from jaxmoe.compression.step import Source
+from jaxmoe.compression.found import Source
+from jaxmoe.compression.whole import Whole, told
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.card import model_card
 from jaxmoe.export.checking import Answers, check_written
@@ -141,71 +141,6 @@ class Pass(Protocol):
         ...
 
 
-@dataclass(frozen=True, kw_only=True)
-class Whole:
-    """A recipe of several steps, of which a pass is the last: its report is about all of them.
-
-    Args:
-        identity: everything that decides the result; None where that is what decides the pass.
-        source: folder that the recipe began with.
-        summary: its `method`, `settings` and `requested`.
-        before: what the source holds.
-        reports: of the passes before, as JSON.
-        begun: when the run began.
-    """
-
-    identity: Mapping[str, Any] | None
-    source: Path
-    summary: Mapping[str, Any]
-    before: Totals
-    reports: Sequence[Mapping[str, Any]]
-    begun: float
-
-    def report(
-        self,
-        last: Mapping[str, Any],
-        sizes: Sizes,
-        steps: Sequence[Mapping[str, Any]],
-        note: str = "errors of the matrices are the last step's, against what the steps before it left",
-    ) -> dict[str, Any]:
-        """Return the report of the whole.
-
-        Args:
-            last: that of the last pass.
-            sizes: its.
-            steps: what it says of each of its steps.
-            note: what to know of the errors, where there were passes before it.
-        """
-        known = [step for report in self.reports for step in report["steps"]]
-        outcomes = [outcome for report in self.reports for outcome in report["outcomes"]]
-        notes = [_told(None, Outcome("note", "", note))] if self.reports else []
-        return {
-            **last,
-            **self.summary,
-            **whole_sizes(self.before, sizes, self.summary["requested"]),
-            "source": str(self.source),
-            "outcomes": [*outcomes, *last["outcomes"], *notes],
-            "steps": [*known, *steps],
-            "layer_seconds": sum(report["layer_seconds"] for report in self.reports) + last["layer_seconds"],
-            "seconds": time.perf_counter() - self.begun,
-            **({} if self.identity is None else {"run": dict(self.identity)}),
-        }
-
-
-def whole_sizes(before: Totals, last: Sizes, requested: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a recipe removes, as JSON, given its source and the sizes of its last step.
-
-    Args:
-        before: what the source holds.
-        last: sizes of the last step.
-        requested: what was asked for.
-    """
-    # Where several steps worked on the model, all routed experts are what they replaced.
-    after = last.after._replace(touched=last.after.experts)
-    sizes = Sizes(before._replace(touched=before.experts), after)
-    return {"achieved": sizes.removed(requested.get("unit", "parameters")), **sizes.model()}
-
-
 def environment() -> dict[str, Any]:
     """Return what beside the input decides the bytes of a result: versions and platform."""
     return {
@@ -305,7 +240,7 @@ def _next(stream: Iterator[Written], workspace: Workspace, keys: Mapping[int, st
         "layer": layer.index,
         **layer.record,
         **({} if layer.answers is None else {"answers": layer.answers}),
-        "outcomes": [_told(layer.index, outcome) for outcome in layer.outcomes],
+        "outcomes": [told(layer.index, outcome) for outcome in layer.outcomes],
         "seconds": time.perf_counter() - start,
         "peak_bytes": peak_bytes(),
     }
@@ -324,11 +259,6 @@ def _layer_done(entry: Mapping[str, Any], done: int, total: int, *, resumed: boo
     )
 
 
-def _told(layer: int | None, outcome: Outcome) -> dict[str, Any]:
-    own = outcome._asdict()
-    return {"layer": layer, **own, "target": own["target"] if layer is not None else None}
-
-
 def step_outcomes(work: Pass, entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the outcomes and the time of a pass, for the record of its last step; nothing where none ran.
 
@@ -338,9 +268,9 @@ def step_outcomes(work: Pass, entries: Mapping[int, Mapping[str, Any]]) -> dict[
     """
     if not entries:
         return {}
-    told = [outcome for entry in entries.values() for outcome in entry["outcomes"]]
+    found = [outcome for entry in entries.values() for outcome in entry["outcomes"]]
     return {
-        "outcomes": told + [_told(None, note) for note in work.notes()],
+        "outcomes": found + [told(None, note) for note in work.notes()],
         "layer_seconds": sum(entry["seconds"] for entry in entries.values()),
     }
 

@@ -15,6 +15,7 @@ from jaxmoe.checkpoint.factored_format import Module, experts_modules, factored_
 from jaxmoe.checkpoint.families import architecture
 from jaxmoe.compression.budget import NOTHING, Sizes
 from jaxmoe.compression.evidence import Sums
+from jaxmoe.compression.found import Found, Layer, Source
 from jaxmoe.compression.layer_errors import measured_errors
 from jaxmoe.compression.linear_maps import (
     PlannedLinear,
@@ -25,7 +26,7 @@ from jaxmoe.compression.linear_maps import (
 )
 from jaxmoe.compression.plan import describe, describe_layers
 from jaxmoe.compression.run import OF_A_STEP, Files, Written, run, step_outcomes
-from jaxmoe.compression.step import Context, Found, Layer, Planned, Setup, Source, Step
+from jaxmoe.compression.step import Context, Planned, Setup, Step
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.checking import (
     Answers,
@@ -119,11 +120,11 @@ class TermPass:
         stream = (self._begin(index) for index in indices)
         before = self.found
         for step in self.planned:
-            # Layers without routed experts concern the step alone that replaces linear maps.
-            replaces = step.after.linears and not before.linears
-            through = step.layers if replaces else partial(_with_experts, step)
+            # Layers without routed experts concern steps alone that work on linear maps.
+            after = step.after
+            through = partial(_with_experts, step) if after.linears is before.linears else step.layers
             stream = map(_counted, through(stream, self._context(journal)))
-            before = step.after
+            before = after
         return map(self._written, stream)
 
     def _begin(self, index: int) -> Layer:

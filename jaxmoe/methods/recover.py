@@ -30,7 +30,7 @@ class RecoverySettings(Training):
     setting: str = "improved"
     loss: str = "distillation"
     train: str = "router,norms,factors"
-    weights: Mapping[str, float] = field(init=False, default_factory=dict)
+    weights: Mapping[str, float] = field(init=False, default_factory=dict, hash=False)
 
     def __post_init__(self):
         check_setting(self.setting)

@@ -55,6 +55,7 @@ def experts_of(folder):
         ("svd+half", {"ratio": 0.4}),
         ("svd+half", {"ratio": 0.7, "unit": "bytes"}),
         ("svd+half", {"ratio": 0.4, "unit": "bytes", "of": "model"}),
+        ("svd+half", {"ratio": 0.6, "unit": "bytes", "of": "model", "targets": "experts,attention"}),
         ("last+half", {"ratio": 0.5, "unit": "bytes"}),
         ("last+svd+half+compressed_experts", {"ratio": 0.5, "main_experts": 1}),
         ("svd+compressed_experts", {"ratio": 0.5, "unit": "bytes", "main_experts": 1}),

@@ -15,8 +15,8 @@ from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.families import exports
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.compression.factor import assemble
+from jaxmoe.compression.found import Found
 from jaxmoe.compression.plan import PlannedLayer
-from jaxmoe.compression.step import Found
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.remote_code import remote_code
 from jaxmoe.factors import CompressedLayer, LowRank
