@@ -59,6 +59,8 @@ def _read(name: str) -> str | Recipe:
     if not name.endswith((".yaml", ".yml", ".json")):
         return name
     options = read_recipe(name)
+    if "method" not in options:
+        raise JaxmoeError(f"{name} names no method: give one, such as method: svd")
     return find(options["method"], setting=options.get("setting", "improved"), options=options.get("set"))
 
 

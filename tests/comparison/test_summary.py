@@ -10,6 +10,7 @@ from jaxmoe.comparison.cells import cells
 from jaxmoe.comparison.contenders import contenders, with_baselines
 from jaxmoe.comparison.summary import rows
 from jaxmoe.compression.recipe import find
+from jaxmoe.errors import JaxmoeError
 from jaxmoe.report.comparison import comparison_csv, comparison_markdown, comparison_table
 
 
@@ -142,6 +143,9 @@ def test_names_and_recipe_files_become_recipes(tmp_path):
         ("mobe", "improved", {"bases": 2}),
         ("reap+svd", "paper", {"reap.share": 1.0, "svd.share": 2.0}),
     ]
+    path.write_text("ratio: 0.4")
+    with pytest.raises(JaxmoeError, match="names no method"):
+        contenders([str(path)])
 
 
 def test_recipes_that_take_both_sizes_get_every_pair():
