@@ -113,8 +113,12 @@ def compress(
 
 
 def _recipe(ctx: typer.Context, recipe: Path | None) -> dict[str, Any]:
-    """Return the options of the command line and the recipe file; neither may leave the method out."""
+    """Return the options of the command line and the recipe file, which may not leave out the method and its ratio."""
+    from jaxmoe.compression.recipe import find
+
     options = chosen(ctx, recipe)
     if "method" not in options:
         raise typer.BadParameter("give a method such as svd, or --recipe FILE", param_hint="--method")
+    if "ratio" in find(options["method"]).sizes and not {"ratio", "main_experts"} & options.keys():
+        raise typer.BadParameter("give the fraction to remove, such as 0.4", param_hint="--ratio")
     return options
