@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 from program import checksums
+from two_layers import two_layers
 
 from jaxmoe.cli import app
 from jaxmoe.data import demo_checkpoint, demo_texts
@@ -70,12 +71,11 @@ def test_targets_and_files_exist():
 
 
 SUBSTITUTES = {
-    "CHECKPOINT": str(demo_checkpoint()),
     "DEMO": str(demo_checkpoint()),
     "HELDOUT": str(demo_texts()[0]),
     "CALIBRATION": str(demo_texts()[1]),
 }
-"""What stands for the placeholders of things that have to be there; outputs keep their names."""
+"""What replaces the placeholders of things that have to be there; CHECKPOINT and outputs keep their names."""
 
 SHORT = {
     "inspect": "",
@@ -94,7 +94,7 @@ STEPS = {"mobe": "steps=2", "rfid": "steps=2", "compressed_experts": "steps=2", 
 
 
 def shortened(line: str) -> list[str]:
-    """Return the words of a command on the bundled checkpoint, with few steps and little text."""
+    """Return the words of a command with few steps and little text."""
     words = [SUBSTITUTES.get(word, word) for word in shlex.split(line)]
     words += shlex.split(SHORT[words[1]])
     if words[1] == "compress":
@@ -112,9 +112,16 @@ EXAMPLES = [
 ]
 
 
-@pytest.mark.parametrize("line", EXAMPLES)
-def test_a_recipe_makes_the_same_as_its_command(line, tmp_path, monkeypatch):
+@pytest.fixture
+def inside(tmp_path, monkeypatch):
+    """A current folder with a small CHECKPOINT."""
     monkeypatch.chdir(tmp_path)
+    two_layers(tmp_path / "CHECKPOINT")
+
+
+@pytest.mark.usefixtures("inside")
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_a_recipe_makes_the_same_as_its_command(line, tmp_path):
     _, *words = shortened(line)
     app(words, standalone_mode=False)
     app(["compress", words[1], "AGAIN", "--recipe", f"{words[2]}/recipe.yaml"], standalone_mode=False)
@@ -122,13 +129,13 @@ def test_a_recipe_makes_the_same_as_its_command(line, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inside")
 def test_commands_and_python_run(tmp_path, monkeypatch):
     """Run every block in the order of the README in one folder, so that a command finds what those before it wrote.
 
     The 60-second start runs as the program that is installed, the other commands in this process: it has imported
     and compiled already what each of theirs would again.
     """
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     dialogue = {"prompt": "Who said that?", "response": "The king said that, and all of the people heard him."}
     (tmp_path / "DIALOGUES.jsonl").write_text(8 * f"{json.dumps(dialogue)}\n")

@@ -1,7 +1,8 @@
 """One small comparison, for all tests that read it."""
 
 import pytest
-from small_comparison import ASKED, Compared, contenders, two_layers
+from small_comparison import ASKED, Compared, contenders
+from two_layers import two_layers
 
 from jaxmoe.comparison import compare
 

@@ -1,15 +1,10 @@
 """What the small comparison is of, and what it is asked."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  numpy learns bfloat16
-from safetensors.numpy import load_file, save_file
-
 from jaxmoe.compression.recipe import Recipe, find
-from jaxmoe.data import demo_checkpoint, demo_texts
+from jaxmoe.data import demo_texts
 
 RATIO = 0.8
 ASKED = {
@@ -22,19 +17,6 @@ ASKED = {
 }
 OPTIONS = ("--ratios", RATIO, "--text", demo_texts()[0], "--text", demo_texts()[1], "--windows", 2, "--length", 64)
 CALIBRATION = ("--calibration-text", demo_texts()[2], "--sequences", 2)
-
-
-def two_layers(folder: Path) -> Path:
-    """Write the first layers of the bundled checkpoint alone: every further one costs compilations."""
-    shutil.copytree(demo_checkpoint(), folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    tensors = load_file(folder / "model.safetensors")
-    kept = {
-        name: array for name, array in tensors.items() if not name.startswith(("model.layers.2.", "model.layers.3."))
-    }
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 class Compared(NamedTuple):

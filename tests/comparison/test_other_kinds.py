@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from program import call, checksums
-from small_comparison import ASKED, two_layers
+from small_comparison import ASKED
+from two_layers import two_layers
 
 from jaxmoe.comparison import compare
 from jaxmoe.report.comparison import comparison_markdown
