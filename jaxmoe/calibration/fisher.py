@@ -32,7 +32,7 @@ def sequence_loss(
     x: Float[AnyArray, "position hidden"],
     ids: Int[AnyArray, " position"],
     counted: Bool[AnyArray, " position"],
-    parameters: Mapping[str, AnyArray],
+    parameters: Mapping[str, Any],
     spec: DecoderSpec,
 ) -> Float[Array, ""]:
     """Return the mean negative log-likelihood, in nats, of a sequence's counted tokens given those before them.
@@ -53,7 +53,7 @@ def loss_gradients(
     x: Float[AnyArray, "sequence position hidden"],
     ids: Int[AnyArray, "sequence position"],
     counted: Bool[AnyArray, "sequence position"],
-    parameters: Mapping[str, AnyArray],
+    parameters: Mapping[str, Any],
     spec: DecoderSpec,
 ) -> Float[Array, "sequence position hidden"]:
     """Return the gradient of every sequence's loss with respect to what leaves the last layer."""

@@ -7,7 +7,7 @@ Source: D²-MoE, arXiv 2502.17298; the comparison with factors of the experts th
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from jaxmoe.allocation import water_fill
 from jaxmoe.arrays import AnyArray
@@ -73,7 +73,7 @@ def _scaled(moment, counts, outcomes):
 
 
 def fit_deviations(
-    delta: Float[Array, "expert out in"],
+    delta: Float[AnyArray, "expert out in"],
     abstract: Term,
     moment: Float[AnyArray, "..."] | None,
     *,
@@ -117,11 +117,11 @@ def fit_deviations(
 
 
 def base_or_none(
-    weight: Float[Array, "expert out in"],
+    weight: Float[AnyArray, "expert out in"],
     terms: tuple[Term, ...],
     template: tuple[Term, ...],
     moment: Float[AnyArray, "..."] | None,
-    base: Float[Array, "out in"],
+    base: Float[AnyArray, "out in"],
 ) -> tuple[tuple[Term, ...], Outcome]:
     """Return base and deviations, or factors of the experts themselves where these are closer at equal size.
 

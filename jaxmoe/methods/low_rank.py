@@ -10,7 +10,9 @@ from jaxmoe.arrays import AnyArray
 from jaxmoe.solvers.weighted_svd import SVDFit, weighted_svd
 
 
-def expert_factors(weight: Float[Array, "expert out in"], moment: Float[AnyArray, "..."] | None, rank: int) -> SVDFit:
+def expert_factors(
+    weight: Float[AnyArray, "expert out in"], moment: Float[AnyArray, "..."] | None, rank: int
+) -> SVDFit:
     """Return the closest factors and all energies in float32, computed in float64 where a second moment weights them.
 
     The moment squares the condition number of the inputs, the Gram matrix that of the weights.

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.factors import TARGETS
 from jaxmoe.methods.method import Evidence, Outcome
 from jaxmoe.solvers.merging import MergeMethod, merge, regmean, ties
@@ -17,7 +18,7 @@ MERGES = ("fisher", "fisher_freq", "freq", "mean", "regmean", "ties")
 
 
 def merge_base(
-    weight: Float[Array, "expert out in"], method: str, evidence: Evidence, *, target: str
+    weight: Float[AnyArray, "expert out in"], method: str, evidence: Evidence, *, target: str
 ) -> tuple[Float[Array, "out in"], list[Outcome]]:
     """Return the merged matrices of a target, and what the user should know.
 
@@ -62,8 +63,8 @@ def _regmean(weight, moment):
 
 
 def kept_channels(
-    weight: Float[Array, "expert out in"],
-    base: Float[Array, "out in"],
+    weight: Float[AnyArray, "expert out in"],
+    base: Float[AnyArray, "out in"],
     evidence: Evidence,
     *,
     keep: int,

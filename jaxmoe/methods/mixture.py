@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.methods.method import Outcome
 from jaxmoe.solvers.basis_learning import learn_basis
 from jaxmoe.solvers.mixture import BasisFit, Ragged, solve_coefficients
@@ -33,14 +34,14 @@ class Mixture(NamedTuple):
 
 
 def fit_mixture(
-    matrices: Float[Array, "expert row column"],
+    matrices: Float[AnyArray, "expert row column"],
     settings: Any,
     *,
     bases: int,
     rank: int,
     dtype: Any,
-    moment: Array | None = None,
-    row_moment: Array | None = None,
+    moment: Float[AnyArray, "_ column column"] | None = None,
+    row_moment: Float[AnyArray, "_ row row"] | None = None,
     groups: int = 1,
     ragged: Ragged | None = None,
     solve: Callable[..., Array] = solve_coefficients,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.factors import Hashed, Sparse, Term
 from jaxmoe.solvers.residual import hashed_residual, largest_entries
 
@@ -52,7 +53,7 @@ def abstract_residual(
 
 def fit_residual(
     abstract: Term,
-    weight: Float[Array, "expert out in"],
+    weight: Float[AnyArray, "expert out in"],
     main: Term,
     *,
     order: Int[np.ndarray, " expert"],

@@ -8,6 +8,7 @@ Scores and probabilities are computed in float32.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from jaxmoe.model.norm import normalize
 from jaxmoe.model.rotary import rotate
 from jaxmoe.model.spec import Attention, LatentAttention
 
-Parameters = Mapping[str, AnyArray]
+Parameters = Mapping[str, Any]
 Reads = dict[str, Float[AnyArray, "sequence position _"]]
 
 

@@ -17,14 +17,14 @@ from jaxmoe.model.spec import DecoderSpec
 
 
 def embed(
-    tokens: Int[AnyArray, "sequence position"], parameters: Mapping[str, AnyArray], spec: DecoderSpec
+    tokens: Int[AnyArray, "sequence position"], parameters: Mapping[str, Any], spec: DecoderSpec
 ) -> Float[Array, "sequence position hidden"]:
     """Return the hidden states that enter the first layer, in float32."""
     return parameters["embedding.weight"][tokens].astype(jnp.float32) * spec.embedding_scale
 
 
 def head(
-    x: Float[AnyArray, "*batch hidden"], parameters: Mapping[str, AnyArray], spec: DecoderSpec
+    x: Float[AnyArray, "*batch hidden"], parameters: Mapping[str, Any], spec: DecoderSpec
 ) -> Float[Array, "*batch vocabulary"]:
     """Return the logits of the next token from the hidden states that leave the last layer."""
     x = normalize(x, parameters, "norm", spec.norm)

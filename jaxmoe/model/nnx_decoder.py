@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from jaxmoe.arrays import AnyArray
 from jaxmoe.model.decoder import forward
 from jaxmoe.model.spec import DecoderSpec
 
@@ -43,7 +44,7 @@ class Decoder(nnx.Module):
         held = {**self.ends, "layers": self.layers}
         return jax.tree.map(lambda variable: variable[...], held, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
-    def __call__(self, tokens: Int[Array, "sequence position"]) -> Float[Array, "sequence position vocabulary"]:
+    def __call__(self, tokens: Int[AnyArray, "sequence position"]) -> Float[Array, "sequence position vocabulary"]:
         """Return the logits of every position; see `forward`."""
         return forward(tokens, self.parameters, self.spec)
 

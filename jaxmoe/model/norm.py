@@ -1,6 +1,7 @@
 """Normalisation of the last axis, computed in float32."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,7 +12,7 @@ from jaxmoe.model.spec import Norm
 
 
 def normalize(
-    x: Float[AnyArray, "*batch size"], parameters: Mapping[str, AnyArray], name: str, spec: Norm
+    x: Float[AnyArray, "*batch size"], parameters: Mapping[str, Any], name: str, spec: Norm
 ) -> Float[Array, "*batch size"]:
     """Normalise by the root mean square ("rms") or by mean and deviation ("layer"), then scale by the weight.
 

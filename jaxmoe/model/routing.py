@@ -6,7 +6,7 @@ are float32. Of equal scores the lowest index is chosen (`jax.lax.top_k`); PyTor
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ class Routes(NamedTuple):
     weights: Float[Array, "token choice"]
 
 
-def route(x: Float[AnyArray, "token hidden"], parameters: Mapping[str, AnyArray], spec: Router) -> Routes:
+def route(x: Float[AnyArray, "token hidden"], parameters: Mapping[str, Any], spec: Router) -> Routes:
     """Choose `top_k` experts for every token.
 
     Args:
@@ -59,7 +59,7 @@ def route(x: Float[AnyArray, "token hidden"], parameters: Mapping[str, AnyArray]
 
 
 def router_logits(
-    x: Float[AnyArray, "token hidden"], parameters: Mapping[str, AnyArray], spec: Router
+    x: Float[AnyArray, "token hidden"], parameters: Mapping[str, Any], spec: Router
 ) -> Float[Array, "token expert"]:
     """Return what the router makes of the tokens, before any score; arguments as of `route`."""
     weight = parameters["router.weight"].astype(jnp.float32)
