@@ -4,6 +4,7 @@ A step is a method with its settings. Planned on what it finds, it knows the siz
 out, it takes the layers of a pass one after the other, as the step before it leaves them, and hands them on.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,7 @@ class Planned(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class Step(ABC):
     """A method with its settings.
 
     Args:
@@ -206,12 +207,15 @@ class Step:
         """Tell whether it works in the same pass as the step before it: where it needs no calibration in between."""
         return False
 
+    @abstractmethod
     def forms(self, checkpoint: Source) -> list[str]:
         """Return the forms in which a recipe that ends with it can be written, its own first."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def check(self, checkpoint: Source, options: Options) -> None:
         """Raise if it cannot be carried out like that on a checkpoint, before anything runs."""
+        ...
 
     def check_targets(self, checkpoint: Source, targets: tuple[str, ...]) -> None:
         """Raise if it cannot replace anything but routed experts, or the checkpoint has nothing of a target.
@@ -231,6 +235,7 @@ class Step:
         """Count what it stores beside the terms."""
         return NOTHING
 
+    @abstractmethod
     def plan(
         self,
         found: Found,
@@ -253,8 +258,9 @@ class Step:
             then: the steps after it, which decide what its terms take in the end.
             nearest: whether it may remove a little less where that is closer, since a later step makes up for it.
         """
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def begin(self, planned: Sequence[Any], found: Found, setup: Setup) -> Any:
         """Return the pass that this step begins.
 
@@ -263,7 +269,7 @@ class Step:
             found: the model that it finds.
             setup: what it is carried out with.
         """
-        raise NotImplementedError
+        ...
 
 
 def behind(then: Sequence[Step], terms: tuple[Term, ...]) -> tuple[Term, ...]:
