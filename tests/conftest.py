@@ -10,6 +10,13 @@ os.environ |= {"HF_MODULES_CACHE": (CODE := TemporaryDirectory(prefix="jaxmoe-te
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+PACKAGE = Path(__file__).parent.parent / "jaxmoe"
+
+# Before anything imports them. PyTorch's compiler cannot look through the checks, and knows no arrays of JAX.
+ROOMS = [f"jaxmoe.{path.stem}" for path in PACKAGE.iterdir() if path.stem not in ("torch", "__init__", "__main__")]
+install_import_hook(ROOMS, "shapes.checked")
 
 collect_ignore = [
     "golden",

@@ -8,13 +8,16 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hatchling.builders.wheel import WheelBuilder
+from jaxtyping import TypeCheckError
 from program import checksums
 from program import jaxmoe as program
 
 import jaxmoe
 from jaxmoe.data import demo_checkpoint, demo_texts
+from jaxmoe.solvers.merging import ties
 
 ROOT = Path(__file__).parents[1]
 
@@ -111,3 +114,12 @@ def test_bundled_files_name_no_machine():
         if path.suffix in (".md", ".json") and path.name != "tokenizer.json":
             text = path.read_text(encoding="utf-8")
             assert not [word for word in ("/home/", "/root/", "/tmp/", "/work/") if word in text], path
+
+
+def test_shapes_are_checked_in_the_tests_alone():
+    with pytest.raises(TypeCheckError, match="weight"):
+        ties(np.ones((2, 3), np.float32))
+    code = "import sys, numpy as np; from jaxmoe.solvers.merging import ties; ties(np.ones((2, 3), np.float32))"
+    done = subprocess.run([sys.executable, "-c", f"{code}; print(*sys.modules)"], capture_output=True, text=True)
+    assert done.returncode == 0, "a program of the user's is not checked"
+    assert "beartype" not in done.stdout.split()

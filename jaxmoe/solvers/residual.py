@@ -27,7 +27,7 @@ def hashed_residual(
     buckets: int,
     order: Int[AnyArray, " expert"] | Sequence[int] | None = None,
     size: int = 1,
-    seed: int = 0,
+    seed: int | Int[AnyArray, ""] = 0,
     balanced: bool = True,
 ) -> Float[Array, "1 total"]:
     """Return the values that minimise ||v - P eta||^2 for every group: eta_b = sum over the bucket of v_t / sqrt(c_b).
