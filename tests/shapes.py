@@ -1,7 +1,7 @@
 """The checks of shapes and types that the tests run `jaxmoe` under: jaxtyping's import hook with beartype.
 
-All arguments and results of every function that takes or returns arrays are checked, and all fields of such records;
-what is compiled is checked while it is traced. The others would cost the time, and know no shapes.
+All arguments and results of every function that takes or returns arrays are checked, and the fields of dataclasses
+that hold some; what is compiled is checked while it is traced. To check all others too would cost time for no shapes.
 """
 
 from collections.abc import Callable, Iterator
