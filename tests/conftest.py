@@ -20,11 +20,12 @@ install_import_hook(ROOMS, "shapes.checked")
 
 collect_ignore = [
     "golden",
+    "outside",
     "checkpoint/families/own_classes.py",
     "checkpoint/families/own_family.py",
     "compression/methods_from_outside.py",
 ]
-"""Where no tests are: code of older checkpoints, and files that register methods and architectures if imported."""
+"""Where no tests are: code of older checkpoints, and files that register something if they are imported."""
 
 MAPPINGS = 20_000
 """Of a process's memory. Every compiled program adds some, Linux allows 65,530, and XLA ends the process beyond."""

@@ -12,8 +12,9 @@ from program import call
 from tiny_models import save_tiny
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from jaxmoe import StoredModel, inspect
+from jaxmoe import StoredModel, inspect, methods
 from jaxmoe.checkpoint.factored import CompressedCheckpoint
+from jaxmoe.factors.registry import KINDS
 from jaxmoe.model import forward
 from jaxmoe.torch import register
 
@@ -37,7 +38,11 @@ def folder(tmp_path_factory):
     ):
         done = call(*line)
         assert done.returncode == 0, done.stderr
-    return root / "small"
+    yield root / "small"
+    # Other tests of the same process know what comes with jaxmoe, and no more.
+    methods.METHODS.pop("blocks")
+    KINDS.pop("block_diagonal")
+    sys.modules.pop("outside.block_diagonal")
 
 
 def logits(folder, **options):
