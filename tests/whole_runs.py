@@ -42,6 +42,8 @@ def main(folder: Path, names: list[str]) -> None:
     for label, shape in SHAPES.items():
         checkpoint, statistics = prepared(folder / label, shape)
         for name in names:
+            if "steps" in SETTINGS[name] and label not in DESCENTS_AT:
+                continue
             options = {"settings": SETTINGS[name], "statistics": statistics}
             report = run(checkpoint, folder / f"{label}-{name}", name, ratio=0.4, **options)
             assert report["complete"]
