@@ -17,6 +17,7 @@ from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.factors.registry import KINDS
 from jaxmoe.model import forward
 from jaxmoe.torch import register
+from jaxmoe.torch.runtime.term import TERMS
 
 torch.set_num_threads(1)
 TOKENS = torch.randint(3, 128, (2, 21), generator=torch.Generator().manual_seed(7))
@@ -41,8 +42,10 @@ def folder(tmp_path_factory):
     yield root / "small"
     # Other tests of the same process know what comes with jaxmoe, and no more.
     methods.METHODS.pop("blocks")
-    KINDS.pop("block_diagonal")
-    sys.modules.pop("outside.block_diagonal")
+    for registry in (KINDS, TERMS):
+        registry.pop("block_diagonal", None)
+    for module in ("outside.block_diagonal", "outside.block_diagonal_twin"):
+        sys.modules.pop(module, None)
 
 
 def logits(folder, **options):
