@@ -153,7 +153,7 @@ def fixed_table(table: Table, bits: int) -> tuple[float, ...]:
 
     Example:
         >>> fixed_table("mxfp4", 4)[:3], [round(x, 3) for x in fixed_table("normal_float", 2)]
-        ((0.0, 0.5, 1.0), [-1.0, 0.0, 0.338, 1.0])
+        ((0.0, 0.5, 1.0), [-1.0, 0.0, 0.436, 1.0])
     """
     if table == "mxfp4":
         return (*MXFP4, *(-x for x in MXFP4))
