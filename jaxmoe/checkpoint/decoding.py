@@ -65,26 +65,48 @@ def decode_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return values.reshape(*blocks.shape[:-2], -1).swapaxes(-1, -2)
 
 
-def decode_int4(packed: np.ndarray, scale: np.ndarray, shape: np.ndarray) -> np.ndarray:
-    """Return the matrix of packed signed four-bit integers times the scale of their group, in bfloat16.
+def decode_integers(
+    packed: np.ndarray, scale: np.ndarray, bits: int, columns: int, zero: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the matrix of packed integers times the scale of their group, in bfloat16.
 
     Args:
-        packed: `[out, ceil(in / 8)]` int32.
+        packed: `[out, ceil(in * bits / 32)]` int32, of each row one stream of bits.
         scale: `[out, group]`; the inputs are split evenly over the groups.
-        shape: `(out, in)`.
+        bits: of a code.
+        columns: the inputs.
+        zero: the codes of zero, `[ceil(out * bits / 32), group]` int32, packed along the rows; None for the middle one.
 
     Example:
         >>> packed, scale = np.array([[0x76543218]], "int32"), np.full((1, 1), 2, "float32")
-        >>> decode_int4(packed, scale, np.array([1, 8]))[0].astype(int)
+        >>> decode_integers(packed, scale, 4, 8)[0].astype(int)
         array([  0, -14, -12, -10,  -8,  -6,  -4,  -2])
     """
-    rows, columns = (int(size) for size in shape)
-    # Bytes in memory run from the low bits to the high ones, so that a byte holds two neighbours.
-    octets = np.ascontiguousarray(packed).view(np.uint8)
-    values = np.empty((rows, 2 * octets.shape[1]), np.int8)
-    values[:, 0::2] = octets & 15
-    values[:, 1::2] = octets >> 4
-    values -= 8
-    groups = scale.shape[1]
-    grouped = values[:, :columns].reshape(rows, groups, -1)
-    return (grouped * scale.astype(np.float32)[..., None]).astype(BFLOAT16).reshape(rows, columns)
+    rows, groups = scale.shape
+    codes = unpack(packed, bits, columns).reshape(rows, groups, -1).astype(np.int16)
+    middle = 2 ** (bits - 1)
+    codes -= middle if zero is None else unpack(np.ascontiguousarray(zero.T), bits, rows).T[..., None].astype(np.int16)
+    return (codes * scale.astype(np.float32)[..., None]).astype(BFLOAT16).reshape(rows, columns)
+
+
+def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Return the codes of rows of bits, `[row, count]` uint8; the low bits of a word come first.
+
+    Args:
+        words: `[row, ceil(count * bits / 32)]` int32.
+        bits: of a code, 1 to 8.
+        count: codes of a row.
+
+    Example:
+        >>> unpack(np.array([[0x8A418820 - 2**32, 0x39]], "int32"), 5, 8).tolist()
+        [[0, 1, 2, 3, 4, 5, 6, 7]]
+    """
+    # Eight codes take as many bytes as a code has bits.
+    rows, parts = len(words), -(-count // 8)
+    octets = np.ascontiguousarray(words, "<i4").view(np.uint8)[:, : parts * bits]
+    octets = np.pad(octets, ((0, 0), (0, parts * bits - octets.shape[1])))
+    wide = np.zeros((rows, parts, 8), np.uint8)
+    wide[..., :bits] = octets.reshape(rows, parts, bits)
+    shifts = np.arange(0, 8 * bits, bits, dtype=np.uint64)
+    codes = (wide.view("<u8") >> shifts) & np.uint64(2**bits - 1)
+    return codes.astype(np.uint8).reshape(rows, -1)[:, :count]

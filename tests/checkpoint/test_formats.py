@@ -59,11 +59,6 @@ FORMATS = {
         method("compressed-tensors", format="int-quantized"),
         "compressed-tensors (int-quantized)",
     ),
-    "int4 with zeros": (
-        {**INT4, "weight_zero_point": WORDS},
-        method("compressed-tensors", format="pack-quantized"),
-        "compressed-tensors (pack-quantized)",
-    ),
     "int4 in another order": (
         {**INT4, "weight_g_idx": WORDS[0]},
         method("compressed-tensors", format="pack-quantized"),
