@@ -40,9 +40,13 @@ class Factor(TermStep):
     """A step that stores terms in place of the experts' matrices."""
 
     stage: ClassVar[int] = 1
-    takes: ClassVar[str | None] = "ratio"
     whole: ClassVar[bool] = True
     accepts: ClassVar[frozenset[str]] = frozenset({"layers", "sequential", "allocation", "gradients", "statistics"})
+
+    @property
+    def takes(self) -> str:
+        """The removed fraction."""
+        return "ratio"
 
     @property
     def allocation(self) -> str:

@@ -18,7 +18,7 @@ from jaxmoe.checkpoint.workspace import fingerprint
 from jaxmoe.compression.budget import Sizes
 from jaxmoe.compression.expert_vectors import distil, importance, observe
 from jaxmoe.compression.found import Found, Layer, Source
-from jaxmoe.compression.step import Asked, Context, Options, Texts
+from jaxmoe.compression.step import Asked, Context, Options, Step, Texts
 from jaxmoe.compression.term_pass import TermStep, check_factored
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import Count
@@ -35,18 +35,22 @@ class FewerExperts(TermStep):
 
     stage: ClassVar[int] = 3
     once: ClassVar[bool] = True
-    takes: ClassVar[str | None] = "main_experts"
     without_text: ClassVar[str] = (
         "published Compressed Experts learn with the whole model: write them without text, then `jaxmoe recover` trains"
         " them; or give --setting improved, which learns from text layer by layer"
     )
 
     @property
+    def takes(self) -> str:
+        """How many of a token's experts run."""
+        return "main_experts"
+
+    @property
     def calibration(self) -> str:
         """Only the improved setting learns from text here."""
         return "none" if self.settings.setting == "paper" else "optional"
 
-    def joins(self, texts: bool) -> bool:
+    def joins(self, before: Step, texts: bool) -> bool:
         """Where there is no text to learn from, in the pass of the step before."""
         return not texts or self.calibration == "none"
 

@@ -33,11 +33,15 @@ class Prune(Step):
     """A step that removes experts or channels."""
 
     stage: ClassVar[int] = 0
-    takes: ClassVar[str | None] = "ratio"
     whole: ClassVar[bool] = True
     stores: ClassVar[str] = "slim"
     # Some of these only to say why not.
     accepts: ClassVar[frozenset[str]] = frozenset({"layers", "sequential", "allocation", "gradients", "statistics"})
+
+    @property
+    def takes(self) -> str:
+        """The removed fraction."""
+        return "ratio"
 
     def forms(self, checkpoint: Source) -> list[str]:
         """Return the one form that it writes."""

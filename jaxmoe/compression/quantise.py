@@ -1,24 +1,27 @@
 """Quantising: bits instead of floats, of the matrices or of the terms that stand for them."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxmoe.checkpoint.families import exports
 from jaxmoe.compression.budget import Sizes
 from jaxmoe.compression.evidence import evidence
+from jaxmoe.compression.factor import Factor
 from jaxmoe.compression.found import Found, Layer, Source
 from jaxmoe.compression.linear_maps import linear_evidence
-from jaxmoe.compression.step import Asked, Context, Options
+from jaxmoe.compression.step import Asked, Context, Options, Step
 from jaxmoe.compression.term_pass import TermStep, check_factored
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import TARGETS, Term, stack
 from jaxmoe.methods.method import Evidence, Outcome, count
+from jaxmoe.methods.quantising import chosen_bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +33,17 @@ class Quantise(TermStep):
 
     accepts: ClassVar[frozenset[str]] = frozenset({"layers", "sequential", "gradients", "statistics"})
 
-    def joins(self, texts: bool) -> bool:
-        """Where it needs no statistics of what it finds, in the pass of the step before."""
-        return not self.requires
+    @property
+    def bits(self) -> int | None:
+        """Of every number; None where a budget chooses."""
+        return chosen_bits(self.method, self.settings)
+
+    def joins(self, before: Step, texts: bool) -> bool:
+        """Without need of statistics, or behind factors, whose statistics are those of the inputs of the same matrices.
+
+        There the original's matrices are still at hand, against which factors can be solved once more.
+        """
+        return not self.requires or isinstance(before, Factor)
 
     def forms(self, checkpoint: Source) -> list[str]:
         """Return the forms that the architecture can be written in."""
@@ -43,12 +54,23 @@ class Quantise(TermStep):
         check_factored(checkpoint, options.export or "factored")
 
     def terms(self, terms: tuple[Term, ...]) -> tuple[Term, ...]:
-        """Return the abstract terms as they will be stored."""
-        return self.method.abstract(terms, self.settings)
+        """Return the abstract terms as they will be stored, in the bits of all numbers."""
+        if self.bits is None:
+            named = f"{self.name}{self.method.widths(self.settings)[0]}"
+            raise JaxmoeError(f"{self.name} does not say how many bits: name them, as in {named}")
+        return self.method.abstract(terms, self.settings, np.full(terms[0].shape[0], self.bits))
 
     def plan(self, found: Found, asked: Asked, **_: Any) -> "PlannedQuantise":
         """Plan that all terms of all layers are stored so."""
-        return PlannedQuantise(step=self, found=found)
+        self.terms(next(iter(next(iter(found.layers.values())).terms.values())))
+        assert self.bits is not None
+        bits: dict[int, dict[str, np.ndarray]] = {
+            index: {target: np.full(layer.sizes.experts, self.bits) for target in layer.terms}
+            for index, layer in found.layers.items()
+        }
+        for index, linears in found.linears.items():
+            bits.setdefault(index, {}).update({own.source.name: np.full(1, self.bits) for own in linears})
+        return PlannedQuantise(step=self, found=found, bits=bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,22 +80,31 @@ class PlannedQuantise:
     Args:
         step: what is planned.
         found: the model.
+        bits: of each expert, `[expert]`, by layer and target; of a linear map by its name, `[1]`.
     """
 
     step: Quantise
     found: Found = field(repr=False)
+    bits: Mapping[int, Mapping[str, np.ndarray]] = field(repr=False)
+
+    def terms(self, index: int, target: str, terms: tuple[Term, ...]) -> tuple[Term, ...]:
+        """Return the abstract terms of a target of a layer as they will be stored."""
+        return self.step.method.abstract(terms, self.step.settings, self.bits[index][target])
 
     @cached_property
     def after(self) -> Found:
         """The model with everything in its new form."""
         layers = {
-            index: replace(layer, terms={target: self.step.terms(own) for target, own in layer.terms.items()})
+            index: replace(layer, terms={target: self.terms(index, target, own) for target, own in layer.terms.items()})
             for index, layer in self.found.layers.items()
         }
         replaced = {index: frozenset(layer.sizes.projections) for index, layer in layers.items()}
         linears = {
             index: tuple(
-                replace(own, template=replace(own.template, terms=self.step.terms(own.template.terms))) for own in found
+                replace(
+                    own, template=replace(own.template, terms=self.terms(index, own.source.name, own.template.terms))
+                )
+                for own in found
             )
             for index, found in self.found.linears.items()
         }
@@ -129,7 +160,8 @@ class PlannedQuantise:
         self, index: int, terms: tuple[Term, ...], known: Evidence, key: jax.Array, outcomes: list[Outcome]
     ) -> tuple[Term, ...]:
         """Return the terms of a target in their new form; what the user should know joins the outcomes."""
-        fit = self.step.method.fit(terms, self.step.settings, evidence=known, key=key)
+        bits = self.bits[index][known.target]
+        fit = self.step.method.fit(terms, self.step.settings, bits, evidence=known, key=key)
         self._check(index, known.target, terms, fit.terms)
         outcomes += [outcome._replace(target=known.target) for outcome in fit.outcomes]
         return fit.terms
@@ -142,7 +174,7 @@ class PlannedQuantise:
                     f"layer {index}, {target}: {self.step.name} gave numbers that are not finite (NaN or overflow); try"
                     " another setting, or another method"
                 )
-        allowed = self.step.terms(before)
+        allowed = self.terms(index, target, before)
         if count(after).bytes > count(allowed).bytes:
             raise RuntimeError(f"{target}: {count(after)} of {count(allowed)}: a defect of {self.step.name}")
 

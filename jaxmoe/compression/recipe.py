@@ -96,8 +96,10 @@ class Recipe:
     def changed(self) -> dict[str, Any]:
         """The settings that differ from those of "paper" or "improved"; `step.name` where there are several steps."""
         if len(self.steps) == 1:
-            return changed(self.steps[0].settings)
-        found = {f"{step.name}.{name}": x for step in self.steps for name, x in changed(step.settings).items()}
+            return changed(self.steps[0].method, self.steps[0].settings)
+        found = {
+            f"{step.name}.{name}": x for step in self.steps for name, x in changed(step.method, step.settings).items()
+        }
         return found | {f"{step.name}.share": share for step, share in zip(self.steps, self.shares or ())}
 
     @property
@@ -148,7 +150,7 @@ class Recipe:
         """
         found: list[list[Step]] = []
         for step in self.steps:
-            if found and step.joins(texts) and found[-1][-1].hands_on:
+            if found and found[-1][-1].hands_on and step.joins(found[-1][-1], texts):
                 found[-1].append(step)
             else:
                 found.append([step])

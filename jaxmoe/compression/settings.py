@@ -26,7 +26,7 @@ def step_settings(method: Any, setting: str, given: Mapping[str, Any]) -> Any:
     """
     hints = get_type_hints(method.settings)
     names = [own.name for own in fields(method.settings) if own.init and own.name != "setting"]
-    values: dict[str, Any] = {"setting": setting}
+    values: dict[str, Any] = {"setting": setting, **_fixed(method, given)}
     for name, value in given.items():
         if name not in names:
             known = ", ".join(names) or "none"
@@ -35,6 +35,19 @@ def step_settings(method: Any, setting: str, given: Mapping[str, Any]) -> Any:
             )
         values[name] = parse(method.name, name, value, hints[name]) if isinstance(value, str) else value
     return method.settings(**values)
+
+
+def _fixed(method: Any, given: Mapping[str, Any]) -> dict[str, int]:
+    """Return the bits that a method's name ends in, if it does."""
+    if (bits := getattr(method, "fixed", None)) is None:
+        return {}
+    if "bits" in given:
+        bare = method.name.removesuffix(str(bits))
+        raise JaxmoeError(
+            f"--set bits={given['bits']}: the name {method.name} says {bits} bits; give one of them, {method.name} or"
+            f" {bare} with --set bits"
+        )
+    return {"bits": bits}
 
 
 def parse(method: str, name: str, text: str, hint: Any) -> Any:
@@ -93,15 +106,20 @@ def split(steps: Sequence[str], given: Mapping[str, Any]) -> tuple[list[dict[str
     return list(own.values()), shares
 
 
-def changed(settings: Any) -> dict[str, Any]:
+def changed(method: Any, settings: Any) -> dict[str, Any]:
     """Return the settings that differ from those of "paper" or "improved" as they come.
+
+    Args:
+        method: its record.
+        settings: an instance of its settings.
 
     Example:
         >>> from jaxmoe import methods
-        >>> changed(methods.get("mobe").settings(setting="paper", steps=20))
+        >>> mobe = methods.get("mobe")
+        >>> changed(mobe, mobe.settings(setting="paper", steps=20))
         {'steps': 20}
     """
-    usual = type(settings)(setting=settings.setting)
+    usual = step_settings(method, settings.setting, {})
     values = {own.name: getattr(settings, own.name) for own in fields(settings) if own.init}
     return {name: value for name, value in values.items() if value != getattr(usual, name)}
 

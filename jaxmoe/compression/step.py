@@ -168,8 +168,6 @@ class Step(ABC):
 
     stage: ClassVar[int]
     """Where its kind stands in the usual order: remove, factor, quantise, skip, recover."""
-    takes: ClassVar[str | None] = None
-    """The size that it is asked for: "ratio", "main_experts", or none."""
     whole: ClassVar[bool] = False
     """Whether it works on whole matrices alone, not on what another step stored in their place."""
     stores: ClassVar[str] = "factored"
@@ -189,6 +187,11 @@ class Step(ABC):
         return self.method.name
 
     @property
+    def takes(self) -> str | None:
+        """The size that it is asked for: "ratio", "main_experts", or none."""
+        return None
+
+    @property
     def requires(self) -> Mapping[str, str]:
         """The statistics without which it cannot run, and what the user can do instead."""
         return self.method.requires(self.settings)
@@ -203,8 +206,13 @@ class Step(ABC):
         """The rule by which it shares its budget where the statistics allow it."""
         return "uniform"
 
-    def joins(self, texts: bool) -> bool:
-        """Tell whether it works in the same pass as the step before it: where it needs no calibration in between."""
+    def joins(self, before: "Step", texts: bool) -> bool:
+        """Tell whether it works in the same pass as the step before it: where it needs no calibration in between.
+
+        Args:
+            before: that step.
+            texts: whether there are texts to calibrate on.
+        """
         return False
 
     @abstractmethod

@@ -4,6 +4,7 @@ A method from elsewhere calls `register` when its module is imported. An install
 entry points of the group `jaxmoe.methods`, which are loaded when a name is asked for that is not here.
 """
 
+import re
 from importlib.metadata import entry_points
 
 from jaxmoe.errors import JaxmoeError
@@ -16,7 +17,7 @@ from jaxmoe.methods.method import Evidence, Fit, Method, Outcome, Slot
 from jaxmoe.methods.mobe import MOBE
 from jaxmoe.methods.nystrom import NYSTROM
 from jaxmoe.methods.pruning import PruningMethod
-from jaxmoe.methods.quantising import QuantisingMethod
+from jaxmoe.methods.quantising import QuantisingMethod, QuantisingSettings
 from jaxmoe.methods.reap import REAP
 from jaxmoe.methods.recover import RECOVER, RecoveryMethod
 from jaxmoe.methods.rfid import RFID
@@ -38,18 +39,43 @@ def register(method: AnyMethod) -> AnyMethod:
 
 
 def get(name: str) -> AnyMethod:
-    """Return the method of that name.
+    """Return the method of that name; of a quantising one, the bits may stand behind it, as in `gptq4`.
+
+    Raises:
+        JaxmoeError: there is none, or it has no such bits.
 
     Example:
         >>> get("svd").summary
         'truncated SVD of every expert'
     """
-    if name not in METHODS:
+    found = _named(name)
+    if found is None:
         for entry in entry_points(group="jaxmoe.methods"):
             entry.load()
-    if name not in METHODS:
-        raise JaxmoeError(f"unknown method {name!r}: the methods are {', '.join(sorted(METHODS))}")
-    return METHODS[name]
+        found = _named(name)
+    if found is None:
+        known = [f"{own}, {own}4" if _takes_bits(own) else own for own in sorted(METHODS)]
+        raise JaxmoeError(f"unknown method {name!r}: the methods are {', '.join(known)}")
+    return found
+
+
+def _named(name: str) -> AnyMethod | None:
+    if name in METHODS:
+        return METHODS[name]
+    parts = re.fullmatch(r"(.*\D)([1-9]\d*)", name)
+    if parts is None or not _takes_bits(parts[1]):
+        return None
+    method = METHODS[parts[1]]
+    assert isinstance(method, QuantisingMethod)
+    try:
+        return method.at(int(parts[2]))
+    except JaxmoeError as error:
+        raise JaxmoeError(f"{name}: {error}") from None
+
+
+def _takes_bits(name: str) -> bool:
+    method = METHODS.get(name)
+    return isinstance(method, QuantisingMethod) and method.takes_bits
 
 
 def names(kind: str) -> list[str]:
@@ -84,6 +110,7 @@ __all__ = [
     "Outcome",
     "PruningMethod",
     "QuantisingMethod",
+    "QuantisingSettings",
     "RecoveryMethod",
     "SkippingMethod",
     "Slot",

@@ -56,16 +56,21 @@ def in_half(term):
     return jax.tree.map(half, term)
 
 
-def abstract(terms, settings):
+def widths(settings):
+    return (16,)
+
+
+def abstract(terms, settings, bits):
+    assert bits.tolist() == [16] * terms[0].shape[0]
     return tuple(in_half(term) for term in terms)
 
 
-def fit(terms, settings, *, evidence, key=None) -> Fit:
-    return Fit(tuple(in_half(term) for term in terms))
+def fit(terms, settings, bits, *, evidence, key=None) -> Fit:
+    return Fit(abstract(terms, settings, bits))
 
 
 ROWS = register(Method("rows", "the rows of largest norm", Settings, targets, slot, first_rows, lambda template: 0))
 LAST = register(
     PruningMethod("last", "the last experts", PruningSettings, "experts", last_experts, lambda settings: {})
 )
-HALF = register(QuantisingMethod("half", "float16", Settings, abstract, fit))
+HALF = register(QuantisingMethod("half", "float16", Settings, widths, abstract, fit))
