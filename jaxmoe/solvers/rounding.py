@@ -1,0 +1,385 @@
+"""Rounding to few bits, number by number: scales of groups, codes on them, and the fit of HQQ.
+
+    q = clip(round(w / s + z), 0, 2^b - 1)        w ~ s (q - z)        or, on a codebook t,   w ~ s t[q], t[q] nearest
+
+A scale spans the group's numbers, or less: clipping the largest of them makes all others finer. The search tries 26
+shares of the span and keeps, for each group, that of least squared error, weighted by what the inputs are worth if that
+is known. Scales are rounded to what the file holds before the codes are found, so that the error is that of the file.
+
+Matrices go through in blocks of experts.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from jaxmoe.arrays import AnyArray
+from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.store import Rounded, Store, fixed_table
+
+SHARES = tuple(np.linspace(1.0, 0.5, 26).tolist())
+"""Shares of a group's span that the search tries for its scale."""
+
+BLOCK = 2**23
+"""Numbers that are worked on at once: whole experts, at least one."""
+
+
+class Grid(NamedTuple):
+    """The numbers that codes stand for, where numbers to be rounded lie `[expert, ..., column, row]`.
+
+    Args:
+        scale: broadcast against them; None where a table stands for itself.
+        zero: likewise; None for the middle code, or none.
+        table: `[code, ...]`, ascending, each broadcast against them; None for uniform codes.
+        names: the code of each entry of the table where that is not its place.
+    """
+
+    scale: Array | None
+    zero: Array | None = None
+    table: Array | None = None
+    names: tuple[int, ...] | None = None
+
+    def nearest(self, x: Array, store: Store) -> tuple[Array, Array]:
+        """Return the codes nearest to numbers, uint8, and what these stand for."""
+        if self.table is None:
+            assert self.scale is not None
+            zero = 2.0 ** (store.bits - 1) if self.zero is None else self.zero
+            codes = jnp.clip(jnp.round(x / self.scale + zero), 0, 2**store.bits - 1)
+            return codes.astype(jnp.uint8), self.scale * (codes - zero)
+        level = x if self.scale is None else x / self.scale
+        names = self.names or tuple(range(len(self.table)))
+        value, code = jnp.broadcast_to(self.table[0], x.shape), jnp.full(x.shape, names[0], jnp.uint8)
+        for below, above, name in zip(self.table[:-1], self.table[1:], names[1:]):
+            further = level > (below + above) / 2
+            value, code = jnp.where(further, above, value), jnp.where(further, np.uint8(name), code)
+        return code, value if self.scale is None else value * self.scale
+
+
+def fixed_grid(store: Store, scale: Array | None, zero: Array | None = None) -> Grid:
+    """Return the grid of uniform codes or of a codebook that is not learned, under scales."""
+    if store.table is None:
+        return Grid(scale, zero)
+    levels = np.array(fixed_table(store.table, store.bits), np.float32)
+    # The zero below zero of floats stands for nothing of its own.
+    names = [code for code in np.argsort(levels, kind="stable") if code == 0 or levels[code] != 0 or levels[0] != 0]
+    return Grid(scale, None, jnp.asarray(levels[names]), tuple(map(int, names)))
+
+
+def held(numbers: Array, store: Store) -> Array:
+    """Return positive numbers, or real zeros, as the store's kind of scale holds them; "quantised" as they are.
+
+    Example:
+        >>> held(jnp.array([0.7, 0.5]), Store(bits=4, scale="exponent")).tolist()
+        [1.0, 0.5]
+    """
+    if store.scale == "exponent":
+        mantissa, exponent = jnp.frexp(numbers)
+        return jnp.ldexp(jnp.ones_like(numbers), exponent - (mantissa == 0.5))
+    if store.scale in ("float32", "quantised"):
+        return numbers
+    largest = float(jnp.finfo(store.scale).max)
+    return jnp.clip(numbers, -largest, largest).astype(store.scale).astype(jnp.float32)
+
+
+def fit_scale(
+    numbers: Float[AnyArray, "..."], store: Store, *, share: float | Array = 1.0, axis: int = -1
+) -> tuple[Array, Array | None]:
+    """Return the scale of every group and its zero, None where the store has none.
+
+    Symmetric scales are max |w| over half of the number of steps, so that the lowest code is used (the convention of
+    compressed-tensors), or over the largest entry of a codebook; with zeros, the span over the number of steps, which
+    integer zeros stretch to hold 0. A group of equal numbers is exact wherever its scale can hold their size.
+
+    Args:
+        numbers: those of a group along one axis.
+        store: how they are held; its group does not matter.
+        share: of the span that the codes cover.
+        axis: of the groups' numbers.
+
+    Returns:
+        Both without that axis, in float32, as the file will hold them.
+
+    Example:
+        >>> scale, zero = fit_scale(jnp.array([0.7, -1.0, 0.3, 0.05]), Store(bits=4, scale="float32"))
+        >>> float(scale), int(zero)
+        (0.11333333..., 9)
+    """
+    x = jnp.asarray(numbers, jnp.float32)
+    return _scales(jnp.min(x, axis), jnp.max(x, axis), store, share)
+
+
+def _scales(low: Array, high: Array, store: Store, share: float | Array) -> tuple[Array, Array | None]:
+    steps = 2**store.bits - 1
+    if store.zero == "none":
+        levels = steps / 2 if store.table is None else max(map(abs, fixed_table(store.table, store.bits)))
+        span, bottom = share * jnp.maximum(-low, high), None
+        scale = span / levels
+    elif store.zero == "integer":
+        bottom = share * jnp.minimum(low, 0)
+        scale = (share * jnp.maximum(high, 0) - bottom) / steps
+    else:
+        middle, half = (low + high) / 2, share * (high - low) / 2
+        bottom, scale = middle - half, 2 * half / steps
+    # A group of one number over and over is one step from zero.
+    scale = held(jnp.where(low == high, jnp.abs(low), scale), store)
+    scale = jnp.where(scale > 0, scale, 1.0)
+    if bottom is None:
+        return scale, None
+    zero = -bottom / scale
+    return scale, held(zero, store) if store.zero == "real" else jnp.clip(jnp.round(zero), 0, steps)
+
+
+def round_nearest(
+    weight: Float[AnyArray, "expert out in"],
+    store: Store,
+    *,
+    search: bool = False,
+    importance: Float[AnyArray, "..."] | None = None,
+) -> Rounded:
+    """Round every number to the nearest code of its group.
+
+    Args:
+        weight: the matrices; in blocks of experts, never all of them in float32.
+        store: how they are held; no learned codebook.
+        search: keep, for each group, the share of its span in `SHARES` of least weighted squared error.
+        importance: of an input, `[1|expert, in]`, such as the diagonal of the second moment, or of every number,
+            `[expert, out, in]`; not negative. None: all alike. Only the search looks at it.
+
+    Returns:
+        Codes in uint8, scales and zeros in float32 as the file holds them.
+
+    Raises:
+        JaxmoeError: NaN or infinite weights, groups that do not divide the rows, another shape, or a learned codebook.
+
+    Example:
+        >>> store = Store(bits=2, group=4, scale="float32")
+        >>> found = round_nearest(jnp.array([[[0.2, 0.5, 0.9, 0.4]]]), store)
+        >>> found.codes.tolist(), [round(x, 4) for x in found.values(store).ravel().tolist()]
+        ([[[1, 2, 3, 1]]], [0.3, 0.6, 0.9, 0.3])
+    """
+    check(weight, store)
+    experts, out, in_ = weight.shape
+    if importance is not None and tuple(importance.shape) not in ((1, in_), (experts, in_), (experts, out, in_)):
+        raise JaxmoeError(
+            f"importance {tuple(importance.shape)}: give [1 or {experts}, {in_}] or [{experts}, {out}, {in_}]"
+        )
+    found = []
+    for own in blocks(experts, out * in_):
+        matters = importance if importance is None or len(importance) == 1 else importance[own]
+        found.append(_round(jnp.asarray(weight[own], jnp.float32), _float(matters), store, search))
+    return joined(found)
+
+
+def blocks(experts: int, numbers: int) -> Iterator[slice]:
+    """Yield slices of experts of so many numbers each that fill a block.
+
+    Example:
+        >>> [(own.start, own.stop) for own in blocks(5, 2**22)]
+        [(0, 2), (2, 4), (4, 5)]
+    """
+    size = max(1, BLOCK // numbers)
+    return (slice(start, min(start + size, experts)) for start in range(0, experts, size))
+
+
+def joined(found: list[Rounded]) -> Rounded:
+    """Return what was found of one block of experts after the other as one."""
+    if len(found) == 1:
+        return found[0]
+    return Rounded(*(None if own[0] is None else jnp.concatenate(own) for own in zip(*found)))
+
+
+def check(weight: AnyArray, store: Store, *, learned: bool = False) -> None:
+    """Raise unless matrices can be rounded so; traced ones are not looked into.
+
+    Args:
+        weight: the matrices.
+        store: how they will be held.
+        learned: whether a learned codebook is given beside.
+    """
+    if len(weight.shape) != 3:
+        raise JaxmoeError(f"matrices {tuple(weight.shape)}: give [expert, out, in]")
+    store.groups(weight.shape[2])
+    if store.table in ("row", "matrix") and not learned:
+        raise JaxmoeError(f"a table for each {store.table} has to be learned first: give it")
+    if isinstance(weight, jax.core.Tracer):
+        return
+    for own in blocks(weight.shape[0], weight.shape[1] * weight.shape[2]):
+        if not bool(_finite(weight[own])):
+            raise JaxmoeError(
+                "NaN or infinite weights cannot be rounded: the checkpoint, or what fitted them, is damaged"
+            )
+
+
+@jax.jit
+def _finite(x: Array) -> Array:
+    return jnp.isfinite(x).all()
+
+
+def _float(array: AnyArray | None) -> Array | None:
+    return None if array is None else jnp.asarray(array, jnp.float32)
+
+
+@partial(jax.jit, static_argnames=("store", "search"))
+def _round(weight: Array, importance: Array | None, store: Store, search: bool) -> Rounded:
+    scale, zero = fitted(weight, importance, store, search)
+    experts, out, groups = scale.shape
+    x = weight.reshape(experts, out, groups, -1)
+    codes, _ = fixed_grid(store, scale[..., None], None if zero is None else zero[..., None]).nearest(x, store)
+    return Rounded(codes.reshape(weight.shape), scale, whole(zero, store))
+
+
+def whole(zero: Array | None, store: Store) -> Array | None:
+    """Return zeros as `Rounded` has them: int32 where they are codes."""
+    return zero.astype(jnp.int32) if zero is not None and store.zero == "integer" else zero
+
+
+def fitted(weight: Array, importance: Array | None, store: Store, search: bool) -> tuple[Array, Array | None]:
+    """Return the scales and zeros of matrices, `[expert, out, group]`, as `round_nearest` finds them."""
+    experts, out, in_ = weight.shape
+    groups = store.groups(in_)
+    x = weight.reshape(experts, out, groups, -1)
+    low, high = jnp.min(x, 3), jnp.max(x, 3)
+    if not search:
+        return _scales(low, high, store, 1.0)
+    if importance is None:
+        importance = jnp.ones((1, in_))
+    if importance.ndim == 2:
+        importance = jnp.broadcast_to(importance, (experts, in_))[:, None]
+    matters = importance.reshape(experts, -1, groups, x.shape[3])
+
+    def of_expert(own):
+        x, low, high, matters = own
+        if len(matters) == 1:
+            return lax.map(lambda row: best_share(*row, matters[0], store), (x, low, high), batch_size=ROWS)
+        return lax.map(lambda row: best_share(*row, store), (x, low, high, matters), batch_size=ROWS)
+
+    return _scales(low, high, store, lax.map(of_expert, (x, low, high, matters)))
+
+
+ROWS = 16
+"""Rows that the search works on at once, which a processor's cache holds."""
+
+
+def best_share(x: Array, low: Array, high: Array, importance: Array, store: Store) -> Array:
+    """Return the share in `SHARES` of least weighted squared error for groups `[..., group, number]`."""
+
+    def tried(index, best):
+        least, kept = best
+        share = jnp.asarray(SHARES, jnp.float32)[index]
+        scale, zero = _scales(low, high, store, share)
+        grid = fixed_grid(store, scale[..., None], None if zero is None else zero[..., None])
+        squares = (grid.nearest(x, store)[1] - x) ** 2 * importance
+        # A product with ones: XLA's sum along the last axis takes one number after the other.
+        error = jnp.matmul(squares, ones, precision=lax.Precision.HIGHEST)
+        return jnp.minimum(error, least), jnp.where(error < least, share, kept)
+
+    ones = jnp.ones(x.shape[-1])
+    start = jnp.full_like(low, jnp.inf), jnp.ones_like(low)
+    return lax.fori_loop(0, len(SHARES), tried, start)[1]
+
+
+TURNS = 20
+"""Turns of HQQ's fit, as published."""
+
+
+def hqq(weight: Float[AnyArray, "expert out in"], store: Store, *, released: bool = False) -> Rounded:
+    """Fit the real zero of every group under a norm that forgives outliers; scales stay those of the span (HQQ).
+
+    Each turn of the half-quadratic splitting takes from the rounding errors d what shrinkage leaves of them, and moves
+    the zero to the mean of the rest:
+
+        e = sign(d) max(|d| - |d|^(p-1) / beta, 0)        z = mean(q - (w - e) / s)        p = 0.7, beta = 10 * 1.01^t
+
+    Args:
+        weight: the matrices, in blocks of experts.
+        store: uniform codes with real zeros.
+        released: stop as the released code does: a matrix stops when its mean absolute error rises, with the zeros that
+            this turn gave. Otherwise every group keeps the zero of least squared error among all turns, the first
+            included.
+
+    Returns:
+        Codes in uint8, scales and zeros in float32 as the file holds them.
+
+    Raises:
+        JaxmoeError: NaN or infinite weights, groups that do not divide the rows, or a store without real zeros.
+
+    Source:
+        Badri and Shaji 2023, mobiusml.github.io/hqq_blog, and its code. Published are half-precision zeros; which ones
+        are kept here is the store's affair.
+
+    Example:
+        >>> store = Store(bits=2, group=8, zero="real", scale="float32")
+        >>> weight = jnp.array([[[-1, -0.2, 0.1, 0.15, 0.3, 0.35, 0.9, 2]]])
+        >>> [round(hqq(weight, store, released=own).zero.item(), 5) for own in (False, True)]
+        [0.94208, 0.94576]
+    """
+    if store.zero != "real":
+        raise JaxmoeError(f"HQQ fits real zeros, not zero {store.zero!r}: give zero 'real'")
+    check(weight, store)
+    experts, out, in_ = weight.shape
+    return joined([_hqq(jnp.asarray(weight[own], jnp.float32), store, released) for own in blocks(experts, out * in_)])
+
+
+def shrink(x: Array, strength: float | Array) -> Array:
+    """Return the proximal step of |x|^0.7, as HQQ generalises soft thresholding.
+
+    Example:
+        >>> [round(value, 6) for value in shrink(jnp.array([0.5, -0.3, 0.0]), 10.0).tolist()]
+        [0.376886, -0.156496, 0.0]
+    """
+    size = jnp.abs(x)
+    # The power is infinite at zero, where the step is zero.
+    power = jnp.where(size > 0, size, 1.0) ** -0.3
+    return jnp.sign(x) * jnp.maximum(size - power / strength, 0)
+
+
+@partial(jax.jit, static_argnames=("store", "released"))
+def _hqq(weight: Array, store: Store, released: bool) -> Rounded:
+    experts, out, in_ = weight.shape
+    x = weight.reshape(experts, out, store.groups(in_), -1)
+    scale, start = _scales(jnp.min(x, 3), jnp.max(x, 3), store, 1.0)
+    assert start is not None
+    # The published zeros begin unrounded.
+    start = -jnp.min(x, 3) / scale
+    ones = jnp.full(x.shape[3], 1 / x.shape[3])
+
+    def mean(values):
+        return jnp.matmul(values, ones, precision=lax.Precision.HIGHEST)
+
+    def rounded(zero):
+        return Grid(scale[..., None], zero[..., None]).nearest(x, store)
+
+    def turn(index, state):
+        zero, kept, least, going = state
+        codes, values = rounded(zero)
+        rest = x - shrink(x - values, 10.0 * 1.01**index)
+        moved = mean(codes - rest / scale[..., None])
+        if released:
+            error = jnp.mean(jnp.abs(x - values), (1, 2, 3))
+            return (
+                jnp.where(going[:, None, None], moved, zero),
+                kept,
+                jnp.minimum(error, least),
+                going & (error < least),
+            )
+        return moved, *_better(moved, kept, least), going
+
+    def _better(zero, kept, least):
+        zero = held(zero, store)
+        error = mean((rounded(zero)[1] - x) ** 2)
+        return jnp.where(error < least, zero, kept), jnp.minimum(error, least)
+
+    kept, least = _better(start, start, jnp.full(start.shape, jnp.inf))
+    if released:
+        least = jnp.full(experts, jnp.inf)
+    state = (start, kept, least, jnp.ones(experts, bool))
+    zero, kept, _, _ = lax.fori_loop(0, TURNS, turn, state)
+    zero = held(zero, store) if released else kept
+    codes, _ = rounded(zero)
+    return Rounded(codes.reshape(weight.shape), scale, zero)
