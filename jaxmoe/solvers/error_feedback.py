@@ -25,7 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
@@ -33,6 +33,9 @@ from jaxmoe.factors.store import Rounded, Store
 from jaxmoe.solvers.decompositions import cholesky, solve_lower
 from jaxmoe.solvers.rounding import Grid, blocks, check, fitted, fixed_grid, joined, whole
 from jaxmoe.solvers.second_moment import check_moment
+
+GROUPED = ("scale", "zero", "highest")
+"""What a grid has for each group."""
 
 COLUMNS = 32
 """Columns of a block in which errors go back at once."""
@@ -96,6 +99,7 @@ def error_feedback(
     order: bool = False,
     search: bool = True,
     given: Rounded | None = None,
+    highest: Int[AnyArray, "expert group"] | None = None,
 ) -> Rounded:
     """Round matrices so that the outputs change least; never worse than plain rounding, in any row.
 
@@ -114,6 +118,7 @@ def error_feedback(
         search: of each group's scale, see `round_nearest`.
         given: scales, zeros and table to round on, in either order; its codes do not matter. A learned codebook is
             given this way; its entries ascend.
+        highest: code of each group, where those of the given scales do not have all bits.
 
     Returns:
         Codes in uint8, in the original order of the columns, and scales, zeros and table as the file holds them.
@@ -143,7 +148,8 @@ def error_feedback(
     for own in blocks(experts, in_ * (out if shared else max(out, in_))):
         factor = shared or _factored(moment[own], damping, order)
         start = None if given is None else _of_experts(given, own, experts)
-        found.append(_fed_back(jnp.asarray(weight[own], jnp.float32), store, factor, order, search, start))
+        most = None if highest is None else jnp.asarray(highest[own], jnp.float32)
+        found.append(_fed_back(jnp.asarray(weight[own], jnp.float32), store, factor, order, search, start, most))
     return joined(found)
 
 
@@ -168,10 +174,16 @@ def _of_experts(given: Rounded, own: slice, experts: int) -> Rounded:
 
 
 def _fed_back(
-    weight: Array, store: Store, factor: Factored, order: bool, search: bool, given: Rounded | None
+    weight: Array,
+    store: Store,
+    factor: Factored,
+    order: bool,
+    search: bool,
+    given: Rounded | None,
+    highest: Array | None,
 ) -> Rounded:
     """Round one block of experts."""
-    experts, _, in_ = weight.shape
+    experts, out, in_ = weight.shape
     groups = max(1, store.groups(in_))
     if given is None:
         plain = _scaled(weight, factor.weights, store, search)
@@ -179,6 +191,8 @@ def _fed_back(
         static = order or groups == 1 or store.scale == "quantised"
     else:
         plain, static = _columnwise(given, store, experts), True
+        if highest is not None:
+            plain = plain._replace(highest=jnp.broadcast_to(highest[:, :, None], (*highest.shape, out)))
     columns = jnp.swapaxes(weight, 1, 2)
     if len(factor.order) < experts:
         # One moment for all experts: their rows are rows of one matrix.
@@ -271,9 +285,11 @@ def _swept(
         def at(x):
             return lax.dynamic_slice_in_dim(x, index, 1, 1)
 
-        scale, zero = (None if x is None else at(x) for x in of_columns[:2])
-        x = at(current)
-        code, value = of_columns._replace(scale=scale, zero=zero).nearest(x, store)
+        x, own = (
+            at(current),
+            {name: at(getattr(of_columns, name)) for name in GROUPED if getattr(of_columns, name) is not None},
+        )
+        code, value = of_columns._replace(**own).nearest(x, store)
         rest = at(original) - value
         # The factor is zero before the column, and what it does to the column itself is of no account any more.
         current = current + jnp.swapaxes(at(unit), 1, 2) * rest
@@ -289,10 +305,8 @@ def _swept(
 def _expanded(grid: Grid, groups: Array) -> Grid:
     """Return a grid with the scales and zeros of columns, given the groups `[expert, column]` that they belong to."""
 
-    def of_columns(x):
-        return None if x is None else jnp.take_along_axis(x, groups[:, :, None], 1)
-
-    return grid._replace(scale=of_columns(grid.scale), zero=of_columns(grid.zero))
+    found = {name: getattr(grid, name) for name in GROUPED if getattr(grid, name) is not None}
+    return grid._replace(**{name: jnp.take_along_axis(x, groups[:, :, None], 1) for name, x in found.items()})
 
 
 @partial(jax.jit, static_argnames="store")

@@ -38,19 +38,22 @@ class Grid(NamedTuple):
         zero: likewise; None for the middle code, or none.
         table: `[code, ...]`, ascending, each broadcast against them; None for uniform codes.
         names: the code of each entry of the table where that is not its place.
+        highest: of the codes, broadcast like the scale; None for all of their bits.
     """
 
     scale: Array | None
     zero: Array | None = None
     table: Array | None = None
     names: tuple[int, ...] | None = None
+    highest: Array | None = None
 
     def nearest(self, x: Array, store: Store) -> tuple[Array, Array]:
         """Return the codes nearest to numbers, uint8, and what these stand for."""
         if self.table is None:
             assert self.scale is not None
             zero = 2.0 ** (store.bits - 1) if self.zero is None else self.zero
-            codes = jnp.clip(jnp.round(x / self.scale + zero), 0, 2**store.bits - 1)
+            highest = 2**store.bits - 1 if self.highest is None else self.highest
+            codes = jnp.clip(jnp.round(x / self.scale + zero), 0, highest)
             return codes.astype(jnp.uint8), self.scale * (codes - zero)
         level = x if self.scale is None else x / self.scale
         names = self.names or tuple(range(len(self.table)))
@@ -165,10 +168,7 @@ def round_nearest(
     """
     check(weight, store)
     experts, out, in_ = weight.shape
-    if importance is not None and tuple(importance.shape) not in ((1, in_), (experts, in_), (experts, out, in_)):
-        raise JaxmoeError(
-            f"importance {tuple(importance.shape)}: give [1 or {experts}, {in_}] or [{experts}, {out}, {in_}]"
-        )
+    check_importance(importance, (experts, out, in_))
     found = []
     for own in blocks(experts, out * in_):
         matters = importance if importance is None or len(importance) == 1 else importance[own]
@@ -214,6 +214,15 @@ def check(weight: AnyArray, store: Store, *, learned: bool = False) -> None:
             raise JaxmoeError(
                 "NaN or infinite weights cannot be rounded: the checkpoint, or what fitted them, is damaged"
             )
+
+
+def check_importance(importance: AnyArray | None, shape: tuple[int, int, int]) -> None:
+    """Raise unless the importance of numbers is None, that of inputs, or that of every number of matrices."""
+    experts, out, in_ = shape
+    if importance is not None and tuple(importance.shape) not in ((1, in_), (experts, in_), (experts, out, in_)):
+        raise JaxmoeError(
+            f"importance {tuple(importance.shape)}: give [1 or {experts}, {in_}] or [{experts}, {out}, {in_}]"
+        )
 
 
 @jax.jit
