@@ -19,9 +19,12 @@ from jaxmoe.calibration.inputs import STORED, InputMoment
 from jaxmoe.calibration.record import Record
 from jaxmoe.calibration.statistics import FIELDS, LayerStatistics, kept, merge_arrays
 from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.checkpoint.factored import CompressedCheckpoint
+from jaxmoe.checkpoint.factored_format import layer_index
 from jaxmoe.checkpoint.tensor_file import CODES, TensorEntry, listing, read_header
 from jaxmoe.checkpoint.workspace import fingerprint
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors import LayerShape
 from jaxmoe.model.roles import BLOCK_INPUT
 from jaxmoe.texts import tokenizer_fingerprint
 
@@ -193,7 +196,7 @@ class Statistics:
 
     def check(
         self,
-        checkpoint: Checkpoint | None = None,
+        checkpoint: Checkpoint | CompressedCheckpoint | None = None,
         *,
         layers: Iterable[int] | None = None,
         domains: Iterable[str] | None = None,
@@ -221,12 +224,12 @@ class Statistics:
                     " calibrate again"
                 )
             if layers is None:
-                layers = [layer.index for layer in checkpoint.layers]
+                layers = list(_shapes(checkpoint))
         others = [index for index in self.record.visited if index not in self.record.layers]
         needed = list(self.layers if layers is None else layers)
         chosen = self._chosen(needed, domains)
         if checkpoint is not None:
-            shapes = {layer.index: layer.shape for layer in checkpoint.layers}
+            shapes = _shapes(checkpoint)
             if wrong := [str(i) for i in needed if i in shapes and shapes[i] != self.record.layers[i]]:
                 raise JaxmoeError(f"{self.folder} has other shapes than the model in layers {', '.join(wrong)}")
         problems = []
@@ -264,3 +267,10 @@ class Statistics:
             if name not in entries or (entries[name].dtype, entries[name].shape) != (code, shape):
                 raise JaxmoeError(f"{path} does not hold {name} as {RECORD} says: calibrate again")
         return entries
+
+
+def _shapes(checkpoint: Checkpoint | CompressedCheckpoint) -> dict[int, LayerShape]:
+    """Return the sizes of the layers with routed experts."""
+    if isinstance(checkpoint, CompressedCheckpoint):
+        return {layer_index(module): shape for module, shape in checkpoint.shapes.items()}
+    return {layer.index: layer.shape for layer in checkpoint.layers}

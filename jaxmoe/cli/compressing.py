@@ -119,6 +119,7 @@ def _recipe(ctx: typer.Context, recipe: Path | None) -> dict[str, Any]:
     options = chosen(ctx, recipe)
     if "method" not in options:
         raise typer.BadParameter("give a method such as svd, or --recipe FILE", param_hint="--method")
-    if "ratio" in find(options["method"]).sizes and not {"ratio", "main_experts"} & options.keys():
+    asked = find(options["method"], setting=options.get("setting", "improved"), options=options.get("set")).sizes
+    if "ratio" in asked and not {"ratio", "main_experts"} & options.keys():
         raise typer.BadParameter("give the fraction to remove, such as 0.4", param_hint="--ratio")
     return options

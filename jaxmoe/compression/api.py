@@ -255,4 +255,4 @@ def _texts(source: Source, text: Paths, sequences: int | None, length: int | Non
 
 def _statistics(folder: str | Path, source: Source) -> Statistics:
     """Open the statistics of a checkpoint."""
-    return Statistics.open(Path(folder)).check(Found.of(source).original)
+    return Statistics.open(Path(folder)).check(source)

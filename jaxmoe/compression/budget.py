@@ -50,8 +50,8 @@ class Sizes(NamedTuple):
         >>> after = Totals(Count(100, 400), Count(200, 600), Count(300, 800))
         >>> Sizes(before, after).removed()
         {'touched': 0.5, 'experts': 0.333..., 'model': 0.25}
-        >>> Sizes(before, after).removed("bytes")["model"]
-        0.0
+        >>> Sizes(before, after).removed("bytes")["model"], Sizes(before, after).bits()["experts"]
+        (0.0, 16.0)
     """
 
     before: Totals
@@ -62,10 +62,16 @@ class Sizes(NamedTuple):
         pairs = ((in_unit(before, unit), in_unit(after, unit)) for before, after in zip(self.before, self.after))
         return {scope: (before - after) / before for scope, (before, after) in zip(SCOPES, pairs)}
 
-    def model(self) -> dict[str, dict[str, int]]:
-        """Return parameters and bytes of the whole model, before and after, as plans and reports have them."""
+    def bits(self) -> dict[str, float]:
+        """Return the stored bits for each number that every scope had before."""
+        pairs = zip(SCOPES, self.before, self.after)
+        return {scope: 8 * after.bytes / before.numbers for scope, before, after in pairs}
+
+    def model(self) -> dict[str, Any]:
+        """Return parameters and bytes of the whole model, and bits of all scopes, as plans and reports have them."""
         before, after = self.before.model, self.after.model
         return {
+            "bits_per_weight": self.bits(),
             "parameters": {"before": before.numbers, "after": after.numbers},
             "bytes": {"before": before.bytes, "after": after.bytes},
         }

@@ -30,7 +30,6 @@ from jaxmoe.compression.spending import Spending
 from jaxmoe.compression.step import Asked, Options, Setup, Step, Texts
 from jaxmoe.compression.whole import Whole, whole_sizes
 from jaxmoe.errors import JaxmoeError, StorageError
-from jaxmoe.methods.method import needs_gradients
 from jaxmoe.report.events import Complete, OnEvent, ignore, without_complete
 from jaxmoe.report.records import PlanSummary, Report
 
@@ -47,6 +46,7 @@ def plan(
     options: Options = Options(),  # noqa: B008
     statistics: Sums | None = None,
     weighted: bool = False,
+    measure: bool = True,
 ) -> PlanSummary:
     """Return what a recipe will store, before anything runs.
 
@@ -57,6 +57,7 @@ def plan(
         options: how it is to be carried out; of these the rule of allocation decides sizes.
         statistics: calibrated statistics of the source, for recipes of one pass.
         weighted: whether there will be some.
+        measure: whether what sizes cost may be measured on the checkpoint; without that, sizes alone count.
 
     Raises:
         JaxmoeError: a size is out of reach, or a step does not take what it is given.
@@ -64,8 +65,10 @@ def plan(
     found = Found.of(checkpoint)
     spending = Spending(recipe, asked, found.before())
     summary, works = {}, []
-    for steps in recipe.passes(texts=False):
-        planned = spending.plan(steps, found, options, statistics, weighted=weighted)
+    for number, steps in enumerate(recipe.passes(texts=False)):
+        # What the passes before will write has no values yet.
+        readable = measure and number == 0
+        planned = spending.plan(steps, found, options, statistics, weighted=weighted, measure=readable)
         works.append(steps[0].begin(planned, found, Setup(export=options.export, statistics=statistics)))
         new = works[-1].summary({})
         # A training has sizes, and leaves everything else as it was.
@@ -155,8 +158,7 @@ class _Work:
         calibrates = self.texts is not None and statistics is None and _calibrates(steps)
         if calibrates:
             # An impossible size is refused before hours of calibration, not after.
-            early = self.options._replace(allocation="uniform")
-            self.spending.plan(steps, self.found, early, None, weighted=True)
+            self.spending.plan(steps, self.found, self.options, None, weighted=True, measure=False)
             statistics = self._sequential() if self.options.sequential else self._calibrated_once(steps)
         whole = self._whole(None, []) if len(steps) > 1 else None
         return self._pass(steps, self.found, statistics, self.output, whole, self.on_event)
@@ -232,7 +234,15 @@ class _Work:
         if (done := finished(self.output, identity)) is not None:
             self.on_event(Complete(output=str(self.output)))
             return Report.read(done)
-        plan(self.checkpoint, self.recipe, self.spending.asked, options=self.options, weighted=self.texts is not None)
+        weighted = self.texts is not None
+        plan(
+            self.checkpoint,
+            self.recipe,
+            self.spending.asked,
+            options=self.options,
+            weighted=weighted,
+            measure=False,
+        )
         folder = self.output.with_name(self.output.name + STEPS)
         # Steps of another run must not pass for this one's: their names carry what made them.
         mark = fingerprint(identity)[:8]
@@ -265,14 +275,14 @@ class _Work:
 
     def _gradients(self, steps: Sequence[Step], last: bool) -> str | None:
         """Return whether and how the calibration of a pass keeps the Fisher information."""
-        needed = any(needs_gradients(step.requires) for step in steps)
+        needed = any(step.needs_gradients for step in steps)
         return (self.options.gradients if last else None) or ("sequence" if needed else None)
 
     def _calibrated(self, found: Found, folder: Path, gradients: str | None) -> Statistics:
         assert self.texts is not None
         options = {"tokenizer": self.texts.tokenizer, "gradients": gradients, "on_event": self.on_event}
         options["targets"] = self.options.targets
-        return calibrate_windows(found.model(), self.texts.windows, folder, **options).check(found.original)
+        return calibrate_windows(found.model(), self.texts.windows, folder, **options).check(found.checkpoint)
 
     def _calibrated_once(self, steps: Sequence[Step]) -> Statistics:
         folder = self.output.with_name(f"{self.output.name}.statistics")

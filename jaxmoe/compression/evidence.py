@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from jaxmoe.calibration.inputs import InputMoment
-from jaxmoe.factors import LayerShape
+from jaxmoe.factors import TARGETS, LayerShape
 from jaxmoe.methods.method import Evidence, Outcome
 from jaxmoe.solvers.second_moment import FLOOR, expert_moments, starved
 
@@ -72,6 +72,18 @@ def evidence(layer: LayerSums | None, target: str, weight: Callable[[str], Any],
         weight=weight,
         gated=gated,
     )
+
+
+def fisher_information(layer: LayerSums | None, target: str) -> np.ndarray | None:
+    """Return the squared gradients of a target's matrices, `[expert, out, in]`, None where they were not kept.
+
+    Args:
+        layer: sums of the layer, None without calibration.
+        target: "gate", "up", "gate_up" or "down".
+    """
+    names = [f"fisher_{projection}" for projection in TARGETS[target]]
+    parts = [part for name in names if (part := getattr(layer, name, None)) is not None]
+    return np.concatenate(parts, axis=1) if len(parts) == len(names) else None
 
 
 def moments(layer: LayerSums | None, target: str, *, floor: float = FLOOR) -> np.ndarray | None:

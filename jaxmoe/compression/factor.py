@@ -78,6 +78,7 @@ class Factor(TermStep):
         weighted: bool,
         then: Sequence[Step],
         nearest: bool = False,
+        measure: bool = True,
     ) -> "PlannedFactor":
         """Choose the size of every term, see `make_plan`."""
         assert asked.budget is not None
@@ -87,7 +88,7 @@ class Factor(TermStep):
             self.settings,
             asked.budget,
             weighted=weighted,
-            allocation=options.allocation,
+            allocation=options.allocation if measure else "uniform",
             targets=options.targets,
             statistics=statistics,
             then=then,
@@ -110,6 +111,10 @@ class PlannedFactor:
     def peak_bytes(self) -> int:
         """Predicted peak of memory."""
         return self.plan.peak_bytes
+
+    def facts(self, index: int) -> dict[str, Any]:
+        """Return nothing: what it stores says all."""
+        return {}
 
     def summary(self, sizes: Sizes) -> dict[str, Any]:
         """Return the plan as JSON."""

@@ -132,6 +132,10 @@ class PlannedFewerExperts:
         )
         return before, after
 
+    def facts(self, index: int) -> dict[str, Any]:
+        """Return nothing before it has learned."""
+        return {}
+
     def summary(self, sizes: Sizes) -> dict[str, Any]:
         """Return the plan as JSON."""
         before, after = self.work()

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from jaxmoe.checkpoint import Checkpoint, MoELayer, tensor_file
 from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.factored_format import layer_index
@@ -12,7 +15,7 @@ from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.compression.budget import NOTHING, Totals, disk_counts
 from jaxmoe.compression.evidence import LayerSums
 from jaxmoe.compression.linear_maps import PlannedLinear
-from jaxmoe.factors import TARGETS, CompressedLayer, CompressedLinear, Count, Dense, LayerShape, Term
+from jaxmoe.factors import TARGETS, CompressedLayer, CompressedLinear, Count, Dense, LayerShape, Term, stack
 from jaxmoe.methods.method import Outcome
 from jaxmoe.model.compressed_experts import MainExperts, vector_shapes
 
@@ -144,6 +147,16 @@ class Found:
     def touched(self, index: int) -> frozenset[str]:
         """Return the projections of a layer that the ratio of what is replaced is about: all where none is replaced."""
         return self.replaced[index] if self.replaced else frozenset(self.layers[index].sizes.projections)
+
+
+def matrices(read: Callable[[str], Any], target: str) -> jax.Array:
+    """Return the matrices of a target in float32, `[expert, out, in]`.
+
+    Args:
+        read: returns those of a projection.
+        target: one projection, or several stacked along their outputs.
+    """
+    return stack({name: jnp.asarray(read(name), jnp.float32) for name in TARGETS[target]}, target)
 
 
 def dense_layer(shape: LayerShape, dtype: Any) -> CompressedLayer:

@@ -85,12 +85,13 @@ def linear_evidence(statistics: Sums | None, source: LinearMap) -> tuple[Evidenc
 
 def describe_linear(name: str, linear: CompressedLinear) -> dict[str, Any]:
     """Return what plans and reports say of what is stored of a map, as `plan.describe` does of a projection."""
-    numbers = linear.count().numbers
+    numbers, size = linear.count()
     return {
         "terms": [{"target": name, **term.spec()} for term in linear.terms],
         "ranks": [term.rank for term in linear.terms],
         "parameters": numbers,
         "kept": numbers / linear.sizes.numbers,
+        "bits_per_weight": 8 * size / linear.sizes.numbers,
     }
 
 

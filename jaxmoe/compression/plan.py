@@ -94,23 +94,24 @@ def describe_layers(found: Found) -> list[dict[str, Any]]:
 
 
 def describe(layer: CompressedLayer) -> dict[str, dict[str, Any]]:
-    """Return for each projection its terms, ranks, stored numbers and the kept fraction that these are.
+    """Return for each projection its terms, ranks, stored numbers and bits, and the kept fraction.
 
     A term over gate and up counts half for each. Where the groups of experts of a real term have ranks of their own,
     these stand under `group_ranks`, and their mean under `ranks`.
     """
     projections: dict[str, dict[str, Any]] = {
-        name: {"terms": [], "ranks": [], "parameters": 0} for name in layer.sizes.projections
+        name: {"terms": [], "ranks": [], "parameters": 0, "bits_per_weight": 0.0} for name in layer.sizes.projections
     }
     for target, terms in layer.terms.items():
         covered = TARGETS[target]
         for term in terms:
-            numbers = term.count().numbers
+            numbers, size = term.count()
             for position, name in enumerate(covered):
                 entry = projections[name]
                 entry["terms"].append({"target": target, **term.spec()})
                 entry["ranks"].append(term.rank)
                 entry["parameters"] += numbers // len(covered) + (position < numbers % len(covered))
+                entry["bits_per_weight"] += 8 * size / len(covered) / int(np.prod(layer.sizes.of(name)))
                 if term.known_ranks is not None:
                     entry.setdefault("group_ranks", []).append(list(term.known_ranks))
     for name, entry in projections.items():

@@ -154,9 +154,9 @@ def make_prune_plan(
         else:
             high = middle
     if low == 0:
-        raise JaxmoeError(
-            _out_of_reach(method, step, budget, [plan(keep) for keep in candidates[:1] + candidates[-1:]])
-        )
+        extremes = [plan(keep) for keep in candidates[:1] + candidates[-1:]]
+        sizes = [Sizes(whole, after(own.keep, own.shapes, then)) for own in extremes]
+        raise JaxmoeError(_out_of_reach(method, step, budget, extremes, sizes))
     chosen = plan(candidates[low - 1])
     if nearest and low < len(candidates):
         more = plan(candidates[low])
@@ -270,7 +270,9 @@ def _peak(shape: LayerShape, itemsize: int, unit: str) -> int:
     return 2 * projection * (itemsize + 4) + moments
 
 
-def _out_of_reach(method: PruningMethod, multiple: int, budget: Budget, extremes: list[PrunePlan]) -> str:
+def _out_of_reach(
+    method: PruningMethod, multiple: int, budget: Budget, extremes: list[PrunePlan], sizes: list[Sizes]
+) -> str:
     if not extremes:
         return (
             f"{budget}: {method.name} can remove no {method.unit} from this model, of which it keeps a multiple of"
@@ -278,5 +280,5 @@ def _out_of_reach(method: PruningMethod, multiple: int, budget: Budget, extremes
         )
     return (
         f"{budget} is out of reach for {method.name}, which keeps at least {extremes[0].keep} {method.unit}: it can"
-        f" remove {budget.reach(plan.sizes for plan in extremes)}; choose a ratio in that range, or another method"
+        f" remove {budget.reach(sizes)}; choose a ratio in that range, or another method"
     )

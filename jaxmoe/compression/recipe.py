@@ -1,10 +1,10 @@
 """Recipes: methods one after the other under one budget, such as `reap+mobe`; a single method is a recipe of one step.
 
 What a recipe is to keep is shared in factors: with a kept fraction g of the experts, a step that removes something is
-asked to keep g^(s_i / (s_1 + s_2 + ...)) of what it finds, with shares s_i of one unless others are given. Whole
-experts and channels come in coarse pieces, of which the nearest number is kept; the last step that takes a ratio makes
-up for that and spends what is left of the budget exactly. Steps that change what the next one sees are calibrated in
-between, those that do not share one pass over the layers.
+asked to keep g^(s_i / (s_1 + s_2 + ...)) of what it finds, with shares s_i of one (of four where bits are chosen, which
+cost least) unless others are given. Whole experts and channels come in coarse pieces, of which the nearest number is
+kept; the last step that takes a ratio makes up for that and spends what is left of the budget exactly. Steps that
+change what the next one sees are calibrated in between, those that do not share one pass over the layers.
 """
 
 import inspect
@@ -33,7 +33,6 @@ from jaxmoe.compression.settings import changed, split, step_settings
 from jaxmoe.compression.step import EXPERTS, Asked, Options, Step
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.methods import AnyMethod
-from jaxmoe.methods.method import needs_gradients
 
 KINDS: Mapping[str, type[Step]] = {
     "remove": Prune,
@@ -76,6 +75,12 @@ class Recipe:
         shares = self.shares
         if shares is not None and (len(shares) != len(self.steps) or not all(0 < s < math.inf for s in shares)):
             raise JaxmoeError(f"shares {shares} of {len(self.steps)} steps: give each step a positive number")
+        for before, step in itertools.pairwise(self.steps):
+            if step.takes == "ratio" and before.stores == "factored":
+                raise JaxmoeError(
+                    f"{self.name}: how large {before.name} may be depends on the bits that its numbers get: name them,"
+                    f" as in {self.name.replace(step.name, f'{step.name}4')}"
+                )
 
     @property
     def name(self) -> str:
@@ -112,14 +117,19 @@ class Recipe:
         """The statistics without which some step cannot run, and what the user can do instead."""
         return {name: mend for step in self.steps for name, mend in step.requires.items()}
 
+    @property
+    def unit(self) -> dict[str, str]:
+        """The unit in which sizes are given, as plans and reports have it, where a step knows no other than bytes."""
+        return next(({"unit": step.unit} for step in self.steps if step.unit is not None), {})
+
     def accepts(self, name: str) -> bool:
         """Tell whether some step takes an option, one of `Options.given`."""
         return any(name in step.accepts for step in self.steps)
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether some step needs the Fisher information."""
-        return needs_gradients(self.requires)
+        """Whether some step needs the Fisher information, or chooses much better with it."""
+        return any(step.needs_gradients for step in self.steps)
 
     @property
     def calibration(self) -> str:
@@ -134,7 +144,7 @@ class Recipe:
 
     def share(self, step: Step) -> float:
         """Return the fraction of the whole removal, in factors, that falls to a step that takes a ratio."""
-        pairs = list(zip(self.steps, self.shares or (1.0,) * len(self.steps)))
+        pairs = list(zip(self.steps, self.shares or [own.share for own in self.steps]))
         own = next(share for other, share in pairs if other is step)
         return own / sum(share for other, share in pairs if other.takes == "ratio")
 
@@ -200,15 +210,27 @@ class Recipe:
         if ratio is not None and "ratio" not in self.sizes:
             other = "; it takes --main-experts" if "main_experts" in self.sizes else ""
             sized = ", ".join(sorted(methods.names("factor") + methods.names("remove")))
+            free = ", ".join(name for name in methods.names("quantise") if methods.takes_bits(name))
+            bits = f"; without bits in their names, {free} take one" if free else ""
             raise JaxmoeError(
-                f"--ratio: {self.name} takes no ratio{other}; methods that store fewer numbers are {sized}"
+                f"--ratio: {self.name} takes no ratio{other}; methods that store fewer numbers are {sized}{bits}"
+            )
+        budget = None if ratio is None else Budget(ratio, of, unit)
+        if budget is not None and (own := self.unit.get("unit", unit)) != unit:
+            raise JaxmoeError(
+                f"--unit {unit}: {self.name} holds numbers in fewer bits, of which a ratio of {unit} says nothing; give"
+                f" --unit {own}"
             )
         if main_experts is not None and "main_experts" not in self.sizes:
             skipping = ", ".join(methods.names("skip"))
             raise JaxmoeError(f"--main-experts goes with --method {skipping}: give other methods --ratio")
         if ratio is None and "ratio" in self.sizes:
-            raise JaxmoeError(f"{self.name}: give the fraction to remove, such as --ratio 0.4")
-        return Asked(None if ratio is None else Budget(ratio, of, unit), main_experts)
+            ratio_of = next(step for step in reversed(self.steps) if step.takes == "ratio")
+            mend = (
+                "--ratio 0.4" if ratio_of.unit is None else f"--ratio 0.8 --unit bytes, or bits, as in {ratio_of.name}4"
+            )
+            raise JaxmoeError(f"{self.name}: give the fraction to remove, such as {mend}")
+        return Asked(budget, main_experts)
 
     def check(self, checkpoint: Source, options: Options = Options()) -> None:  # noqa: B008
         """Raise if the recipe cannot be carried out like that on a checkpoint, before anything runs.
@@ -308,7 +330,7 @@ def find(name: str, *, setting: str = "improved", options: Mapping[str, Any] | N
         KINDS[method.kind](method=method, settings=step_settings(method, setting, given))
         for method, given in zip(found, own)
     )
-    parts = tuple(shares.get(step, 1.0) for step in names) if shares else None
+    parts = tuple(shares.get(step.name, step.share) for step in steps) if shares else None
     return Recipe(steps=steps, setting=setting, shares=parts)
 
 

@@ -14,10 +14,9 @@ import numpy as np
 from jaxmoe.allocation import Shares, by_energy, by_loss, by_odds
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.roles import LinearMap
-from jaxmoe.compression.evidence import LayerSums, Sums, moments
+from jaxmoe.compression.evidence import LayerSums, Sums, fisher_information, moments
 from jaxmoe.compression.linear_maps import linear_moment, read_matrix
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors import TARGETS
 from jaxmoe.methods.method import linear_weight
 from jaxmoe.methods.svd import break_even
 from jaxmoe.solvers.weighted_svd import weighted_energies
@@ -105,11 +104,9 @@ def _measure_linear(
 
 def fisher_loss(weight: np.ndarray, sums: LayerSums | None, target: str) -> float | None:
     """Return sum F W^2 over a target's matrices, None where the Fisher information is unknown."""
-    names = [f"fisher_{projection}" for projection in TARGETS[target]]
-    parts = [part for name in names if (part := getattr(sums, name, None)) is not None]
-    if len(parts) < len(names):
+    fisher = fisher_information(sums, target)
+    if fisher is None:
         return None
-    fisher = np.concatenate(parts, axis=1)
     return float(sum(np.vdot(own, matrix.astype(np.float64) ** 2) for own, matrix in zip(fisher, weight)))
 
 

@@ -62,13 +62,20 @@ class Spending:
     def requested(self) -> dict[str, Any]:
         """Return what plans and reports say was requested."""
         budget, main = self.asked
-        sizes = {} if budget is None else budget.as_json()
+        sizes = self.recipe.unit if budget is None else budget.as_json()
         return sizes if main is None else {**sizes, "main_experts": main}
 
     def plan(
-        self, steps: Sequence[Step], found: Found, options: Options, statistics: Sums | None, *, weighted: bool
+        self,
+        steps: Sequence[Step],
+        found: Found,
+        options: Options,
+        statistics: Sums | None,
+        *,
+        weighted: bool,
+        measure: bool = True,
     ) -> list[Any]:
-        """Plan the steps of one pass on what it finds."""
+        """Plan the steps of one pass on what it finds; `measure` is that of `Step.plan`."""
         planned = []
         for step in steps:
             last = not self.sized or step is self.sized[-1]
@@ -82,6 +89,7 @@ class Spending:
                     weighted=weighted,
                     then=after if last else (),
                     nearest=not last,
+                    measure=measure,
                 )
             )
             found = planned[-1].after

@@ -16,6 +16,7 @@ from jaxmoe.compression.evidence import Sums
 from jaxmoe.compression.found import Found, Layer, Source
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import Count, Term
+from jaxmoe.methods.method import needs_gradients
 from jaxmoe.texts import Windows
 
 
@@ -133,6 +134,10 @@ class Planned(Protocol):
         """Predicted peak of memory beyond that of the idle program; None where nothing predicts it."""
         ...
 
+    def facts(self, index: int) -> dict[str, Any]:
+        """Return what plans and reports say of a layer beside what it stores, as JSON."""
+        ...
+
     def summary(self, sizes: Sizes) -> dict[str, Any]:
         """Return the plan as JSON, with the keys that other programs read.
 
@@ -178,6 +183,10 @@ class Step(ABC):
     """Why it takes none, where its calibration is "none"."""
     once: ClassVar[bool] = False
     """Whether one step of its kind is all that makes sense."""
+    share: ClassVar[float] = 1.0
+    """How much of a budget falls to it beside other steps, unless a recipe says otherwise, see `recipe`."""
+    unit: ClassVar[str | None] = None
+    """The only unit in which a ratio says something of what it leaves; None for any."""
     hands_on: ClassVar[bool] = False
     """Whether a step after it may work on its layers in the same pass."""
 
@@ -195,6 +204,11 @@ class Step(ABC):
     def requires(self) -> Mapping[str, str]:
         """The statistics without which it cannot run, and what the user can do instead."""
         return self.method.requires(self.settings)
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether it cannot do without the Fisher information, or not well."""
+        return needs_gradients(self.requires)
 
     @property
     def calibration(self) -> str:
@@ -254,6 +268,7 @@ class Step(ABC):
         weighted: bool,
         then: Sequence["Step"],
         nearest: bool = False,
+        measure: bool = True,
     ) -> Any:
         """Plan the step.
 
@@ -265,6 +280,7 @@ class Step(ABC):
             weighted: whether there will be some.
             then: the steps after it, which decide what its terms take in the end.
             nearest: whether it may remove a little less where that is closer, since a later step makes up for it.
+            measure: whether what sizes cost may be measured on the model's values; without these, sizes alone count.
         """
         ...
 

@@ -143,6 +143,7 @@ class TermPass:
             "stored": layer.count()._asdict(),
             "counts": [count._asdict() for count in layer.counts],
             "projections": self._projections(layer, experts, linears),
+            **self._facts(layer.index),
             **layer.facts,
         }
         written = Written(
@@ -159,6 +160,9 @@ class TermPass:
                 layer.index, own | {k: x for p, s in linears for k, x in p.source.parameters(s).items()}
             )
         return written
+
+    def _facts(self, index: int) -> dict[str, Any]:
+        return {name: value for step in self.planned for name, value in step.facts(index).items()}
 
     def _linears(self, index: int) -> tuple[PlannedLinear, ...]:
         """Return the linear maps of a layer that steps replace."""
@@ -234,7 +238,8 @@ class TermPass:
         for position, step in enumerate(self.planned):
             merged |= step.summary(self._sizes(entries, position))
         peak = {} if self.peak_bytes is None else {"peak_bytes": self.peak_bytes}
-        return {**merged, **peak, "layers": describe_layers(self.planned[-1].after)}
+        layers = [{**own, **self._facts(own["layer"])} for own in describe_layers(self.planned[-1].after)]
+        return {**merged, **peak, "layers": layers}
 
     def steps(self, entries: Mapping[int, Mapping[str, Any]] = {}) -> list[dict[str, Any]]:
         """Return what is reported of each step; time and outcomes are those of the pass, at its last step."""

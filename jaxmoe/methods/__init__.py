@@ -54,7 +54,7 @@ def get(name: str) -> AnyMethod:
             entry.load()
         found = _named(name)
     if found is None:
-        known = [f"{own}, {own}4" if _takes_bits(own) else own for own in sorted(METHODS)]
+        known = [f"{own}, {own}4" if takes_bits(own) else own for own in sorted(METHODS)]
         raise JaxmoeError(f"unknown method {name!r}: the methods are {', '.join(known)}")
     return found
 
@@ -63,7 +63,7 @@ def _named(name: str) -> AnyMethod | None:
     if name in METHODS:
         return METHODS[name]
     parts = re.fullmatch(r"(.*\D)([1-9]\d*)", name)
-    if parts is None or not _takes_bits(parts[1]):
+    if parts is None or not takes_bits(parts[1]):
         return None
     method = METHODS[parts[1]]
     assert isinstance(method, QuantisingMethod)
@@ -73,7 +73,13 @@ def _named(name: str) -> AnyMethod | None:
         raise JaxmoeError(f"{name}: {error}") from None
 
 
-def _takes_bits(name: str) -> bool:
+def takes_bits(name: str) -> bool:
+    """Tell whether bits may stand behind a name.
+
+    Example:
+        >>> takes_bits("svd")
+        False
+    """
     method = METHODS.get(name)
     return isinstance(method, QuantisingMethod) and method.takes_bits
 
@@ -118,4 +124,5 @@ __all__ = [
     "names",
     "of_linear_maps",
     "register",
+    "takes_bits",
 ]

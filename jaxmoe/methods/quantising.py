@@ -16,14 +16,13 @@ import numpy as np
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import Term
-from jaxmoe.methods.method import Fit, check_setting, no_requirements
+from jaxmoe.methods.method import Evidence, Fit, check_setting, no_requirements
 
 BITS = (2, 8)
 """The fewest and the most bits that a name or a setting may give."""
 
-LEVELS = ("expert", "layer", "model")
-"""What may have bits of its own where a budget chooses: the matrices of a target for each expert, for all experts of a
-layer, or all of the model."""
+LEVELS = ("matrix", "expert", "layer", "model")
+"""What may have bits of its own where a budget chooses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +32,8 @@ class QuantisingSettings:
     Args:
         setting: "paper" (as published) or "improved".
         bits: of every number, 2 to 8; None where a budget chooses.
-        bits_per: what has bits of its own where a budget chooses: every "expert" of a target, every "layer" (all
-            experts and targets of it, as vLLM needs it) or the whole "model" (as transformers needs it).
+        bits_per: what has bits of its own where a budget chooses: every "matrix" of an expert, every "expert", every
+            "layer" (all that vLLM can tell apart) or the "model" (all that transformers can).
 
     Example:
         >>> QuantisingSettings(bits=9)
@@ -45,7 +44,7 @@ class QuantisingSettings:
 
     setting: str = "improved"
     bits: int | None = None
-    bits_per: str = "expert"
+    bits_per: str = "matrix"
 
     def __post_init__(self):
         check_setting(self.setting)
@@ -53,6 +52,10 @@ class QuantisingSettings:
             raise JaxmoeError(f"{self.bits} bits: give {BITS[0]} to {BITS[1]}")
         if self.bits_per not in LEVELS:
             raise JaxmoeError(f"bits_per {self.bits_per!r}: give {', '.join(LEVELS)}")
+
+
+def measured(settings: Any, evidence: Evidence, *, position: int) -> None:
+    """Return no rule: measured losses decide who gets how many bits."""
 
 
 def no_working(terms: tuple[Term, ...], settings: Any) -> int:
@@ -76,6 +79,9 @@ class QuantisingMethod(NamedTuple):
         requires: `(settings) -> {statistic: mend}` as for `Method`. A method that requires some is calibrated on what
             it finds, in a pass of its own; behind terms that were fitted on statistics, these serve it too.
         working_bytes: `(terms, settings) -> bytes` that a fit of some abstract terms needs beside their float32 copy.
+        score: `(settings, evidence, *, position) -> [expert] or None`: who gets more bits of a budget, by the method's
+            own rule: how much every expert of a target is worth, the `position` of the layer counted from 0; None where
+            measured losses decide.
         fixed: the bits that the name ends in; None for a bare name.
     """
 
@@ -87,6 +93,7 @@ class QuantisingMethod(NamedTuple):
     fit: Callable[..., Fit]
     requires: Callable[[Any], Mapping[str, str]] = no_requirements
     working_bytes: Callable[[tuple[Term, ...], Any], int] = no_working
+    score: Callable[..., np.ndarray | None] = measured
     fixed: int | None = None
 
     kind = "quantise"

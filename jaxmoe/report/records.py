@@ -98,6 +98,7 @@ class Projection(Record, frozen=True, kw_only=True):
         ranks: of each term.
         parameters: stored numbers; a term over several projections counts for each in equal parts.
         kept: these as a fraction of the original's.
+        bits_per_weight: stored bits for each original number.
         group_ranks: ranks of the groups of experts, for terms whose groups have ranks of their own.
         error: relative Frobenius error, mean over the experts; None where no matrix changes.
         worst_error: that of the worst expert; None for a linear map beside the experts.
@@ -109,6 +110,7 @@ class Projection(Record, frozen=True, kw_only=True):
     ranks: list[int]
     parameters: int
     kept: float
+    bits_per_weight: float | None = None
     group_ranks: list[list[int]] | None = None
     error: float | None = None
     worst_error: float | None = None
@@ -132,6 +134,7 @@ class Layer(Record, frozen=True, kw_only=True):
         seconds: that it took; None in a plan.
         losses: thinned history of the loss of every target that was fitted step by step.
         kept: indices of the experts that stay, for steps that remove some.
+        bits: of every expert's numbers, by target, where a budget chose them.
         error: relative squared error of the experts' sum, for experts that do not run: left out, and with what
             compensates for them.
         steps: that their vectors learned for.
@@ -144,6 +147,7 @@ class Layer(Record, frozen=True, kw_only=True):
     seconds: float | None = None
     losses: dict[str, list[float]] | list[float] | None = None
     kept: list[int] | None = None
+    bits: dict[str, list[int]] | None = None
     error: Improvement | None = None
     steps: int | None = None
     importance: dict[str, Any] | None = None
@@ -191,6 +195,7 @@ class PlanSummary(Record, frozen=True, kw_only=True):
         achieved: removed fraction of "touched", "experts" and "model".
         parameters: of the whole model.
         bytes: of the whole model's tensors.
+        bits_per_weight: stored bits for each original number of "touched", "experts" and "model".
         peak_bytes: predicted peak of memory beyond that of the idle program; None where nothing predicts it.
         layers: what every layer stores.
         allocation: the rule that shared the budget over layers and targets.
@@ -210,6 +215,7 @@ class PlanSummary(Record, frozen=True, kw_only=True):
     bytes: Change
     peak_bytes: int | None
     layers: list[Layer]
+    bits_per_weight: dict[str, float] | None = None
     allocation: str | None = None
     kept: dict[str, int] | None = None
     steps: list[Step] | None = None

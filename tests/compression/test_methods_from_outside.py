@@ -52,12 +52,12 @@ def experts_of(folder):
         ("rows", {"ratio": 0.1}),
         ("last", {"ratio": 0.25}),
         ("half", {}),
-        ("svd+half", {"ratio": 0.4}),
+        ("svd+half", {"ratio": 0.7, "unit": "bytes", "of": "touched"}),
         ("svd+half", {"ratio": 0.7, "unit": "bytes"}),
         ("svd+half", {"ratio": 0.4, "unit": "bytes", "of": "model"}),
         ("svd+half", {"ratio": 0.6, "unit": "bytes", "of": "model", "targets": "experts,attention"}),
         ("last+half", {"ratio": 0.5, "unit": "bytes"}),
-        ("last+svd+half+compressed_experts", {"ratio": 0.5, "main_experts": 1}),
+        ("last+svd+half+compressed_experts", {"ratio": 0.75, "unit": "bytes", "main_experts": 1}),
         ("svd+compressed_experts", {"ratio": 0.5, "unit": "bytes", "main_experts": 1}),
     ],
 )
@@ -91,8 +91,8 @@ def test_a_budget_in_bytes_is_spent_exactly_behind_the_last_step(source):
 
 def test_quantising_joins_the_pass_of_what_it_quantises(source, tmp_path):
     seen = []
-    jaxmoe.compress(source, tmp_path / "plain", "svd", ratio=0.4)
-    jaxmoe.compress(source, tmp_path / "both", "svd+half", ratio=0.4, on_event=seen.append)
+    jaxmoe.compress(source, tmp_path / "plain", "svd", ratio=0.4, unit="bytes")
+    jaxmoe.compress(source, tmp_path / "both", "svd+half", ratio=0.7, unit="bytes", on_event=seen.append)
     assert [event.layer for event in seen if isinstance(event, LayerDone)] == [0, 1]
     for plain, half in zip(experts_of(tmp_path / "plain"), experts_of(tmp_path / "both"), strict=True):
         for name, array in plain.tensors().items():
@@ -102,8 +102,8 @@ def test_quantising_joins_the_pass_of_what_it_quantises(source, tmp_path):
 
 
 def test_a_factored_checkpoint_is_quantised_as_it_is(source, tmp_path):
-    jaxmoe.compress(source, tmp_path / "both", "svd+half", ratio=0.4)
-    jaxmoe.compress(source, tmp_path / "plain", "svd", ratio=0.4)
+    jaxmoe.compress(source, tmp_path / "both", "svd+half", ratio=0.7, unit="bytes")
+    jaxmoe.compress(source, tmp_path / "plain", "svd", ratio=0.4, unit="bytes")
     jaxmoe.compress(tmp_path / "plain", tmp_path / "later", "half")
     once, twice = (sorted(read_tensors(tmp_path / name)) for name in ("both", "later"))
     assert once == twice
@@ -113,10 +113,10 @@ def test_a_factored_checkpoint_is_quantised_as_it_is(source, tmp_path):
 
 
 def test_layers_of_several_runs_make_one_checkpoint(source, tmp_path):
-    whole = jaxmoe.compress(source, tmp_path / "whole", "svd+half", ratio=0.4)
-    first = jaxmoe.compress(source, tmp_path / "parts", "svd+half", ratio=0.4, layers=(0, 1))
+    whole = jaxmoe.compress(source, tmp_path / "whole", "svd+half", ratio=0.7, unit="bytes")
+    first = jaxmoe.compress(source, tmp_path / "parts", "svd+half", ratio=0.7, unit="bytes", layers=(0, 1))
     assert (first.complete, first.missing_layers) == (False, [1])
-    rest = jaxmoe.compress(source, tmp_path / "parts", "svd+half", ratio=0.4, layers=(1, 2))
+    rest = jaxmoe.compress(source, tmp_path / "parts", "svd+half", ratio=0.7, unit="bytes", layers=(1, 2))
     assert rest.complete
     assert rest.achieved == whole.achieved
     assert [step.method for step in rest.steps] == ["svd", "half"]
@@ -141,7 +141,9 @@ def test_sizes_that_no_step_takes(source):
     with pytest.raises(JaxmoeError, match=r"--ratio: half takes no ratio; methods that store fewer numbers are .*rows"):
         jaxmoe.plan(source, "half", ratio=0.5)
     with pytest.raises(JaxmoeError, match=r"--main-experts goes with --method compressed_experts"):
-        jaxmoe.plan(source, "svd+half", ratio=0.5, main_experts=1)
+        jaxmoe.plan(source, "svd+half", ratio=0.5, unit="bytes", main_experts=1)
+    with pytest.raises(JaxmoeError, match=r"--unit parameters: svd\+half holds .* give --unit bytes"):
+        jaxmoe.plan(source, "svd+half", ratio=0.5)
     with pytest.raises(JaxmoeError, match=r"give the fraction to remove"):
         jaxmoe.plan(source, "svd+half")
     with pytest.raises(JaxmoeError, match=r"unit 'bits': give parameters or bytes"):
@@ -150,7 +152,7 @@ def test_sizes_that_no_step_takes(source):
 
 def test_by_name_on_the_command_line(source, tmp_path):
     forget()
-    done = call("--import", FILE, "plan", source, "-m", "last+half", "-r", 0.25, "--json")
+    done = call("--import", FILE, "plan", source, "-m", "last+half", "-r", 0.6, "--unit", "bytes", "--json")
     assert done.returncode == 0, done.stderr
     assert [step["method"] for step in json.loads(done.stdout)["steps"]] == ["last", "half"]
     done = call("compress", source, tmp_path / "small", "-m", "rows", "-r", 0.1, "--json")
@@ -159,7 +161,7 @@ def test_by_name_on_the_command_line(source, tmp_path):
 
 
 def test_beside_all_others_in_a_comparison(tmp_path):
-    words = ("--ratios", 0.25, "--text", demo_texts()[0], "--windows", 1, "--length", 32)
+    words = ("--ratios", 0.25, "--unit", "bytes", "--text", demo_texts()[0], "--windows", 1, "--length", 32)
     done = call("compare", demo_checkpoint(), tmp_path / "report", "--methods", "rows,last,svd+half", *words, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
