@@ -1,8 +1,8 @@
 """Which of a decoder's arrays are trained: parameters split by name, and put together again.
 
 Every array has a name, such as `layers.3.router.weight` or `layers.3.experts.terms.down.0.left`. What is trained is
-kept in float32, whatever the model computes in; everything else stays as it is stored. Whole numbers (ranks, places,
-orders) are never trained, nor are biases that only choose experts: no gradient reaches them.
+kept in float32, whatever the model computes in; everything else stays as it is stored. Whole numbers (codes, ranks,
+places, orders) are never trained, nor are biases that only choose experts: no gradient reaches them.
 """
 
 import re
@@ -18,12 +18,14 @@ from jaxmoe.errors import JaxmoeError
 SETS: Mapping[str, str] = {
     "router": r"layers\.\d+\.router\.",
     "factors": r"layers\.\d+\.(experts|\w+\.\w+\.weight)\.terms\.",
+    "scales": r"layers\.\d+\.(experts|\w+\.\w+\.weight)\.terms\..*\.(scale|zero|table)$",
     "norms": r"(layers\.\d+\.)?(attention\.)?\w*norm(_after)?\.",
     "expert_vectors": r"layers\.\d+\.auxiliary\.",
     "all": "",
 }
 """What can be trained by name, as regular expressions of the names' beginnings: routers, the routed experts as they are
-stored and the factors of other maps, normalisations, the vectors of compressed experts, everything."""
+stored and the factors of other maps; of these only the scales, real zeros and codebooks of what is held in few bits;
+normalisations, the vectors of compressed experts, everything."""
 
 _EARLIER = {"theta": "expert_vectors"}
 """Names of sets in earlier versions, which are still understood."""
@@ -41,6 +43,16 @@ def names(parameters: Any) -> list[str]:
     """
     paths = jax.tree_util.tree_flatten_with_path(parameters)[0]
     return [".".join(_key(part) for part in path) for path, _ in paths]
+
+
+def is_scale(name: str) -> bool:
+    """Tell whether an array holds scales, zeros or codebooks of numbers in few bits, by its name.
+
+    Example:
+        >>> is_scale("layers.0.experts.terms.up.0.weight.scale"), is_scale("layers.0.router.scale")
+        (True, False)
+    """
+    return re.match(SETS["scales"], name) is not None
 
 
 def _key(part: Any) -> str:

@@ -4,6 +4,9 @@ The optimiser is AdamW (arXiv 1711.05101) behind a bound of the gradient's norm,
 along a cosine, or held and taken down at the end (warm-up, stable, decay: arXiv 2404.06395). A state is a pytree of
 arrays: what is trained, the optimiser's memory, the number of steps done and the random key from which the order of the
 data follows; with it, training resumes anywhere as if it had never stopped.
+
+Scales, zeros and codebooks of numbers in few bits take steps in units of their own size (the relative steps of
+Adafactor, arXiv 1804.04235): they are as small as the weights that they span, and one rate has to do for all.
 """
 
 from collections.abc import Mapping
@@ -19,7 +22,7 @@ from jaxtyping import Array, Float
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.recovery.losses import Batch, Side, batch_losses, check_weights, count_learned
-from jaxmoe.recovery.trainable import merge
+from jaxmoe.recovery.trainable import is_scale, merge
 
 SCHEDULES = ("cosine", "stable")
 DTYPES = ("float32", "bfloat16")
@@ -119,15 +122,30 @@ def learning_rate(training: Training) -> optax.Schedule:
 
 
 def optimizer(training: Training) -> optax.GradientTransformation:
-    """Return AdamW with the bound and the schedule of a training."""
+    """Return AdamW with the bound and the schedule of a training, for arrays by name."""
 
     def matrices(trained):
-        return jax.tree.map(lambda x: x.ndim > 1, trained)
+        return {name: x.ndim > 1 and not is_scale(name) for name, x in trained.items()}
 
     return optax.chain(
         optax.clip_by_global_norm(training.clip),
         optax.adamw(learning_rate(training), b2=0.99, weight_decay=training.weight_decay, mask=matrices),
+        optax.stateless(_in_own_units),
     )
+
+
+def _in_own_units(updates: dict[str, Array], trained: dict[str, Array]) -> dict[str, Array]:
+    """Return the updates, those of scales, zeros and codebooks times the size of their rows."""
+
+    def own(name: str, update: Array) -> Array:
+        if not is_scale(name):
+            return update
+        array = trained[name]
+        update = update * jnp.sqrt(jnp.mean(jnp.square(array), -1, keepdims=True))
+        # At most halved in a step, a scale stays above zero.
+        return jnp.maximum(update, -array / 2) if name.endswith(".scale") else update
+
+    return {name: own(name, update) for name, update in updates.items()}
 
 
 def begin(trained: dict[str, Array], training: Training, seed: int = 0) -> State:
