@@ -218,7 +218,10 @@ def test_a_run_goes_on_with_the_date_of_its_beginning(tmp_path, monkeypatch):
         (("--steps", 0, "--text", "TEXT"), "steps 0: give at least 1"),
         ((), "no text: give at least one text file"),
         (("--text", "TEXT", "--train", "expert_vectors"), "the model has none; it has"),
-        (("--text", "TEXT", "--train", "everything"), "give some of router, factors, norms, expert_vectors, all"),
+        (
+            ("--text", "TEXT", "--train", "everything"),
+            "give some of router, factors, scales, norms, expert_vectors, all",
+        ),
         (("--text", "TEXT", "--loss", "distillation"), "the loss distillation needs a teacher"),
         (("--text", "TEXT", "--loss", "next_token=x"), "'x' is no number"),
         (("--text", "TEXT", "--loss", "guess"), "give some of next_token"),

@@ -47,6 +47,30 @@ def test_updates_are_those_of_pytorch():
         np.testing.assert_allclose(ours[name], parameter.detach().numpy(), rtol=2e-5, atol=2e-6)
 
 
+def test_scales_take_steps_in_units_of_their_rows():
+    training = Training(steps=20, learning_rate=0.01, weight_decay=0.1, clip=1e6, warmup=0.0)
+    names = [f"layers.0.experts.terms.up.0.weight.{field}" for field in ("scale", "zero", "table")]
+    small = np.array([[0.001, 0.003], [0.2, 0.4]], np.float32)
+    trained = {name: jnp.asarray(small) for name in names} | {"layers.0.router.weight": jnp.asarray(small)}
+    rule = optimizer(training)
+    gradient = {name: jnp.ones_like(x) for name, x in trained.items()}
+    updates, _ = rule.update(gradient, rule.init(trained), trained)
+    size = np.sqrt(np.mean(small**2, axis=1, keepdims=True))
+    for name in names:
+        # The first update of Adam is the rate; nothing decays.
+        np.testing.assert_allclose(updates[name], -0.01 * np.broadcast_to(size, small.shape), rtol=1e-4)
+    np.testing.assert_allclose(updates["layers.0.router.weight"], -0.01 * (1 + 0.1 * small), rtol=1e-4)
+
+
+def test_a_scale_stays_above_zero():
+    rule = optimizer(Training(learning_rate=10.0, warmup=0.0))
+    name = "layers.0.experts.terms.up.0.weight.scale"
+    trained = {name: jnp.array([[0.5, 1.0]])}
+    updates, _ = rule.update({name: jnp.array([[1.0, -1.0]])}, rule.init(trained), trained)
+    assert float(updates[name][0, 0]) == -0.25
+    assert float(updates[name][0, 1]) > 1
+
+
 def test_a_stable_rate_is_held_and_taken_down_in_the_last_fifth():
     rate = learning_rate(Training(steps=100, learning_rate=2.0, schedule="stable", warmup=0.1))
     values = [float(rate(step)) for step in range(101)]
