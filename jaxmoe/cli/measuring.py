@@ -112,7 +112,7 @@ def evaluate(
             ignore_config_keys=names(ignore_config_keys),
             on_event=on_event,
         )
-    emit(result, as_json, *evaluation_tables(result.as_json()))
+    emit(result, as_json, *evaluation_tables(result))
 
 
 @command

@@ -68,9 +68,10 @@ class Sizes(NamedTuple):
         return {scope: 8 * after.bytes / before.numbers for scope, before, after in pairs}
 
     def model(self) -> dict[str, Any]:
-        """Return parameters and bytes of the whole model, and bits of all scopes, as plans and reports have them."""
+        """Return parameters and bytes of the whole model, and what all scopes lose, as plans and reports have them."""
         before, after = self.before.model, self.after.model
         return {
+            "removed": {unit: self.removed(unit) for unit in UNITS},
             "bits_per_weight": self.bits(),
             "parameters": {"before": before.numbers, "after": after.numbers},
             "bytes": {"before": before.bytes, "after": after.bytes},

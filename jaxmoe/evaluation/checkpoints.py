@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
@@ -11,7 +12,7 @@ from jaxmoe.errors import JaxmoeError, StorageError
 from jaxmoe.evaluation.evaluate import evaluate_windows
 from jaxmoe.evaluation.generation import IN_MEMORY
 from jaxmoe.evaluation.probe import probe
-from jaxmoe.evaluation.records import Evaluation
+from jaxmoe.report.evaluation_records import Evaluation
 from jaxmoe.report.events import OnEvent, ignore
 from jaxmoe.texts import Paths, Tokenizer, check_same, paths, text_windows, window_length
 

@@ -5,17 +5,17 @@ float64.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from msgspec.structs import replace
 from numpy.typing import ArrayLike
 
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.evaluation.clock import Clock
-from jaxmoe.evaluation.records import Evaluation, TextEvaluation
 from jaxmoe.evaluation.windows import Walked, compare_windows, score_windows, walk
+from jaxmoe.report.evaluation_records import Evaluation, Percentiles, TextEvaluation
 from jaxmoe.report.events import OnEvent, ignore
 from jaxmoe.texts import Windows
 
@@ -75,10 +75,22 @@ def evaluate_windows(
         clock.seconds + both.seconds / 2,
         # Rounding can make the divergence of equal models negative, which no divergence is.
         kl=[max(0.0, mean) for mean in _means(texts, divergence)],
+        kl_percentiles=[percentiles(part) for part in _split(texts, divergence)],
         top1_agreement=_means(texts, scores.top == of_original.top),
         against=_evaluation(texts, of_original.nats, other.seconds + both.seconds / 2),
     )
-    return replace(result, ignored=model.ignored)
+    return replace(result, kl_percentiles=percentiles(np.asarray(divergence)), ignored=model.ignored)
+
+
+def percentiles(divergence: np.ndarray) -> Percentiles:
+    """Return the median, 99 % and 99.9 % of a divergence over all tokens.
+
+    Example:
+        >>> percentiles(np.linspace(0.0, 1.0, 1001))
+        Percentiles(median=0.5, p99=0.99, p999=0.999)
+    """
+    median, p99, p999 = np.maximum(np.percentile(divergence.astype(np.float64), (50, 99, 99.9)), 0).tolist()
+    return Percentiles(median=median, p99=p99, p999=p999)
 
 
 def _evaluation(
@@ -99,6 +111,9 @@ def _evaluation(
 
 
 def _means(texts: Sequence[Windows], values: ArrayLike) -> list[float]:
-    """Return each text's mean over its windows, which follow each other."""
-    ends = np.cumsum([len(text.ids) for text in texts])[:-1]
-    return [float(np.mean(part, dtype=np.float64)) for part in np.split(np.asarray(values), ends)]
+    return [float(np.mean(part, dtype=np.float64)) for part in _split(texts, values)]
+
+
+def _split(texts: Sequence[Windows], values: ArrayLike) -> list[np.ndarray]:
+    """Return each text's values: those of its windows, which follow each other."""
+    return np.split(np.asarray(values), np.cumsum([len(text.ids) for text in texts])[:-1])

@@ -6,8 +6,8 @@ import numpy as np
 
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.evaluation.generation import continuations
-from jaxmoe.evaluation.records import Continuation
 from jaxmoe.evaluation.repetition import degenerate, period, repetition
+from jaxmoe.report.evaluation_records import Continuation
 from jaxmoe.texts import Tokenizer, Windows
 
 PROMPT = 32

@@ -192,7 +192,8 @@ class PlanSummary(Record, frozen=True, kw_only=True):
         method: the recipe's name.
         settings: its settings, by step where there are several.
         requested: the size that was asked for.
-        achieved: removed fraction of "touched", "experts" and "model".
+        achieved: removed fraction of "touched", "experts" and "model", in the unit that was asked for.
+        removed: the same in both units, by unit; None in reports of earlier versions.
         parameters: of the whole model.
         bytes: of the whole model's tensors.
         bits_per_weight: stored bits for each original number of "touched", "experts" and "model".
@@ -215,6 +216,7 @@ class PlanSummary(Record, frozen=True, kw_only=True):
     bytes: Change
     peak_bytes: int | None
     layers: list[Layer]
+    removed: dict[str, dict[str, float]] | None = None
     bits_per_weight: dict[str, float] | None = None
     allocation: str | None = None
     kept: dict[str, int] | None = None

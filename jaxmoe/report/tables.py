@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from jaxmoe.report.evaluation_records import Evaluation, TextEvaluation
 from jaxmoe.report.events import span
 from jaxmoe.report.records import Layer, PlanSummary, Projection, Report, Step
 
@@ -109,15 +110,23 @@ def steps_table(steps: Iterable[Step]) -> Table:
 
 
 def size_tables(record: PlanSummary) -> list[Table]:
-    """Return the tables of sizes and ratios of a plan or a report."""
+    """Return the tables of sizes and ratios of a plan or a report, in numbers, in bytes and in bits per weight."""
     requested = record.requested
+    # Reports of earlier versions say it in one unit, and say nothing of bits.
+    removed, bits = record.removed or {requested.unit: record.achieved}, record.bits_per_weight
     rows = [
-        (scope, f"{requested.ratio:.4f}" if requested.of == scope else "", f"{removed:.4f}")
-        for scope, removed in record.achieved.items()
+        (
+            scope,
+            f"{requested.ratio:.4f}" if requested.of == scope else "",
+            *(f"{own[scope]:.4f}" for own in removed.values()),
+            *(() if bits is None else (f"{bits[scope]:.3f}",)),
+        )
+        for scope in record.achieved
     ]
-    removed = "removed of" if requested.unit == "parameters" else f"removed {requested.unit} of"
+    asked = "requested" if requested.ratio is None else f"requested, {requested.unit}"
+    columns = ("removed of", asked, *removed, *(() if bits is None else ("bits per weight",)))
     sizes = [(name.replace("_", " "), f"{own.before:,}", f"{own.after:,}") for name, own in record.changes().items()]
-    return [table((removed, "requested", "achieved"), rows), table(("model", "before", "after"), sizes)]
+    return [table(columns, rows), table(("model", "before", "after"), sizes)]
 
 
 def error_table(layers: Sequence[Layer]) -> Table:
@@ -181,52 +190,62 @@ def calibration_table(record: Mapping[str, Any]) -> Table:
     return table(("layer", "experts", "busiest expert's share", "starved", "never routed"), rows, title=title)
 
 
-def evaluation_tables(record: Mapping[str, Any]) -> list[Any]:
-    """Return what `evaluate` prints: the loss on every text, greedy continuations, and speed."""
-    before = record.get("against")
-
-    def row(name, tokens, own, other):
-        yield name
-        yield f"{tokens:,}" if tokens else ""
-        yield f"{own['nats_per_token']:.4f}" if "nats_per_token" in own else ""
-        yield f"{own.get('perplexity', own.get('geometric_mean_perplexity')):.3f}"
-        if before is not None:
-            yield f"{other.get('perplexity', other.get('geometric_mean_perplexity')):.3f}"
-            yield f"{own['kl']:.5f}"
-            yield f"{own['top1_agreement']:.2%}"
-
-    others = before["texts"] if before is not None else record["texts"]
-    rows = [row(own["name"], own["tokens"], own, other) for own, other in zip(record["texts"], others, strict=True)]
-    rows.append(row("geometric mean", None, record, before or record))
-    columns = ["text", "tokens", "nats per token", "perplexity"]
-    columns += ["original's", "KL from it", "same top token"] if before is not None else []
-    worst = record["worst"]
-    left_out = sum(text["left_out"] for text in record["texts"])
+def evaluation_tables(record: Evaluation) -> list[Any]:
+    """Return what `evaluate` prints: the loss on every text, distance from the original, continuations, and speed."""
+    before = record.against
+    columns, last = ["text", "tokens", "nats per token", "perplexity"], ["geometric mean", "", ""]
+    rows = [[own.name, f"{own.tokens:,}", f"{own.nats_per_token:.4f}", f"{own.perplexity:.3f}"] for own in record.texts]
+    rows.append([*last, f"{record.geometric_mean_perplexity:.3f}"])
+    if before is not None:
+        columns.append("original's")
+        perplexities = [*(text.perplexity for text in before.texts), before.geometric_mean_perplexity]
+        rows = [[*row, f"{perplexity:.3f}"] for row, perplexity in zip(rows, perplexities, strict=True)]
+    left_out = sum(text.left_out for text in record.texts)
     facts = Text(
-        f"worst text: {worst['name']} ({worst['perplexity']:.3f}); windows of {record['length']} tokens, {left_out:,}"
-        f" tokens at the ends of the texts left out; {record['tokens_per_second']:,.0f} tokens per second"
+        f"worst text: {record.worst.name} ({record.worst.perplexity:.3f}); windows of {record.length} tokens,"
+        f" {left_out:,} tokens at the ends of the texts left out; {record.tokens_per_second:,.0f} tokens per second"
     )
-    continued = [text for text in record["texts"] if "generation" in text]
-    return [table(columns, rows), facts, *([generation_lines(continued)] if continued else [])]
+    distance = [distance_table(record)] if record.kl is not None else []
+    continued = any(text.generation is not None for text in record.texts)
+    return [table(columns, rows), *distance, facts, *([generation_lines(record.texts)] if continued else [])]
 
 
-def generation_lines(texts: Iterable[Mapping[str, Any]]) -> Text:
-    """Return the greedy continuation of each text, and how much it repeats itself.
+def distance_table(record: Evaluation) -> Table:
+    """Return the divergence from the original on every text and on all tokens: mean, percentiles, agreement."""
+
+    def row(name: str, own: TextEvaluation | Evaluation) -> tuple[str, ...]:
+        spread = own.kl_percentiles
+        points = () if spread is None else (spread.median, spread.p99, spread.p999)
+        shown = ["" if x is None else f"{x:.5f}" for x in (own.kl, *points)]
+        return name, *shown, f"{own.top1_agreement or 0:.2%}"
+
+    rows = [*(row(text.name, text) for text in record.texts), row("all tokens", record)]
+    columns = ("text", "mean", "median", "99 %", "99.9 %", "same top token")
+    return table(columns, rows, title="KL divergence from the original, nats per token")
+
+
+def generation_lines(texts: Iterable[TextEvaluation]) -> Text:
+    """Return the greedy continuation of each text that has one, and how much it repeats itself.
 
     Example:
-        >>> own = {"prompt": "Once upon", "continuation": " a time", "repetition": 0, "repetition_of_text": 0}
-        >>> print(generation_lines([{"name": "tales", "generation": {**own, "period": None, "degenerate": False}}]))
+        >>> from jaxmoe.report.evaluation_records import Continuation
+        >>> own = {"prompt": "Once upon", "continuation": " a time", "repetition": 0.0, "repetition_of_text": 0.0}
+        >>> tale = Continuation(**own, period=None, degenerate=False)
+        >>> loss = {"tokens": 1, "left_out": 0, "nats_per_token": 1.0}
+        >>> print(generation_lines([TextEvaluation(name="tales", **loss, generation=tale)]))
         Greedy continuations; how much of them repeats itself (4-grams), and how much of the text:
         tales, 0% (0%): "...Once upon" -> " a time"
     """
     lines = ["Greedy continuations; how much of them repeats itself (4-grams), and how much of the text:"]
     for text in texts:
-        own = text["generation"]
-        prompt, continuation = (json.dumps(x, ensure_ascii=False) for x in (own["prompt"][-24:], own["continuation"]))
-        loops = f", period {own['period']}" if own["period"] else ""
-        flag = f", DEGENERATE{loops}" if own["degenerate"] else loops
-        share = f"{own['repetition']:.0%} ({own['repetition_of_text']:.0%})"
-        lines.append(f'{text["name"]}, {share}{flag}: "...{prompt[1:]} -> {continuation}')
+        own = text.generation
+        if own is None:
+            continue
+        prompt, continuation = (json.dumps(x, ensure_ascii=False) for x in (own.prompt[-24:], own.continuation))
+        loops = f", period {own.period}" if own.period else ""
+        flag = f", DEGENERATE{loops}" if own.degenerate else loops
+        share = f"{own.repetition:.0%} ({own.repetition_of_text:.0%})"
+        lines.append(f'{text.name}, {share}{flag}: "...{prompt[1:]} -> {continuation}')
     return Text("\n".join(lines))
 
 

@@ -2,12 +2,12 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import plain_checkpoint
 import pytest
+from msgspec.structs import replace
 from program import call
 
 from jaxmoe.checkpoint.stored_model import StoredModel
@@ -97,12 +97,18 @@ def test_divergence_as_from_the_logits_of_torch(compressed):
         with torch.no_grad():
             logits = [model(input_ids=torch.from_numpy(text.ids.astype("int64"))).logits[:, :-1] for text in texts]
         logs.append([torch.log_softmax(part.double(), -1).numpy() for part in logits])
-    for text, q, p in zip(found.texts, *logs, strict=True):
-        assert text.kl == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-4)
+    divergences = [(np.exp(p) * (p - q)).sum(-1) for q, p in zip(*logs, strict=True)]
+    for text, divergence in zip((*found.texts, found), (*divergences, np.concatenate(divergences)), strict=True):
+        spread = text.kl_percentiles
+        expected = np.percentile(divergence, (50, 99, 99.9))
+        assert (spread.median, spread.p99, spread.p999) == pytest.approx(tuple(expected), rel=1e-3)
+    for text, q, p, divergence in zip(found.texts, *logs, divergences, strict=True):
+        assert text.kl == pytest.approx(divergence.mean(), rel=1e-4)
         assert text.top1_agreement == pytest.approx((p.argmax(-1) == q.argmax(-1)).mean(), abs=0.005)
     assert found.kl == pytest.approx(np.mean([text.kl for text in found.texts]))
     assert found.kl > 0.01, "a divergence that is nothing tests nothing"
     assert found.as_json()["kl"] == found.kl
+    assert type(found).read(json.loads(json.dumps(found.as_json()))) == found
 
 
 def test_batches_do_not_matter(monkeypatch):

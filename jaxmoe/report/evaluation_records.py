@@ -1,12 +1,14 @@
-"""What an evaluation says: mean loss per text, and what follows from it."""
+"""What an evaluation says, as typed records: mean loss per text, distance from the original, and what follows."""
 
 import math
-from dataclasses import asdict, dataclass
 from typing import Any
 
+import msgspec
 
-@dataclass(frozen=True, kw_only=True)
-class Continuation:
+from jaxmoe.report.records import Record
+
+
+class Continuation(Record, frozen=True, kw_only=True):
     """The greedy continuation of the beginning of a window: the likeliest token each time.
 
     Args:
@@ -14,7 +16,7 @@ class Continuation:
         continuation: what the model made of it.
         repetition: share of its n-grams that have occurred in it before, in [0, 1].
         repetition_of_text: the same of what really follows in the text.
-        period: tokens after which its end repeats itself; None where it does not.
+        period: tokens after which its end repeats itself; null where it does not.
         degenerate: whether it repeats itself as the text does not.
     """
 
@@ -26,8 +28,22 @@ class Continuation:
     degenerate: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class TextEvaluation:
+class Percentiles(Record, frozen=True, kw_only=True):
+    """How a value is spread over tokens: half of them, 99 % and 99.9 % of them have at most that.
+
+    Between two tokens' values it is interpolated; of fewer than 1,000 tokens the last lies between the two largest.
+
+    Example:
+        >>> Percentiles(median=0.001, p99=0.02, p999=0.4).as_json()
+        {'median': 0.001, 'p99': 0.02, 'p999': 0.4}
+    """
+
+    median: float
+    p99: float
+    p999: float
+
+
+class TextEvaluation(Record, frozen=True, kw_only=True):
     """The loss on one text.
 
     Args:
@@ -36,6 +52,7 @@ class TextEvaluation:
         left_out: tokens at the end of the text that do not fill a window.
         nats_per_token: mean negative log-likelihood.
         kl: mean KL(original || model) in nats per token, None without an original.
+        kl_percentiles: of the divergence over the tokens.
         top1_agreement: fraction of the tokens at which both hold the same token for most likely.
         generation: the greedy continuations, None where they were not asked for.
 
@@ -49,6 +66,7 @@ class TextEvaluation:
     left_out: int
     nats_per_token: float
     kl: float | None = None
+    kl_percentiles: Percentiles | None = None
     top1_agreement: float | None = None
     generation: Continuation | None = None
 
@@ -58,26 +76,17 @@ class TextEvaluation:
 
     def as_json(self) -> dict[str, Any]:
         """Return the object that stands for the text; what was not measured is not in it."""
-        record = {
-            "name": self.name,
-            "tokens": self.tokens,
-            "left_out": self.left_out,
-            "nats_per_token": self.nats_per_token,
-            "perplexity": self.perplexity,
-        }
-        further = {"kl": self.kl, "top1_agreement": self.top1_agreement}
-        record |= {name: value for name, value in further.items() if value is not None}
-        return record if self.generation is None else {**record, "generation": asdict(self.generation)}
+        return {**super().as_json(), "perplexity": self.perplexity}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(Record, frozen=True, kw_only=True):
     """The losses on several texts, each text counting alike whatever its length.
 
     Args:
         texts: at least one.
         length: tokens in a window.
         tokens_per_second: processed tokens over the seconds spent in the model.
+        kl_percentiles: of KL(original || model) over the tokens of all texts together; None without an original.
         against: the evaluation of the original, None without one.
         ignored: keys of the model's config that were left out of account.
     """
@@ -85,8 +94,9 @@ class Evaluation:
     texts: tuple[TextEvaluation, ...]
     length: int
     tokens_per_second: float
+    kl_percentiles: Percentiles | None = None
     against: "Evaluation | None" = None
-    ignored: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = msgspec.field(default=(), name="ignored_config_keys")
 
     @property
     def geometric_mean_perplexity(self) -> float:
@@ -109,21 +119,14 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         """Return the object that `jaxmoe evaluate --json` prints."""
         record = {
-            "length": self.length,
+            **super().as_json(),
             "texts": [text.as_json() for text in self.texts],
             "geometric_mean_perplexity": self.geometric_mean_perplexity,
             "worst": {"name": self.worst.name, "perplexity": self.worst.perplexity},
-            "tokens_per_second": self.tokens_per_second,
-            **({"ignored_config_keys": list(self.ignored)} if self.ignored else {}),
         }
-        if self.against is None:
-            return record
-        return {
-            **record,
-            "kl": self.kl,
-            "top1_agreement": self.top1_agreement,
-            "against": self.against.as_json(),
-        }
+        means = {"kl": self.kl, "top1_agreement": self.top1_agreement}
+        record |= {name: value for name, value in means.items() if value is not None}
+        return record if self.against is None else {**record, "against": self.against.as_json()}
 
 
 def exp(nats: float) -> float:
