@@ -219,7 +219,7 @@ def distance_table(record: Evaluation) -> Table:
         shown = ["" if x is None else f"{x:.5f}" for x in (own.kl, *points)]
         return name, *shown, f"{own.top1_agreement or 0:.2%}"
 
-    rows = [*(row(text.name, text) for text in record.texts), row("all tokens", record)]
+    rows = [*(row(text.name, text) for text in record.texts), row("all texts", record)]
     columns = ("text", "mean", "median", "99 %", "99.9 %", "same top token")
     return table(columns, rows, title="KL divergence from the original, nats per token")
 
