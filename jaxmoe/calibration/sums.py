@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxmoe.arrays import AnyArray
 from jaxmoe.calibration.statistics import FIELDS
 from jaxmoe.factors import LayerShape
-from jaxmoe.factors.term import pytree
+from jaxmoe.factors.leaves import pytree
 from jaxmoe.model.blocked import BlockShape, arrange, most_blocks, summed_rows
 from jaxmoe.model.layer import Intermediates
 

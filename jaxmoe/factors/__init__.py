@@ -4,6 +4,7 @@ from jaxmoe.factors.dense import Dense
 from jaxmoe.factors.grouped import Grouped
 from jaxmoe.factors.hashed import Hashed
 from jaxmoe.factors.layer import PROJECTIONS, TARGETS, CompressedLayer, LayerShape, ShapeRecord, stack
+from jaxmoe.factors.leaves import Count
 from jaxmoe.factors.linear import CompressedLinear, LinearShape, LinearShapeRecord
 from jaxmoe.factors.low_rank import LowRank
 from jaxmoe.factors.merged import Merged
@@ -11,7 +12,7 @@ from jaxmoe.factors.registry import register
 from jaxmoe.factors.shared import Shared
 from jaxmoe.factors.shared_basis import SharedBasis
 from jaxmoe.factors.sparse import Sparse
-from jaxmoe.factors.term import Count, Term, Work
+from jaxmoe.factors.term import Term, Work
 
 __all__ = [
     "PROJECTIONS",

@@ -7,10 +7,10 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from jaxmoe.arrays import AnyArray
+from jaxmoe.factors.leaves import EVERY, Abstract, Leaf, plain, pytree, values
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.spec import TermSpec
-from jaxmoe.factors.term import EVERY, Abstract, Term, per_expert, pytree
+from jaxmoe.factors.term import Term, per_expert
 
 
 @register
@@ -33,7 +33,7 @@ class Dense(Term):
 
     kind: ClassVar[str] = "dense"
     named: ClassVar[Mapping[str, str]] = {"weight": "dense"}
-    weight: Float[AnyArray | Abstract, "expert out in"]
+    weight: Float[Leaf, "expert out in"]
 
     @classmethod
     def abstract(cls, shape, dtype) -> "Dense":
@@ -46,10 +46,10 @@ class Dense(Term):
         return experts, out, in_
 
     def materialize(self, experts=EVERY):
-        return jnp.asarray(self.weight[experts], jnp.float32)
+        return values(self.weight, experts)
 
     def apply(self, rows, product=per_expert):
-        return product(rows, self.weight)
+        return product(rows, plain(self.weight))
 
     def described(self):
         return self.Spec()

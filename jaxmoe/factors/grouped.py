@@ -23,10 +23,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.leaves import EVERY, Abstract, Leaf, count_arrays, plain, pytree, values
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.shared_basis import ACTIVATIONS, Activation
 from jaxmoe.factors.spec import Number, Size, TermSpec, check_order, shortened
-from jaxmoe.factors.term import EVERY, Abstract, Term, Work, chance, count_arrays, per_expert, pytree
+from jaxmoe.factors.term import Term, Work, chance, per_expert
 
 
 @register
@@ -71,8 +72,8 @@ class Grouped(Term):
         widest: Number | None = None
 
     kind: ClassVar[str] = "grouped"
-    coefficients: Float[AnyArray | Abstract, "coefficient row"]
-    bases: Float[AnyArray | Abstract, "total column"]
+    coefficients: Float[Leaf, "coefficient row"]
+    bases: Float[Leaf, "total column"]
     ranks: Int[AnyArray | Abstract, "1 group"]
     experts: int
     order: Int[AnyArray | Abstract, "1 expert"] | None = None
@@ -212,7 +213,7 @@ class Grouped(Term):
     def padded(self) -> tuple[Float[Array, "expert row widest"], Float[Array, "group widest column"]]:
         """Return coefficients by expert number and bases by group, with zeros beyond the ranks, as stored."""
         ranks = jnp.asarray(self.ranks)[0]
-        return self._coefficients(EVERY), self._rows(self.bases, jnp.cumsum(ranks) - ranks, ranks)
+        return self._coefficients(EVERY), self._rows(plain(self.bases), jnp.cumsum(ranks) - ranks, ranks)
 
     def features(self, experts: slice = EVERY) -> Float[Array, "expert widest column"]:
         """Return f(B) of the group or f(blend) of all experts, or of some, in float32."""
@@ -220,10 +221,10 @@ class Grouped(Term):
         start = jnp.cumsum(ranks) - ranks
         if self.mixing is None:
             group = self._positions(experts) // self.size
-            blend = jnp.asarray(self._rows(self.bases, start[group], ranks[group]), jnp.float32)
+            blend = jnp.asarray(self._rows(plain(self.bases), start[group], ranks[group]), jnp.float32)
         else:
-            bases = jnp.asarray(self._rows(self.bases, start, ranks), jnp.float32)
-            mixing = jnp.asarray(self.mixing[experts], jnp.float32)
+            bases = jnp.asarray(self._rows(plain(self.bases), start, ranks), jnp.float32)
+            mixing = values(self.mixing, experts)
             blend = jnp.einsum("eg,grc->erc", mixing, bases, precision=lax.Precision.HIGHEST)
         return ACTIVATIONS[self.activation](blend)
 
@@ -264,7 +265,7 @@ class Grouped(Term):
         group = position // self.size
         # Only the last group can have fewer experts, so that all groups before any other are full.
         start = self.size * (jnp.cumsum(ranks) - ranks)[group] + (position - group * self.size) * ranks[group]
-        return jnp.swapaxes(self._rows(self.coefficients, start, ranks[group]), 1, 2)
+        return jnp.swapaxes(self._rows(plain(self.coefficients), start, ranks[group]), 1, 2)
 
     def _rows(self, flat, start, ranks) -> Array:
         """Return the rows of `flat` from each start, as many as its rank says, then zeros: `[start, widest, ...]`."""

@@ -24,9 +24,10 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.leaves import EVERY, Abstract, count_arrays, pytree
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.spec import Size, TermSpec, check_order
-from jaxmoe.factors.term import EVERY, Abstract, Term, Work, chance, count_arrays, per_expert, pytree
+from jaxmoe.factors.term import Term, Work, chance, per_expert
 
 
 def mixed(seed, number):

@@ -14,9 +14,10 @@ from jaxtyping import Array, Float
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.leaves import EVERY, Count, pytree
 from jaxmoe.factors.registry import check_taken, read_terms
 from jaxmoe.factors.spec import Size, as_spec
-from jaxmoe.factors.term import EVERY, Count, Term, Work, per_expert, pytree
+from jaxmoe.factors.term import Term, Work, per_expert
 
 PROJECTIONS = ("gate", "up", "down")
 TARGETS = {"gate": ("gate",), "up": ("up",), "gate_up": ("gate", "up"), "down": ("down",)}

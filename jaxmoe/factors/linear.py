@@ -13,9 +13,10 @@ from jaxtyping import Array, Float
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.leaves import Count, pytree
 from jaxmoe.factors.registry import check_taken, read_terms
 from jaxmoe.factors.spec import Size, as_spec
-from jaxmoe.factors.term import Count, Term, Work, pytree
+from jaxmoe.factors.term import Term, Work
 
 
 class LinearShape(NamedTuple):

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
-from jaxmoe.arrays import AnyArray
+from jaxmoe.factors.leaves import EVERY, Abstract, Leaf, plain, pytree, values
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.spec import Size, TermSpec
-from jaxmoe.factors.term import EVERY, Abstract, Term, Work, per_expert, pytree
+from jaxmoe.factors.term import Term, Work, per_expert
 
 
 @register
@@ -35,8 +35,8 @@ class LowRank(Term):
         rank: Size
 
     kind: ClassVar[str] = "low_rank"
-    left: Float[AnyArray | Abstract, "expert out rank"]
-    right: Float[AnyArray | Abstract, "expert rank in"]
+    left: Float[Leaf, "expert out rank"]
+    right: Float[Leaf, "expert rank in"]
 
     @classmethod
     def abstract(cls, shape, dtype, *, rank: int) -> "LowRank":
@@ -54,11 +54,11 @@ class LowRank(Term):
         return self.left.shape[2]
 
     def materialize(self, experts=EVERY):
-        left, right = (jnp.asarray(x[experts], jnp.float32) for x in (self.left, self.right))
+        left, right = (values(x, experts) for x in (self.left, self.right))
         return jnp.einsum("eor,eri->eoi", left, right, precision=lax.Precision.HIGHEST)
 
     def apply(self, rows, product=per_expert):
-        return product(product(rows, self.right), self.left)
+        return product(product(rows, plain(self.right)), plain(self.left))
 
     def work(self, chosen):
         experts, out, in_ = self.shape

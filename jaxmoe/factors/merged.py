@@ -10,9 +10,10 @@ from jaxtyping import Float, Int
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.leaves import EVERY, Abstract, Leaf, plain, pytree, values
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.spec import Size, TermSpec
-from jaxmoe.factors.term import EVERY, Abstract, Term, Work, chance, per_expert, pytree
+from jaxmoe.factors.term import Term, Work, chance, per_expert
 
 
 @register
@@ -38,7 +39,7 @@ class Merged(Term):
 
     kind: ClassVar[str] = "merged"
     named: ClassVar[Mapping[str, str]] = {"weight": "merged"}
-    weight: Float[AnyArray | Abstract, "cluster out in"]
+    weight: Float[Leaf, "cluster out in"]
     labels: Int[AnyArray | Abstract, "1 expert"]
 
     @classmethod
@@ -52,14 +53,14 @@ class Merged(Term):
         return self.labels.shape[1], self.weight.shape[1], self.weight.shape[2]
 
     def materialize(self, experts=EVERY):
-        return jnp.asarray(self.weight, jnp.float32)[jnp.asarray(self.labels)[0, experts]]
+        return values(self.weight)[jnp.asarray(self.labels)[0, experts]]
 
     def apply(self, rows, product=per_expert):
-        return product(rows, jnp.asarray(self.weight)[jnp.asarray(self.labels)[0]])
+        return product(rows, jnp.asarray(plain(self.weight))[jnp.asarray(self.labels)[0]])
 
     def work(self, chosen):
         experts, out, in_ = self.shape
-        members = np.bincount(np.asarray(self.labels)[0], minlength=len(self.weight))
+        members = np.bincount(np.asarray(self.labels)[0], minlength=self.weight.shape[0])
         used = sum(chance(experts, chosen, int(size)) for size in members)
         return Work(used * out * in_, 2.0 * chosen * out * in_)
 

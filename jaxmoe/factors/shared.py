@@ -10,6 +10,7 @@ Source: D2-MoE, arXiv 2502.17298, equation 8 and the semi-dynamic pruning of its
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -20,9 +21,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.leaves import EVERY, Abstract, Leaf, plain, pytree, values
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.spec import Number, Size, TermSpec, shortened
-from jaxmoe.factors.term import EVERY, Abstract, Term, Work, count_arrays, per_expert, pytree
+from jaxmoe.factors.term import Term, Work, per_expert
 
 AXES = ("out", "in")
 """The axes along which channels may be missing."""
@@ -63,7 +65,7 @@ class Shared(Term):
 
     kind: ClassVar[str] = "shared"
     for_all: ClassVar[bool] = True
-    weight: Float[AnyArray | Abstract, "kept_out kept_in"]
+    weight: Float[Leaf, "kept_out kept_in"]
     kept: Int[AnyArray | Abstract, "1 channel"] | None = None
     experts: int
     out: int
@@ -140,7 +142,7 @@ class Shared(Term):
         return min(self.weight.shape)
 
     def materialize(self, experts=EVERY):
-        dense = jnp.asarray(self.weight, jnp.float32)
+        dense = values(self.weight)
         if self.kept is not None:
             whole = jnp.zeros((self.out, self.in_), jnp.float32)
             index = self._kept_rows() if self.axis == "out" else (slice(None), jnp.asarray(self.kept)[0])
@@ -151,7 +153,7 @@ class Shared(Term):
         """Multiply rows in whatever order they come, once each; `product` is of no use to a matrix of all experts."""
         own = self.masked(rows)
         read = rows if own.kept is None or own.axis == "out" else rows[..., jnp.asarray(own.kept)[0]]
-        weight = jnp.asarray(own.weight).astype(rows.dtype)
+        weight = jnp.asarray(plain(own.weight)).astype(rows.dtype)
         y = jnp.einsum("...i,oi->...o", read, weight, precision=lax.Precision.HIGHEST)
         if own.kept is None or own.axis == "in":
             return y
@@ -161,7 +163,7 @@ class Shared(Term):
         """Return the term with zeros in place of the `dynamic` input channels that contribute least to these rows."""
         if not self.dynamic:
             return self
-        weight = jnp.asarray(self.weight)
+        weight = jnp.asarray(plain(self.weight))
         read = rows if self.kept is None or self.axis == "out" else rows[..., jnp.asarray(self.kept)[0]]
         # Squares of the norms are in the same order as the norms.
         energy = jnp.sum(jnp.square(read.astype(jnp.float32)), axis=tuple(range(read.ndim - 1)))
@@ -172,7 +174,7 @@ class Shared(Term):
 
     def work(self, chosen):
         # Applied once for a token, however many experts it chooses.
-        numbers = count_arrays([self.weight]).numbers
+        numbers = prod(self.weight.shape)
         return Work(float(numbers), 2.0 * numbers)
 
     def _kept_rows(self):

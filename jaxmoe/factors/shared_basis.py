@@ -17,9 +17,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from jaxmoe.arrays import AnyArray
+from jaxmoe.factors.leaves import EVERY, Abstract, Leaf, count_arrays, plain, pytree, values
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.spec import Size, TermSpec
-from jaxmoe.factors.term import EVERY, Abstract, Term, Work, count_arrays, per_expert, pytree
+from jaxmoe.factors.term import Term, Work, per_expert
 
 
 def wavelet(x):
@@ -81,8 +82,8 @@ class SharedBasis(Term):
         mean: bool
 
     kind: ClassVar[str] = "shared_basis"
-    coefficients: Float[AnyArray | Abstract, "expert row rank"]
-    bases: Float[AnyArray | Abstract, "base rank column"]
+    coefficients: Float[Leaf, "expert row rank"]
+    bases: Float[Leaf, "base rank column"]
     mixing: Float[AnyArray | Abstract, "expert base"]
     mean: Float[AnyArray | Abstract, "1 1"] | None = None
     activation: str = "silu"
@@ -113,18 +114,18 @@ class SharedBasis(Term):
 
     def features(self, experts: slice = EVERY) -> Float[Array, "expert rank column"]:
         """Return f(blend) of all experts, or of some, in float32."""
-        mixing, bases = (jnp.asarray(x, jnp.float32) for x in (self.mixing[experts], self.bases))
+        mixing, bases = values(self.mixing, experts), values(self.bases)
         blend = jnp.einsum("em,mrc->erc", mixing, bases, precision=lax.Precision.HIGHEST)
         return ACTIVATIONS[self.activation](blend)
 
     def materialize(self, experts=EVERY):
-        coefficients = jnp.asarray(self.coefficients[experts], jnp.float32)
+        coefficients = values(self.coefficients, experts)
         equation = "epr,erq->eqp" if self.transposed else "epr,erq->epq"
         dense = jnp.einsum(equation, coefficients, self.features(experts), precision=lax.Precision.HIGHEST)
         return dense if self.mean is None else dense + jnp.asarray(self.mean, jnp.float32)
 
     def apply(self, rows, product=per_expert):
-        features, coefficients = self.features(), self.coefficients
+        features, coefficients = self.features(), plain(self.coefficients)
         if self.transposed:
             # The matrices are (A f(blend))ᵀ: both factors change sides.
             features, coefficients = jnp.swapaxes(coefficients, 1, 2), jnp.swapaxes(features, 1, 2)

@@ -13,9 +13,10 @@ from jaxtyping import Float, Int
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.leaves import EVERY, Abstract, Leaf, plain, pytree
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.spec import Number, TermSpec, shortened
-from jaxmoe.factors.term import EVERY, Abstract, Term, per_expert, pytree
+from jaxmoe.factors.term import Term, per_expert
 
 
 @register
@@ -46,7 +47,7 @@ class Sparse(Term):
         entries: Number
 
     kind: ClassVar[str] = "sparse"
-    values: Float[AnyArray | Abstract, "1 entry"]
+    values: Float[Leaf, "1 entry"]
     indices: Int[AnyArray | Abstract, "1 entry"]
     counts: Int[AnyArray | Abstract, "1 expert"]
     experts: int
@@ -71,15 +72,15 @@ class Sparse(Term):
         return self.experts, self.out, self.in_
 
     def materialize(self, experts=EVERY):
-        values, indices, counts = (jnp.asarray(x)[0] for x in (self.values, self.indices, self.counts))
-        expert = jnp.searchsorted(jnp.cumsum(counts), jnp.arange(values.shape[0]), side="right")
+        numbers, indices, counts = (jnp.asarray(plain(x))[0] for x in (self.values, self.indices, self.counts))
+        expert = jnp.searchsorted(jnp.cumsum(counts), jnp.arange(numbers.shape[0]), side="right")
         wanted = np.arange(self.experts)[experts]
         # Entries of experts that are not asked for get a row behind the last one and fall away.
         row = np.full(self.experts, len(wanted))
         row[wanted] = np.arange(len(wanted))
         dense = jnp.zeros((len(wanted), self.out * self.in_), jnp.float32)
         row_of_entry = jnp.asarray(row).at[expert].get(mode="fill", fill_value=len(wanted))
-        dense = dense.at[row_of_entry, indices].add(values.astype(jnp.float32), mode="drop")
+        dense = dense.at[row_of_entry, indices].add(numbers.astype(jnp.float32), mode="drop")
         return dense.reshape(-1, self.out, self.in_)
 
     def apply(self, rows, product=per_expert):

@@ -11,42 +11,19 @@ A new term is one file: a class with these methods, named in `registry.register`
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from math import comb, prod
-from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast
+from math import comb
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
-import jax
 import jax.numpy as jnp
 import msgspec
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.leaves import EVERY, Abstract, Count, Held, count_arrays
+from jaxmoe.factors.quantised import held_array
 from jaxmoe.factors.spec import TermSpec, as_spec
-
-# Any to type checkers: a term's arrays may be JAX's, numpy's or abstract, and only real ones are computed with.
-Abstract: Any = jax.ShapeDtypeStruct
-"""An array of which only shape and dtype are known."""
-
-
-EVERY = slice(None)
-"""All experts."""
-
-
-class Count(NamedTuple):
-    """What is stored: `numbers` (elements of the saved tensors) and `bytes` (their size on disk).
-
-    Example:
-        >>> Count(3, 6) + Count(1, 4)
-        Count(numbers=4, bytes=10)
-    """
-
-    numbers: int
-    bytes: int
-
-    def __add__(self, other: tuple) -> "Count":
-        return Count(self.numbers + other[0], self.bytes + other[1])
 
 
 class Work(NamedTuple):
@@ -89,49 +66,6 @@ def per_expert(rows: Float[AnyArray, "expert row in"], matrices: Float[AnyArray,
         (2, 1, 4)
     """
     return jnp.einsum("eti,eoi->eto", rows, matrices.astype(rows.dtype), precision=lax.Precision.HIGHEST)
-
-
-T = TypeVar("T")
-
-
-def pytree(*, static: tuple[str, ...] = ()):
-    """Register a frozen dataclass as a pytree; `static` names the fields that are not arrays.
-
-    Unflattening bypasses `__init__`: transformations put placeholders where arrays are declared, and a run-time check
-    of the declared shapes must not see them.
-    """
-
-    def register(cls: type[T]) -> type[T]:
-        data = tuple(f.name for f in fields(cast(Any, cls)) if f.name not in static)
-
-        def flatten(record):
-            children = tuple((jax.tree_util.GetAttrKey(name), getattr(record, name)) for name in data)
-            return children, tuple(getattr(record, name) for name in static)
-
-        def unflatten(aux, children):
-            record = object.__new__(cls)
-            for name, value in zip(data + static, tuple(children) + aux, strict=True):
-                object.__setattr__(record, name, value)
-            return record
-
-        jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
-        return cls
-
-    return register
-
-
-def count_arrays(arrays) -> Count:
-    """Count the elements and bytes of arrays, abstract or real.
-
-    Example:
-        >>> count_arrays([Abstract((2, 3), "float32")])
-        Count(numbers=6, bytes=24)
-    """
-    total = Count(0, 0)
-    for array in arrays:
-        numbers = prod(array.shape)
-        total += (numbers, numbers * np.dtype(array.dtype).itemsize)
-    return total
 
 
 def stack_rows(array):
@@ -235,14 +169,12 @@ class Term(ABC):
 
     def tensors(self) -> dict[str, Any]:
         """Return the two-dimensional tensors of the file layout by name."""
-        return {
-            self.named.get(name, name): stack_rows(array) if len(array.shape) == 3 else array
-            for name, array in self.arrays().items()
-        }
+        return _tensors(self.arrays(), self.named)
 
     def spec(self) -> dict[str, Any]:
-        """Return what a reader needs beside the tensors, as JSON: `kind` and sizes."""
-        return msgspec.to_builtins(self.described())
+        """Return what a reader needs beside the tensors, as JSON: `kind`, sizes, and `stores` of arrays in few bits."""
+        held = {name: array.record() for name, array in self.arrays().items() if isinstance(array, Held)}
+        return msgspec.to_builtins(self.described()) | ({"stores": held} if held else {})
 
     def count(self) -> Count:
         """Count stored numbers and bytes, exactly as on disk."""
@@ -260,31 +192,51 @@ class Term(ABC):
         Raises:
             JaxmoeError: the spec, a tensor's name, shape or dtype, or a whole number among them is not what it must be.
         """
-        expected = cls.planned(as_spec(spec, cls.Spec, "its record"), shape)
+        sizes = {name: value for name, value in spec.items() if name != "stores"}
+        expected = cls.planned(as_spec(sizes, cls.Spec, "its record"), shape)
         wanted = expected.arrays()
-        names = {name: cls.named.get(name, name) for name in wanted}
-        faults = [f"there is no {names[name]}" for name in wanted if names[name] not in tensors]
-        faults += [f"{name} belongs to nothing" for name in tensors if name not in names.values()]
-        for name, array in expected.tensors().items():
+        for name, record in as_spec(spec.get("stores", {}), dict[str, dict[str, Any]], "its stores").items():
+            if name not in wanted or not jnp.issubdtype(wanted[name].dtype, jnp.floating):
+                raise JaxmoeError(f"{name!r} is no array that can be held in few bits")
+            wanted[name] = held_array(record, wanted[name].shape)
+        files = _tensors(wanted, cls.named)
+        faults = [f"there is no {name}" for name in files if name not in tensors]
+        faults += [f"{name} belongs to nothing" for name in tensors if name not in files]
+        for name, array in files.items():
             if name in tensors and (fault := _fault(tensors[name], array)):
                 faults.append(f"{name} {fault}")
         if faults:
             raise JaxmoeError("; ".join(faults))
-        return replace(
-            cast(Any, expected), **{name: tensors[names[name]].reshape(x.shape) for name, x in wanted.items()}
-        ).checked()
+        found = {name: _restored(array, tensors, cls.named.get(name, name)) for name, array in wanted.items()}
+        return replace(cast(Any, expected), **found).checked()
+
+
+def _tensors(arrays: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, Any]:
+    found = {}
+    for name, array in arrays.items():
+        own = named.get(name, name)
+        if isinstance(array, Held):
+            found |= array.tensors(own)
+        else:
+            found[own] = stack_rows(array) if len(array.shape) == 3 else array
+    return found
+
+
+def _restored(array: Any, tensors: Mapping[str, Any], name: str) -> Any:
+    return array.restored(tensors, name) if isinstance(array, Held) else tensors[name].reshape(array.shape)
 
 
 def _fault(found: Any, wanted: Any) -> str | None:
     """Return what is wrong with a tensor, None if it is as wanted; floats may have any precision of two bytes or more.
 
     Example:
-        >>> _fault(np.zeros((2, 3)), np.zeros((2, 4)))
-        'is float64 [2, 3], not float [2, 4]'
+        >>> _fault(jnp.zeros((2, 3)), jnp.zeros((2, 4)))
+        'is float32 [2, 3], not float [2, 4]'
     """
     whole = not jnp.issubdtype(wanted.dtype, jnp.floating)
-    right = found.dtype == wanted.dtype if whole else jnp.issubdtype(found.dtype, jnp.floating)
-    if right and tuple(found.shape) == tuple(wanted.shape) and found.dtype.itemsize > 1:
+    wide = jnp.issubdtype(found.dtype, jnp.floating) and found.dtype.itemsize > 1
+    right = found.dtype == wanted.dtype if whole else wide
+    if right and tuple(found.shape) == tuple(wanted.shape):
         return None
     kind = wanted.dtype if whole else "float"
     return f"is {found.dtype} {list(found.shape)}, not {kind} {list(wanted.shape)}"

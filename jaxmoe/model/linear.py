@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.factors import CompressedLinear
-from jaxmoe.factors.term import pytree
+from jaxmoe.factors.leaves import pytree
 
 
 @pytree(static=("start", "stop"))

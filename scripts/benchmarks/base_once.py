@@ -23,7 +23,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from jaxmoe.factors import CompressedLayer, Dense, LayerShape, LowRank, Shared, Term  # noqa: E402
-from jaxmoe.factors.term import pytree  # noqa: E402
+from jaxmoe.factors.leaves import pytree  # noqa: E402
 from jaxmoe.model import blocked  # noqa: E402
 from jaxmoe.model.blocked import BlockShape, block_rows, blocks_needed  # noqa: E402
 from jaxmoe.model.experts import run_experts  # noqa: E402

@@ -9,8 +9,9 @@ import numpy as np
 from jaxmoe import methods
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LowRank, Term, Work, register
+from jaxmoe.factors.leaves import EVERY, Abstract, pytree
 from jaxmoe.factors.spec import Size, TermSpec
-from jaxmoe.factors.term import EVERY, Abstract, per_expert, pytree
+from jaxmoe.factors.term import per_expert
 from jaxmoe.methods.method import Fit, Slot
 from jaxmoe.methods.svd import SVD, SVDSettings, break_even
 
