@@ -4,8 +4,8 @@ The record in its `config.json` says what each module's terms are and how the de
 before, so that they can be written back in just that form.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +18,14 @@ from jaxmoe.checkpoint.factored_format import ExpertsModule, LinearModule, is_fa
 from jaxmoe.checkpoint.families import Family, decoder_config, find_family
 from jaxmoe.checkpoint.families.parts.moe_layers import num_layers
 from jaxmoe.checkpoint.layout import plan_dense
-from jaxmoe.checkpoint.quantization import without_quantization
+from jaxmoe.checkpoint.quantization import (
+    Matrix,
+    as_stored,
+    assemble,
+    leaving_out,
+    quantization_config,
+    without_quantization,
+)
 from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, CompressedLinear, Count, LayerShape
@@ -38,6 +45,7 @@ class CompressedCheckpoint:
         experts: what the config says of the routed experts of each layer, by the path of their module.
         linears: what the config says of matrices outside of them, by the paths of their modules.
         tensors: every tensor on disk by name.
+        matrices: every tensor by the name that it has without quantisation, which the source's own matrices may have.
         notes: what a user should know about how the checkpoint was read, one sentence each.
         ignored: keys of the config that are left out of account.
     """
@@ -48,6 +56,7 @@ class CompressedCheckpoint:
     experts: Mapping[str, ExpertsModule] = field(repr=False)
     linears: Mapping[str, LinearModule] = field(repr=False)
     tensors: Mapping[str, TensorEntry] = field(repr=False)
+    matrices: Mapping[str, Matrix] = field(repr=False)
     notes: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
 
@@ -84,15 +93,26 @@ class CompressedCheckpoint:
             experts={name: own for name, own in modules.items() if isinstance(own, ExpertsModule)},
             linears={name: own for name, own in modules.items() if isinstance(own, LinearModule)},
             tensors=weights.tensors,
+            matrices={},
             notes=weights.notes,
             ignored=tuple(sorted({*ignore_config_keys} & decoder_config(original).keys())),
         )
+        try:
+            opened = replace(opened, matrices=opened._assembled())
+        except JaxmoeError as error:
+            raise JaxmoeError(f"{folder}: {error}") from None
         for module in opened.modules:
             opened.abstract_layer(module)
             opened.auxiliary(module)
         for module in opened.linears:
             opened.abstract_linear(module)
         return opened
+
+    def _assembled(self) -> dict[str, Matrix]:
+        """Return the matrices: the modules' tensors as they are, and what those beside them stand for."""
+        own = {name: self.tensors[name] for module in (*self.experts, *self.linears) for name in self._names(module)}
+        rest = {name: entry for name, entry in self.tensors.items() if name not in own}
+        return {**own, **assemble(rest, self.config)}
 
     @property
     def family(self) -> Family | None:
@@ -116,8 +136,8 @@ class CompressedCheckpoint:
 
     @property
     def parameters(self) -> int:
-        """Numbers in the files."""
-        return sum(entry.numbers for entry in self.tensors.values())
+        """Numbers that are stored; scales of what the source had quantised do not count."""
+        return sum(matrix.numbers for matrix in self.matrices.values())
 
     @property
     def bytes(self) -> int:
@@ -221,14 +241,24 @@ class CompressedCheckpoint:
         found = {module: record.layout for module, record in self.experts.items()}
         return None if None in found.values() else msgspec.to_builtins(found)
 
+    def beside(self) -> dict[str, Matrix]:
+        """Return the matrices that belong to no compressed module."""
+        held = {name for module in (*self.experts, *self.linears) for name in self._names(module)}
+        return {name: matrix for name, matrix in self.matrices.items() if name not in held}
+
     def copied(self) -> list[Planned]:
         """Plan every tensor that belongs to no compressed module, byte for byte."""
-        held = {name for module in (*self.experts, *self.linears) for name in self._names(module)}
-        return [
-            Planned(name, entry.dtype, entry.shape, entry.read)
-            for name, entry in self.tensors.items()
-            if name not in held
-        ]
+        return [planned for matrix in self.beside().values() for planned in as_stored(matrix)]
+
+    def decoded(self) -> list[Planned]:
+        """Plan every matrix that belongs to no compressed module, without quantisation where it has one."""
+        return [Planned(name, matrix.dtype, matrix.shape, matrix.read) for name, matrix in self.beside().items()]
+
+    def with_quantization(
+        self, config: Mapping[str, Any], copied: Sequence[Planned], modules: Collection[str]
+    ) -> dict[str, Any]:
+        """Return a config that says how tensors which were copied are quantised, as `Checkpoint` does."""
+        return leaving_out(config, quantization_config(self.config), copied, modules)
 
     def linear_tensors(self) -> list[Planned]:
         """Plan every tensor of the compressed matrices outside of the routed experts, byte for byte."""

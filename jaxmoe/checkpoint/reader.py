@@ -4,8 +4,8 @@ Opening reads headers only; matrices are read when they are asked for, and decod
 quantised. Nothing is written to the source.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,15 @@ from jaxmoe.checkpoint.families import Family, decoder_config, find_family
 from jaxmoe.checkpoint.families.parts.moe_layers import num_layers
 from jaxmoe.checkpoint.formats import format_name
 from jaxmoe.checkpoint.layout import plan_dense
-from jaxmoe.checkpoint.quantization import Matrix, assemble, quantization_config, without_quantization
+from jaxmoe.checkpoint.quantization import (
+    Matrix,
+    as_stored,
+    assemble,
+    leaving_out,
+    obstacle,
+    quantization_config,
+    without_quantization,
+)
 from jaxmoe.checkpoint.shard import aligned_bytes
 from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry
 from jaxmoe.errors import JaxmoeError
@@ -41,6 +49,7 @@ class Checkpoint:
         mtp: names on disk of the tensors of multi-token prediction, which are copied.
         notes: what a user should know about how the checkpoint was read, one sentence each.
         ignored: keys of the config that a user says change nothing, where jaxmoe does not know them.
+        keeps: whether quantised matrices that no method replaces are copied as they are, see `keeping`.
 
     Example:
         >>> checkpoint = Checkpoint.open("jaxmoe/demo/checkpoint")  # doctest: +SKIP
@@ -58,6 +67,7 @@ class Checkpoint:
     mtp: tuple[str, ...] = field(repr=False)
     notes: tuple[str, ...]
     ignored: tuple[str, ...] = ()
+    keeps: bool = False
 
     @classmethod
     def open(
@@ -109,8 +119,39 @@ class Checkpoint:
 
     @property
     def quantized(self) -> bool:
-        """Whether some tensors stand for others, so that everything is written in bfloat16."""
+        """Whether some tensors stand for others."""
         return bool(_encodings(self.matrices))
+
+    def keeping(self, wanted: bool = True) -> "Checkpoint":
+        """Return the checkpoint as one of which quantised matrices stay as they are, if they are wanted to and can."""
+        return replace(self, keeps=wanted and bool(self._staying()) and self.obstacle() is None)
+
+    def quantization_note(self, form: str) -> str | None:
+        """Return what a user should know of how quantised matrices that no method replaces are written in a form."""
+        staying = self._staying()
+        if not staying:
+            return None
+        kind = format_name({}, quantization_config(self.config))
+        if self.keeps:
+            return f"{len(staying)} matrices beside the routed experts stay as they were quantised ({kind})"
+        why = self.obstacle() or f"the form {form} holds no others beside its own"
+        return (
+            f"{len(staying)} matrices beside the routed experts, quantised in the source ({kind}), are written in"
+            f" bfloat16: {why}"
+        )
+
+    def obstacle(self) -> str | None:
+        """Return why quantised matrices that no method replaces cannot stay as they are, None where they can."""
+        if self.family is not None:
+            routers = {layer.prefix + self.family.router for layer in self.layers}
+            if any(matrix.name in routers for matrix in self._staying()):
+                return "its routers are quantised, whose rows a step may remove"
+        return obstacle(quantization_config(self.config), self._staying())
+
+    def _staying(self) -> list[Matrix]:
+        """Return the quantised matrices beside the routed experts."""
+        replaced = {name for layer in self.layers for name in layer.names}
+        return [m for m in self.matrices.values() if _encoded(m) and m.parts[0].name not in replaced]
 
     @property
     def parameters(self) -> int:
@@ -180,14 +221,32 @@ class Checkpoint:
         """
         return plan_dense(layer.written, layer.shape, layer.dtype, produce)
 
-    def copied(self) -> list[Planned]:
-        """Plan every tensor that no method replaces: byte for byte, or without quantisation where the source has it."""
-        replaced = {name for layer in self.layers for name in layer.names}
-        return [
-            Planned(name, matrix.dtype, matrix.shape, matrix.read)
-            for name, matrix in self.matrices.items()
-            if matrix.parts[0].name not in replaced
-        ]
+    def copied(self, but: Collection[str] = ()) -> list[Planned]:
+        """Plan every tensor that no method replaces: byte for byte, or in bfloat16 where quantised ones are not kept.
+
+        Args:
+            but: matrices to leave out, by their names without quantisation or those of a part.
+        """
+        replaced = {*but, *(name for layer in self.layers for name in layer.names)}
+        planned: list[Planned] = []
+        for name, matrix in self.matrices.items():
+            if name in replaced or matrix.parts[0].name in replaced:
+                continue
+            plain = Planned(name, matrix.dtype, matrix.shape, matrix.read)
+            planned += as_stored(matrix) if self.keeps and _encoded(matrix) else [plain]
+        return planned
+
+    def with_quantization(
+        self, config: Mapping[str, Any], copied: Sequence[Planned], modules: Collection[str]
+    ) -> dict[str, Any]:
+        """Return a config that says how tensors which were copied are quantised; the same where none is.
+
+        Args:
+            config: of the result.
+            copied: tensors of it.
+            modules: paths in transformers of the modules that are not quantised any more.
+        """
+        return leaving_out(config, quantization_config(self.config), copied, modules)
 
     def dense_config(self) -> dict[str, Any]:
         """Return the config of what `dense_tensors` and `copied` write: the source's, without any quantisation."""
@@ -247,8 +306,8 @@ def _notes(
         )
     if kinds := _encodings(matrices):
         notes.append(
-            f"The source is quantised ({', '.join(kinds)} with scales); it is read exactly, and everything written is"
-            " bfloat16 without quantisation."
+            f"The source is quantised ({', '.join(kinds)} with scales) and read exactly; what is replaced is written"
+            " without its quantisation."
         )
     elif settings := quantization_config(config):
         notes.append(
@@ -260,4 +319,9 @@ def _notes(
 
 def _encodings(matrices: Mapping[str, Matrix]) -> list[str]:
     """Return the dtypes in which quantised tensors are stored."""
-    return sorted({matrix.parts[0].dtype for matrix in matrices.values() if matrix.parts[0].dtype != matrix.dtype})
+    return sorted({matrix.parts[0].dtype for matrix in matrices.values() if _encoded(matrix)})
+
+
+def _encoded(matrix: Matrix) -> bool:
+    """Tell whether a matrix is stored otherwise than it is read."""
+    return matrix.parts[0].dtype != matrix.dtype

@@ -68,7 +68,7 @@ class StoredModel:
         if is_factored(config):
             self.checkpoint = CompressedCheckpoint.open(self.folder)
             original = self.checkpoint.original
-            self.matrices: Mapping[str, Matrix] = self.checkpoint.tensors
+            self.matrices: Mapping[str, Matrix] = self.checkpoint.matrices
             shapes = {layer_index(module): shape for module, shape in self.checkpoint.shapes.items()}
         else:
             self.checkpoint = Checkpoint.open(self.folder, ignore_config_keys=ignore_config_keys)
@@ -236,7 +236,7 @@ class StoredModel:
     def _decoder_tensors(self) -> set[str]:
         """Return the names that should be the decoder's: all but routed experts and multi-token prediction."""
         if isinstance(self.checkpoint, CompressedCheckpoint):
-            names = {planned.name for planned in self.checkpoint.copied()}
+            names = self.checkpoint.beside()
             depth = len(self.spec.layers)
             return {name for name in names if (at := layer_number(name)) is None or at[1] < depth}
         predicting = set(self.checkpoint.mtp)

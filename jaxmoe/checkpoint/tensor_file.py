@@ -261,12 +261,15 @@ class Planned:
         dtype: a numpy dtype or a code of the format.
         shape: in elements.
         produce: returns the values in just that dtype and shape; packed dtypes as bytes. Called once.
+        stands_for: how many numbers of a model it holds, where these are others than its elements: of the parts of a
+            quantised matrix, one stands for all of them.
     """
 
     name: str
     dtype: Any
     shape: tuple[int, ...]
     produce: Callable[[], np.ndarray]
+    stands_for: int | None = None
 
     @property
     def code(self) -> str:
@@ -280,8 +283,8 @@ class Planned:
 
     @property
     def numbers(self) -> int:
-        """Elements."""
-        return prod(self.shape)
+        """Elements, or what it stands for."""
+        return prod(self.shape) if self.stands_for is None else self.stands_for
 
     @property
     def bytes(self) -> int:

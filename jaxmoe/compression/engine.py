@@ -62,6 +62,7 @@ def plan(
     Raises:
         JaxmoeError: a size is out of reach, or a step does not take what it is given.
     """
+    checkpoint = keeping(checkpoint, options.export)
     found = Found.of(checkpoint)
     spending = Spending(recipe, asked, found.before())
     summary, works = {}, []
@@ -120,6 +121,7 @@ def compress(
             fails.
     """
     options = options._replace(texts=texts is not None, statistics=statistics is not None)
+    checkpoint = keeping(checkpoint, options.export)
     recipe.check(checkpoint, options)
     passes = recipe.passes(options.texts)
     reads = [checkpoint.folder, *(() if statistics is None else statistics.reads)]
@@ -271,7 +273,7 @@ class _Work:
         ignored = self.checkpoint.ignored
         if is_factored(read_config(folder)):
             return CompressedCheckpoint.open(folder, ignore_config_keys=ignored)
-        return Checkpoint.open(folder, ignore_config_keys=ignored)
+        return keeping(Checkpoint.open(folder, ignore_config_keys=ignored), self.options.export)
 
     def _gradients(self, steps: Sequence[Step], last: bool) -> str | None:
         """Return whether and how the calibration of a pass keeps the Fisher information."""
@@ -296,6 +298,18 @@ class _Work:
         folder = self.output.with_name(self.output.name + PARTIAL) / JOURNAL / "states"
         options = {"tokenizer": self.texts.tokenizer, "targets": self.options.targets}
         return Sequential(self.found.model(), self.texts.windows, folder, **options)
+
+
+def keeping(checkpoint: Source, form: str | None) -> Source:
+    """Return a checkpoint whose quantised matrices stay as they are where no step replaces them and the form allows it.
+
+    Args:
+        checkpoint: an original, or what a recipe wrote, in which they stay anyway.
+        form: of the recipe's result; None for its own.
+    """
+    if isinstance(checkpoint, Checkpoint):
+        return checkpoint.keeping(form in (None, "factored", "slim"))
+    return checkpoint
 
 
 def _about(recipe: Recipe, spending: Spending) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Found:
         """Return the experts of a layer as the checkpoint stores them."""
         if isinstance(self.checkpoint, CompressedCheckpoint):
             return self.checkpoint.layer(self.modules()[index])
-        own = self._layer(index)
+        own = self.layer(index)
         terms: dict[str, tuple[Term, ...]] = {
             name: (Dense(weight=self.checkpoint.projection(own, name)),) for name in own.shape.projections
         }
@@ -84,7 +84,7 @@ class Found:
         if isinstance(self.checkpoint, CompressedCheckpoint):
             assert layer.read is not None
             return layer.read().materialize
-        return partial(self.checkpoint.projection, self._layer(layer.index))
+        return partial(self.checkpoint.projection, self.layer(layer.index))
 
     def compensating(self, index: int) -> dict[str, Any]:
         """Return the vectors of a layer that compensate for experts, as the checkpoint stores them."""
@@ -92,7 +92,8 @@ class Found:
             return self.checkpoint.auxiliary(self.modules()[index])
         return {}
 
-    def _layer(self, index: int) -> MoELayer:
+    def layer(self, index: int) -> MoELayer:
+        """Return a layer of the checkpoint, for steps that work on whole matrices."""
         return next(own for own in self.original.layers if own.index == index)
 
     def vectors(self) -> Count:
@@ -104,11 +105,8 @@ class Found:
         """Plan every tensor that no step replaces, byte for byte."""
         if isinstance(self.checkpoint, CompressedCheckpoint):
             return [*self.checkpoint.copied(), *self.checkpoint.linear_tensors()]
-        copied = self.checkpoint.copied()
-        if not self.linears:
-            return copied
-        replaced = {own.source.tensor for linears in self.linears.values() for own in linears}
-        return [planned for planned in copied if planned.name not in replaced]
+        linears = [own for linears in self.linears.values() for own in linears]
+        return self.checkpoint.copied(but=[own.source.tensor for own in linears])
 
     def count(self, index: int) -> Count:
         """Count what is stored of a layer."""

@@ -169,6 +169,8 @@ class PrunePass:
                 f"{len(source.mtp)} tensors of multi-token prediction are left out, and their layers set to 0 in"
                 " config.json: they have as many experts as the model had"
             )
+        if told := self.source.quantization_note(self.export):
+            notes.append(told)
         return [Outcome("note", "", note) for note in notes]
 
     def files(self, entries: Mapping[int, Mapping[str, Any]]) -> Files:
@@ -176,6 +178,7 @@ class PrunePass:
         edited = {name for entry in entries.values() for name in entry["edited"]}
         copied = [tensor for tensor in slim_copied(self.source) if tensor.name not in edited]
         config = slim_config(self.source, self.plan.method.unit, self.plan.keep)
+        config = self.source.with_quantization(config, copied, [layer.module for layer in self.source.layers])
         return Files(config, {}, copied, self.plan.sizes.after.model.bytes)
 
 

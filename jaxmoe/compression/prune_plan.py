@@ -123,7 +123,7 @@ def make_prune_plan(
         """Count what is left behind some further steps."""
         stored = _stored(checkpoint, shapes, steps)
         others = _others(checkpoint, copied, unit, keep)
-        rest = Count(sum(math.prod(x.shape) for x in others), sum(x.bytes for x in others))
+        rest = Count(sum(x.numbers for x in others), sum(x.bytes for x in others))
         return Totals(stored, stored, stored + rest)
 
     def plan(keep: int) -> PrunePlan:
@@ -163,7 +163,8 @@ def make_prune_plan(
         chosen = min(chosen, more, key=lambda found: abs(found.sizes.removed(budget.unit)[budget.of] - budget.ratio))
     config = slim_config(checkpoint, unit, chosen.keep)
     if unit == "channels":
-        check_stock(checkpoint, config, chosen.shapes, _others(checkpoint, copied, unit, chosen.keep))
+        plain = checkpoint.keeping(False)
+        check_stock(plain, config, chosen.shapes, _others(plain, slim_copied(plain), unit, chosen.keep))
     return chosen
 
 

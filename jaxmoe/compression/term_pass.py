@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxmoe.checkpoint import tensor_file
+from jaxmoe.checkpoint import Checkpoint, tensor_file
 from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.factored_format import Module, experts_modules, factored_config
 from jaxmoe.checkpoint.families import architecture
@@ -186,7 +186,7 @@ class TermPass:
         if self.export == "dense":
             tensors = []
             if experts is not None:
-                source = next(own for own in self.found.original.layers if own.index == layer.index)
+                source = self.found.layer(layer.index)
                 tensors = self.found.original.dense_tensors(source, partial(_materialized, experts))
             return tensors + [
                 tensor_file.Planned(
@@ -264,6 +264,8 @@ class TermPass:
         if self.export == "dense":
             detail = "the files hold the materialised matrices: nothing is saved on disk, the ratios are the factors'"
             notes.insert(0, Outcome("dense_export", "", detail))
+        if isinstance(self.source, Checkpoint) and (told := self.source.quantization_note(self.export)):
+            notes.append(Outcome("note", "", told))
         return notes
 
     def files(self, entries: Mapping[int, Mapping[str, Any]]) -> Files:
@@ -280,6 +282,7 @@ class TermPass:
         for index, linears in after.linears.items():
             modules |= {own.source.module: own.module(entries[index]["linears"][own.source.module]) for own in linears}
         config = factored_config(original, modules)
+        config = self.source.with_quantization(config, copied, list(modules))
         return Files(config, remote_code(config), copied, self.sizes(entries).after.model.bytes)
 
 

@@ -7,6 +7,7 @@ written make of random inputs, against what was meant.
 """
 
 from collections.abc import Iterable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,7 +120,22 @@ def dense_linear_answers(matrix) -> list[float]:
     return linear_answers(CompressedLinear(terms=(Dense(weight=weight),), sizes=LinearShape(*matrix.shape)))
 
 
-def check_written(folder: Path, source: Checkpoint | CompressedCheckpoint, meant: Mapping[int, Answers]) -> None:
+def digest(array: np.ndarray) -> str:
+    """Return a SHA-256 of an array's bytes.
+
+    Example:
+        >>> digest(np.zeros(3, "float32"))[:8]
+        '15ec7bf0'
+    """
+    return sha256(np.ascontiguousarray(array).view(np.uint8)).hexdigest()
+
+
+def check_written(
+    folder: Path,
+    source: Checkpoint | CompressedCheckpoint,
+    meant: Mapping[int, Answers],
+    exact: Mapping[int, Mapping[str, str]] = {},
+) -> None:
     """Raise unless a folder can be used as it is.
 
     Args:
@@ -127,6 +143,7 @@ def check_written(folder: Path, source: Checkpoint | CompressedCheckpoint, meant
         source: what it was made of.
         meant: what the experts of some layers are to answer, by the layers' indices, and under the names of their
             tensors on disk the layers' other linear maps that were replaced.
+        exact: digests of what some layers' projections are to hold to the bit, read as dense matrices.
 
     Raises:
         StorageError: it cannot be opened, lacks tensors, has some that belong to nothing, or holds other numbers than
@@ -135,7 +152,7 @@ def check_written(folder: Path, source: Checkpoint | CompressedCheckpoint, meant
     try:
         opened = _open(folder, source)
         problems = _names(opened) if isinstance(opened, CompressedCheckpoint) else []
-        problems = problems or _numbers(opened, meant)
+        problems = problems or [*_numbers(opened, meant), *_bits(opened, exact)]
     except JaxmoeError as error:
         problems = [str(error)]
     if problems:
@@ -167,7 +184,7 @@ def _names(opened: CompressedCheckpoint) -> list[str]:
             experts, hidden, intermediate, _ = record.shape
             wanted[f"{module}.gate_up_proj_bias"] = (experts, 2 * intermediate)
             wanted[f"{module}.down_proj_bias"] = (experts, hidden)
-    held = {planned.name: tuple(planned.shape) for planned in opened.copied()}
+    held = {name: tuple(matrix.shape) for name, matrix in opened.beside().items()}
     problems = [
         f"{name} is missing" if name not in held else f"{name} is {list(held[name])}, not {list(shape)}"
         for name, shape in wanted.items()
@@ -198,6 +215,17 @@ def _numbers(opened: Checkpoint | CompressedCheckpoint, meant: Mapping[int, Answ
                 who = name if name.endswith(".weight") else f"layer {index}, {name}: the experts"
                 problems.append(f"{who} do not answer random inputs as they should")
     return problems
+
+
+def _bits(opened: Checkpoint | CompressedCheckpoint, exact: Mapping[int, Mapping[str, str]]) -> list[str]:
+    """Return which projections do not hold what was meant to the bit."""
+    layers = opened.layers if isinstance(opened, Checkpoint) else ()
+    return [
+        f"layer {layer.index}, {name}: the experts do not hold the numbers that were fitted"
+        for layer in layers
+        for name, expected in exact.get(layer.index, {}).items()
+        if digest(opened.projection(layer, name)) != expected
+    ]
 
 
 def _answers(opened: Checkpoint | CompressedCheckpoint, index: int, names: Iterable[str]) -> tuple[Answers, np.dtype]:

@@ -52,7 +52,7 @@ def densify(source: str | Path, output: str | Path) -> dict[str, Any]:
         stored = complete_folder(
             workspace.folder,
             layers=files,
-            copied=opened.copied(),
+            copied=opened.decoded(),
             config=opened.dense_config(),
             code={},
             beside={name: path for name, path in side_files(opened.folder).items() if name not in CODE},

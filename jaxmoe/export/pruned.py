@@ -86,8 +86,7 @@ def slim_shape(shape: LayerShape, unit: str, keep: int) -> LayerShape:
 
 def slim_copied(checkpoint: Checkpoint) -> list[Planned]:
     """Plan every tensor of the source that is no matrix of an expert, without multi-token prediction."""
-    predicting = set(checkpoint.mtp)
-    return [t for t in checkpoint.copied() if checkpoint.matrices[t.name].parts[0].name not in predicting]
+    return checkpoint.copied(but=checkpoint.mtp)
 
 
 def slim_edited(

@@ -1,6 +1,6 @@
 """A checkpoint whose arrays were trained: the same files' names, dtypes and configuration, other numbers.
 
-What was not trained is copied byte for byte; a quantised source is written without its quantisation, as everywhere.
+What was not trained is copied byte for byte; a quantised original is written without its quantisation.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxmoe.checkpoint.decoder import Piece, end_pieces, join_expert_biases
 from jaxmoe.checkpoint.factored import CompressedCheckpoint
+from jaxmoe.checkpoint.quantization import as_stored
 from jaxmoe.checkpoint.reader import Checkpoint
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.tensor_file import DTYPES, Planned
@@ -41,8 +42,14 @@ def write_trained(
     source = model.checkpoint
     planned = source.copied()
     if isinstance(source, CompressedCheckpoint):
-        config = source.config
-        planned = [Planned(name, x.dtype, x.shape, x.read) for name, x in source.tensors.items()]
+        # What was quantised and is trained is not any more.
+        plain = {name for name in new if len(source.matrices[name].parts) > 1}
+        planned = []
+        for name, matrix in source.matrices.items():
+            whole = [Planned(name, matrix.dtype, matrix.shape, matrix.read)]
+            planned += whole if name in plain else as_stored(matrix)
+        trained = [model.family.linear_module(name) for name in sorted(plain)]
+        config = source.with_quantization(source.config, planned, trained)
     else:
         config = source.dense_config()
         for layer in source.layers:

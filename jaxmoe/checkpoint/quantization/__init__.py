@@ -11,11 +11,22 @@ Three schemes are read:
                group of its inputs, `weight_shape`, and `weight_zero_point` where the codes' zeros differ: the format
                "pack-quantized" of compressed-tensors
 
-Everything else is refused under the name of its format (`formats.py`). Nothing is quantised here.
+Everything else is refused under the name of its format (`formats.py`). Nothing is quantised here. What no step replaces
+may be written again as it lies (`keeping.py`).
 """
 
 from jaxmoe.checkpoint.quantization.assembling import assemble
-from jaxmoe.checkpoint.quantization.matrix import Matrix, Quantized
+from jaxmoe.checkpoint.quantization.keeping import leaving_out, obstacle
+from jaxmoe.checkpoint.quantization.matrix import Matrix, Quantized, as_stored
 from jaxmoe.checkpoint.quantization.settings import quantization_config, without_quantization
 
-__all__ = ["Matrix", "Quantized", "assemble", "quantization_config", "without_quantization"]
+__all__ = [
+    "Matrix",
+    "Quantized",
+    "as_stored",
+    "assemble",
+    "leaving_out",
+    "obstacle",
+    "quantization_config",
+    "without_quantization",
+]

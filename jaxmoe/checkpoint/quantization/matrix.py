@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxmoe.checkpoint.tensor_file import TensorEntry
+from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry
 
 
 @runtime_checkable
@@ -81,6 +81,13 @@ class Quantized:
         # One scale may serve all experts.
         each = (part.shape[:1] == self.shape[:1] for part in self.parts)
         return self.decode(*(part.read(index if own else ...) for part, own in zip(self.parts, each, strict=True)))
+
+
+def as_stored(matrix: Matrix) -> list[Planned]:
+    """Plan the tensors of a matrix as they lie on disk; of several, the first stands for all its numbers."""
+    first, *others = matrix.parts
+    planned = [Planned(first.name, first.dtype, first.shape, first.read, matrix.numbers if others else None)]
+    return planned + [Planned(part.name, part.dtype, part.shape, part.read, 0) for part in others]
 
 
 class Faults(NamedTuple):
