@@ -21,6 +21,7 @@ from jaxmoe.methods.quantising import QuantisingMethod, QuantisingSettings
 from jaxmoe.methods.reap import REAP
 from jaxmoe.methods.recover import RECOVER, RecoveryMethod
 from jaxmoe.methods.rfid import RFID
+from jaxmoe.methods.rounding import GPTQ, HQQ, RTN
 from jaxmoe.methods.svd import SVD
 
 AnyMethod = Method | PruningMethod | QuantisingMethod | SkippingMethod | RecoveryMethod
@@ -104,7 +105,22 @@ def of_linear_maps() -> list[str]:
     return [name for name, method in sorted(METHODS.items()) if getattr(method, "linear_slot", None) is not None]
 
 
-for _method in (SVD, MOBE, RFID, D2MOE, HC_SMOE, FREQUENCY, REAP, CAMERA, NYSTROM, COMPRESSED_EXPERTS, RECOVER):
+for _method in (
+    SVD,
+    MOBE,
+    RFID,
+    D2MOE,
+    HC_SMOE,
+    FREQUENCY,
+    REAP,
+    CAMERA,
+    NYSTROM,
+    COMPRESSED_EXPERTS,
+    RECOVER,
+    RTN,
+    HQQ,
+    GPTQ,
+):
     register(_method)
 
 __all__ = [

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.quantised import held_zeros
 from jaxmoe.factors.store import Store
 from jaxmoe.solvers.error_feedback import Factored, factored
 from jaxmoe.solvers.rounding import held
@@ -166,4 +167,4 @@ def two_levels(
     # Equal numbers are one step from zero.
     scale = held(jnp.where(spread > 0, 2 * spread, jnp.abs(mean)), store)
     scale = jnp.where(scale > 0, scale, 1)
-    return scale, held(jnp.where(spread > 0, 0.5, 0) - mean / scale, store)
+    return scale, held_zeros(jnp.where(spread > 0, 0.5, 0) - mean / scale, store)

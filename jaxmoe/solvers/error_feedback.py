@@ -85,7 +85,7 @@ def factored(
         moment = jnp.take_along_axis(moment, columns[:, None, :], 2)
         added = jnp.take_along_axis(added, columns, 1)
     damped = moment + added[:, :, None] * jnp.eye(moment.shape[1])
-    root = cholesky(damped[:, ::-1, ::-1])[:, ::-1, ::-1]
+    root = cholesky(damped[:, ::-1, ::-1], symmetrize_input=False)[:, ::-1, ::-1]
     diagonal = jnp.diagonal(root, axis1=1, axis2=2)
     return Factored(columns, root / diagonal[:, None], diagonal, added, weights)
 
@@ -173,6 +173,22 @@ def _of_experts(given: Rounded, own: slice, experts: int) -> Rounded:
     return Rounded(codes[own], *(x if x is None else x[own] for x in (scale, zero)), table)
 
 
+class Sweep(NamedTuple):
+    """Columns on their way: `[expert, column, row]`, in the order in which they are rounded.
+
+    Args:
+        current: with what those before them left.
+        codes: of those that are done.
+        left: what their rounding leaves.
+        loss: their part of the objective, `[expert, row]`.
+    """
+
+    current: Array
+    codes: Array
+    left: Array
+    loss: Array
+
+
 def _fed_back(
     weight: Array,
     store: Store,
@@ -183,98 +199,118 @@ def _fed_back(
     highest: Array | None,
 ) -> Rounded:
     """Round one block of experts."""
-    experts, out, in_ = weight.shape
-    groups = max(1, store.groups(in_))
-    if given is None:
-        plain = _scaled(weight, factor.weights, store, search)
-        # Scales of scales exist once all of them are known.
-        static = order or groups == 1 or store.scale == "quantised"
+    experts, _, columns = weight.shape
+    groups = max(1, store.groups(columns))
+    size = columns // groups
+    original, plain, sweep = _begun(weight, factor, given, highest, store, order, search)
+    grid = plain
+
+    def of_group(sweep: Sweep, start: int, columns: int) -> Sweep:
+        nonlocal grid
+        grid = _scaled_again(original, sweep.current, grid, factor, start, store, search, columns)
+        return _swept(sweep, factor, start, columns, COLUMNS, of_block)
+
+    def of_block(sweep: Sweep, start: int, columns: int) -> Sweep:
+        return _rounded(sweep, original, grid, factor, start, store, size, columns)
+
+    # Scales of scales exist once all of them are known.
+    if order or groups == 1 or given is not None or store.scale == "quantised":
+        sweep = _swept(sweep, factor, 0, columns, COLUMNS, of_block)
     else:
-        plain, static = _columnwise(given, store, experts), True
-        if highest is not None:
-            plain = plain._replace(highest=jnp.broadcast_to(highest[:, :, None], (*highest.shape, out)))
-    columns = jnp.swapaxes(weight, 1, 2)
-    if len(factor.order) < experts:
-        # One moment for all experts: their rows are rows of one matrix.
-        columns, plain = _together(columns), jax.tree.map(_together, plain)
-    original = columns
-    if order:
-        original = jnp.take_along_axis(columns, factor.order[:, :, None], 1)
-
-    def of_columns(grid: Grid, size: int, original: Array, current: Array, start: int) -> Swept:
-        return _swept(original, current, factor, start, grid, store, size)
-
-    def of_group(original: Array, current: Array, start: int) -> Swept:
-        own = factor.weights[:, start : start + current.shape[1]]
-        spanned = _continued(original, current, factor.unit, start)
-        grid = _scaled(jnp.swapaxes(spanned, 1, 2), own, replace(store, group=0), search)
-        leaf = partial(of_columns, grid, in_)
-        return _halves(original, current, factor, start, COLUMNS, leaf)._replace(scale=grid.scale, zero=grid.zero)
-
-    if static:
-        swept = _halves(original, original, factor, 0, COLUMNS, partial(of_columns, plain, in_ // groups))
-        swept = swept._replace(scale=plain.scale, zero=plain.zero)
-    else:
-        swept = _halves(original, original, factor, 0, in_ // groups, of_group)
-    codes, scale, zero = _better(original, factor, swept, plain, store)
-    found = (
-        None if x is None else jnp.swapaxes(_apart(x, experts) if len(x) < experts else x, 1, 2)
-        for x in (codes, scale, zero)
-    )
-    codes, scale, zero = found
+        sweep = _swept(sweep, factor, 0, columns, size, of_group)
+    codes, scale, zero = _better(sweep, original, grid, plain, factor, store, size, experts)
     return Rounded(codes, scale, whole(zero, store), None if given is None else given.table)
 
 
-class Swept(NamedTuple):
-    """What comes of columns: codes, what rounding leaves, `[expert, column, row]`, and the objective of each block.
-
-    Scales and zeros, `[expert, group, row]`, are there where they were found on the way.
-    """
-
-    codes: Array
-    left: Array
-    losses: Array
-    scale: Array | None = None
-    zero: Array | None = None
-
-
-def _halves(original: Array, current: Array, factor: Factored, start: int, smallest: int, leaf: Callable) -> Swept:
-    """Sweep over one half of the columns, let the other take up its errors in one product, and sweep over that."""
-    columns = original.shape[1]
-    if columns <= smallest:
-        return leaf(original, current, start)
-    half = smallest * -(-columns // (2 * smallest))
-    first = _halves(original[:, :half], current[:, :half], factor, start, smallest, leaf)
-    rest = _taken_up(current[:, half:], first.left, factor.unit, start)
-    second = _halves(original[:, half:], rest, factor, start + half, smallest, leaf)
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts, 1), first, second)
-
-
-@jax.jit
-def _taken_up(current: Array, left: Array, unit: Array, start: int | Array) -> Array:
-    """Add to columns what those before them left, from place `start` on."""
-    done, todo = left.shape[1], current.shape[1]
-    own = lax.dynamic_slice(unit, (0, start, start + done), (len(unit), done, todo))
-    return current + jnp.einsum("eim,eij->ejm", left, own, precision=lax.Precision.HIGHEST)
+@partial(jax.jit, static_argnames=("store", "order", "search"))
+def _begun(
+    weight: Array,
+    factor: Factored,
+    given: Rounded | None,
+    highest: Array | None,
+    store: Store,
+    order: bool,
+    search: bool,
+) -> tuple[Array, Grid, Sweep]:
+    """Return the columns, the grid of plain rounding, and the sweep before any of them is rounded."""
+    experts, rows = weight.shape[:2]
+    grid = _scaled(weight, factor.weights, store, search) if given is None else _columnwise(given, store, experts)
+    if highest is not None:
+        grid = grid._replace(highest=jnp.broadcast_to(highest[:, :, None], (*highest.shape, rows)))
+    columns = jnp.swapaxes(weight, 1, 2)
+    if len(factor.order) < experts:
+        # One moment for all experts: their rows are rows of one matrix.
+        columns = _together(columns)
+        own = {name: getattr(grid, name) for name in (*GROUPED, "table") if getattr(grid, name) is not None}
+        grid = grid._replace(**{name: _together(x) for name, x in own.items() if x.ndim > 1})
+    if order:
+        columns = jnp.take_along_axis(columns, factor.order[:, :, None], 1)
+    loss = jnp.zeros((len(columns), columns.shape[2]))
+    return columns, grid, Sweep(columns + 0, jnp.zeros(columns.shape, jnp.uint8), jnp.zeros_like(columns), loss)
 
 
-@jax.jit
-def _continued(original: Array, current: Array, unit: Array, start: int | Array) -> Array:
-    """Return what the columns of a block would best be, were none of them rounded.
-
-    `current` foresees the errors of those before it in the block: x_k counts on all columns before k.
-    """
-    columns = original.shape[1]
-    own = lax.dynamic_slice(unit, (0, start, start), (len(unit), columns, columns))
-    return original + solve_lower(jnp.swapaxes(own, 1, 2), current - original)
-
-
-@partial(jax.jit, static_argnames=("store", "size"))
 def _swept(
-    original: Array, current: Array, factor: Factored, start: int | Array, grid: Grid, store: Store, size: int
-) -> Swept:
+    sweep: Sweep, factor: Factored, start: int, columns: int, smallest: int, leaf: Callable[[Sweep, int, int], Sweep]
+) -> Sweep:
+    """Sweep over one half of some columns, let the other take up its errors in one product, and sweep over that."""
+    if columns <= smallest:
+        return leaf(sweep, start, columns)
+    half = smallest * -(-columns // (2 * smallest))
+    sweep = _swept(sweep, factor, start, half, smallest, leaf)
+    sweep = _taken_up(sweep, factor.unit, start, half, columns - half)
+    return _swept(sweep, factor, start + half, columns - half, smallest, leaf)
+
+
+@partial(jax.jit, static_argnames=("done", "todo"), donate_argnums=0)
+def _taken_up(sweep: Sweep, unit: Array, start: int | Array, done: int, todo: int) -> Sweep:
+    """Add to columns what as many before them left, from place `start` on."""
+    own = lax.dynamic_slice(unit, (0, start, start + done), (len(unit), done, todo))
+    left = lax.dynamic_slice_in_dim(sweep.left, start, done, 1)
+    taken = jnp.einsum("eij,eim->ejm", own, left, precision=lax.Precision.HIGHEST)
+    before = lax.dynamic_slice_in_dim(sweep.current, start + done, todo, 1)
+    return sweep._replace(current=lax.dynamic_update_slice_in_dim(sweep.current, before + taken, start + done, 1))
+
+
+@partial(jax.jit, static_argnames=("store", "search", "columns"))
+def _scaled_again(
+    original: Array,
+    current: Array,
+    grid: Grid,
+    factor: Factored,
+    start: int | Array,
+    store: Store,
+    search: bool,
+    columns: int,
+) -> Grid:
+    """Return the grid with new scales for a group, from what its columns are by now.
+
+    `current` foresees the errors of those before a column in its group: x_k counts on all columns before k. The scales
+    are those of what the columns would best be, were none of the group rounded.
+    """
+    original, current = (lax.dynamic_slice_in_dim(x, start, columns, 1) for x in (original, current))
+    unit = lax.dynamic_slice(factor.unit, (0, start, start), (len(factor.unit), columns, columns))
+    best = original + solve_lower(jnp.swapaxes(unit, 1, 2), current - original)
+    weights = lax.dynamic_slice_in_dim(factor.weights, start, columns, 1)
+    found = _scaled(jnp.swapaxes(best, 1, 2), weights, replace(store, group=0), search)
+    names = [name for name in ("scale", "zero") if getattr(grid, name) is not None]
+    place = start // columns
+    put = {name: lax.dynamic_update_slice_in_dim(getattr(grid, name), getattr(found, name), place, 1) for name in names}
+    return grid._replace(**put)
+
+
+@partial(jax.jit, static_argnames=("store", "size", "columns"), donate_argnums=0)
+def _rounded(
+    sweep: Sweep,
+    original: Array,
+    grid: Grid,
+    factor: Factored,
+    start: int | Array,
+    store: Store,
+    size: int,
+    columns: int,
+) -> Sweep:
     """Round the columns of a block one after the other."""
-    experts, columns, rows = original.shape
+    original, current = (lax.dynamic_slice_in_dim(x, start, columns, 1) for x in (original, sweep.current))
     unit = lax.dynamic_slice(factor.unit, (0, start, start), (len(factor.unit), columns, columns))
     diagonal = lax.dynamic_slice_in_dim(factor.diagonal, start, columns, 1)
     of_columns = _expanded(grid, lax.dynamic_slice_in_dim(factor.order, start, columns, 1) // size)
@@ -285,21 +321,21 @@ def _swept(
         def at(x):
             return lax.dynamic_slice_in_dim(x, index, 1, 1)
 
-        x, own = (
-            at(current),
-            {name: at(getattr(of_columns, name)) for name in GROUPED if getattr(of_columns, name) is not None},
-        )
+        own = {name: at(getattr(of_columns, name)) for name in GROUPED if getattr(of_columns, name) is not None}
+        x = at(current)
         code, value = of_columns._replace(**own).nearest(x, store)
         rest = at(original) - value
         # The factor is zero before the column, and what it does to the column itself is of no account any more.
         current = current + jnp.swapaxes(at(unit), 1, 2) * rest
         codes = lax.dynamic_update_slice_in_dim(codes, code, index, 1)
         left = lax.dynamic_update_slice_in_dim(left, rest, index, 1)
-        return current, codes, left, loss + (at(diagonal)[:, :, None] * (x - value)) ** 2
+        return current, codes, left, loss + (at(diagonal) * (x - value)[:, 0]) ** 2
 
-    empty = jnp.zeros(original.shape, jnp.uint8), jnp.zeros_like(original), jnp.zeros((experts, 1, rows))
-    _, codes, left, loss = lax.fori_loop(0, columns, column, (current, *empty))
-    return Swept(codes, left, loss)
+    empty = jnp.zeros(original.shape, jnp.uint8), jnp.zeros_like(original)
+    _, codes, left, loss = lax.fori_loop(0, columns, column, (current, *empty, sweep.loss))
+    codes = lax.dynamic_update_slice_in_dim(sweep.codes, codes, start, 1)
+    left = lax.dynamic_update_slice_in_dim(sweep.left, left, start, 1)
+    return sweep._replace(codes=codes, left=left, loss=loss)
 
 
 def _expanded(grid: Grid, groups: Array) -> Grid:
@@ -309,34 +345,32 @@ def _expanded(grid: Grid, groups: Array) -> Grid:
     return grid._replace(**{name: jnp.take_along_axis(x, groups[:, :, None], 1) for name, x in found.items()})
 
 
-@partial(jax.jit, static_argnames="store")
-def _better(original: Array, factor: Factored, swept: Swept, plain: Grid, store: Store):
-    """Return the better of both roundings for every row, the columns where they were."""
+@partial(jax.jit, static_argnames=("store", "size", "experts"))
+def _better(
+    sweep: Sweep, original: Array, grid: Grid, plain: Grid, factor: Factored, store: Store, size: int, experts: int
+):
+    """Return the better of both roundings for every row, `[expert, out, ...]`, the columns where they were."""
     columns = original.shape[1]
-    size = columns // (1 if plain.scale is None else plain.scale.shape[1])
     codes, values = _expanded(plain, factor.order // size).nearest(original, store)
-    left = original - values
-    loss = jnp.zeros((len(original), original.shape[2]))
+    left, loss = original - values, jnp.zeros_like(sweep.loss)
     for start in range(0, columns, width := max(COLUMNS, -(-columns // 8))):
         stop = min(start + width, columns)
         own = factor.unit[:, :stop, start:stop] * factor.diagonal[:, None, start:stop]
-        loss += jnp.sum(jnp.einsum("eim,eij->ejm", left[:, :stop], own, precision=lax.Precision.HIGHEST) ** 2, 1)
+        loss += jnp.sum(jnp.einsum("eij,eim->ejm", own, left[:, :stop], precision=lax.Precision.HIGHEST) ** 2, 1)
 
     def without_damping(loss, left):
         return loss - jnp.sum(factor.added[:, :, None] * left**2, 1)
 
-    fed = without_damping(jnp.sum(swept.losses, 1), swept.left) <= without_damping(loss, left)
-    chosen = jnp.where(fed[:, None], swept.codes, codes)
-    back = jnp.argsort(factor.order, axis=1)
-    chosen = jnp.take_along_axis(chosen, back[:, :, None], 1)
-    scale, zero = (
-        None if ours is None else jnp.where(fed[:, None], ours, theirs)
-        for ours, theirs in ((swept.scale, plain.scale), (swept.zero, plain.zero))
+    fed = (without_damping(sweep.loss, sweep.left) <= without_damping(loss, left))[:, None]
+    back = jnp.argsort(factor.order, axis=1)[:, :, None]
+    found = (
+        jnp.take_along_axis(jnp.where(fed, sweep.codes, codes), back, 1),
+        None if plain.scale is None else jnp.where(fed, grid.scale, plain.scale),
+        None if plain.zero is None else jnp.where(fed, grid.zero, plain.zero),
     )
-    return chosen, scale, zero
+    return tuple(None if x is None else jnp.swapaxes(_apart(x, experts), 1, 2) for x in found)
 
 
-@partial(jax.jit, static_argnames=("store", "search"))
 def _scaled(weight: Array, importance: Array, store: Store, search: bool) -> Grid:
     """Return the grid of matrices on scales of their own, `[expert, group, row]`."""
     scale, zero = fitted(weight, importance, store, search)
@@ -360,4 +394,4 @@ def _together(x: Array) -> Array:
 
 def _apart(x: Array, experts: int) -> Array:
     """Undo `_together`."""
-    return jnp.moveaxis(x.reshape(x.shape[1], experts, -1), 1, 0)
+    return x if len(x) == experts else jnp.moveaxis(x.reshape(x.shape[1], experts, -1), 1, 0)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.quantised import held_zeros
 from jaxmoe.factors.store import Rounded, Store, fixed_table
 from jaxmoe.solvers.channels import damped
 from jaxmoe.solvers.mixture import HIGHEST
@@ -210,7 +211,7 @@ def _move_scales(weight: Array, state: _Held, matrix: Array, store: Store) -> _H
             pulled -= jnp.matmul(within, (moved - scale)[:, None] * level, precision=HIGHEST)
             line = jnp.broadcast_to(-moved[:, None], level.shape)
             pull, bend = _parabola(line, pulled, within)
-            shifted = held(zero + _ratio(pull, bend), store)
+            shifted = held_zeros(zero + _ratio(pull, bend), store)
             shifted = jnp.where(_better(shifted - zero, pull, bend), shifted, zero)
             own -= (shifted - zero)[:, None] * line
             zero = shifted

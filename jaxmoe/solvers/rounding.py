@@ -9,7 +9,7 @@ is known. Scales are rounded to what the file holds before the codes are found, 
 Matrices go through in blocks of experts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.quantised import held_scales, held_zeros
 from jaxmoe.factors.store import Rounded, Store, fixed_table
 
 SHARES = tuple(np.linspace(1.0, 0.5, 26).tolist())
@@ -37,14 +38,12 @@ class Grid(NamedTuple):
         scale: broadcast against them; None where a table stands for itself.
         zero: likewise; None for the middle code, or none.
         table: `[code, ...]`, ascending, each broadcast against them; None for uniform codes.
-        names: the code of each entry of the table where that is not its place.
         highest: of the codes, broadcast like the scale; None for all of their bits.
     """
 
     scale: Array | None
     zero: Array | None = None
     table: Array | None = None
-    names: tuple[int, ...] | None = None
     highest: Array | None = None
 
     def nearest(self, x: Array, store: Store) -> tuple[Array, Array]:
@@ -56,7 +55,7 @@ class Grid(NamedTuple):
             codes = jnp.clip(jnp.round(x / self.scale + zero), 0, highest)
             return codes.astype(jnp.uint8), self.scale * (codes - zero)
         level = x if self.scale is None else x / self.scale
-        names = self.names or tuple(range(len(self.table)))
+        names = range(len(self.table)) if store.table in ("row", "matrix") else _ascending(store)
         value, code = jnp.broadcast_to(self.table[0], x.shape), jnp.full(x.shape, names[0], jnp.uint8)
         for below, above, name in zip(self.table[:-1], self.table[1:], names[1:]):
             further = level > (below + above) / 2
@@ -69,25 +68,30 @@ def fixed_grid(store: Store, scale: Array | None, zero: Array | None = None) -> 
     if store.table is None:
         return Grid(scale, zero)
     levels = np.array(fixed_table(store.table, store.bits), np.float32)
-    # The zero below zero of floats stands for nothing of its own.
-    names = [code for code in np.argsort(levels, kind="stable") if code == 0 or levels[code] != 0 or levels[0] != 0]
-    return Grid(scale, None, jnp.asarray(levels[names]), tuple(map(int, names)))
+    return Grid(scale, None, jnp.asarray(levels[list(_ascending(store))]))
 
 
-def held(numbers: Array, store: Store) -> Array:
-    """Return positive numbers, or real zeros, as the store's kind of scale holds them; "quantised" as they are.
+def _ascending(store: Store) -> tuple[int, ...]:
+    """Return the codes of a codebook that is not learned in ascending order of what they stand for.
+
+    The zero below zero of floats stands for nothing of its own.
+    """
+    assert store.table is not None
+    levels = fixed_table(store.table, store.bits)
+    codes = sorted(range(len(levels)), key=levels.__getitem__)
+    return tuple(code for code in codes if store.table != "mxfp4" or code != 8)
+
+
+def held(scale: Array, store: Store) -> Array:
+    """Return scales as the store's kind holds each; those of 8 bits, which depend on each other, as they are.
 
     Example:
         >>> held(jnp.array([0.7, 0.5]), Store(bits=4, scale="exponent")).tolist()
         [1.0, 0.5]
     """
-    if store.scale == "exponent":
-        mantissa, exponent = jnp.frexp(numbers)
-        return jnp.ldexp(jnp.ones_like(numbers), exponent - (mantissa == 0.5))
-    if store.scale in ("float32", "quantised"):
-        return numbers
-    largest = float(jnp.finfo(store.scale).max)
-    return jnp.clip(numbers, -largest, largest).astype(store.scale).astype(jnp.float32)
+    if store.scale == "quantised":
+        return scale
+    return held_scales(scale.reshape(1, 1, -1), store).reshape(scale.shape)
 
 
 def fit_scale(
@@ -117,7 +121,9 @@ def fit_scale(
     return _scales(jnp.min(x, axis), jnp.max(x, axis), store, share)
 
 
-def _scales(low: Array, high: Array, store: Store, share: float | Array) -> tuple[Array, Array | None]:
+def _scales(
+    low: Array, high: Array, store: Store, share: float | Array, hold: Callable[[Array, Store], Array] = held
+) -> tuple[Array, Array | None]:
     steps = 2**store.bits - 1
     if store.zero == "none":
         levels = steps / 2 if store.table is None else max(map(abs, fixed_table(store.table, store.bits)))
@@ -130,12 +136,12 @@ def _scales(low: Array, high: Array, store: Store, share: float | Array) -> tupl
         middle, half = (low + high) / 2, share * (high - low) / 2
         bottom, scale = middle - half, 2 * half / steps
     # A group of one number over and over is one step from zero.
-    scale = held(jnp.where(low == high, jnp.abs(low), scale), store)
-    scale = jnp.where(scale > 0, scale, 1.0)
+    scale = jnp.where(low == high, jnp.abs(low), scale)
+    scale = hold(jnp.where(scale > 0, scale, 1.0), store)
     if bottom is None:
         return scale, None
     zero = -bottom / scale
-    return scale, held(zero, store) if store.zero == "real" else jnp.clip(jnp.round(zero), 0, steps)
+    return scale, held_zeros(zero, store) if store.zero == "real" else jnp.clip(jnp.round(zero), 0, steps)
 
 
 def round_nearest(
@@ -255,7 +261,7 @@ def fitted(weight: Array, importance: Array | None, store: Store, search: bool) 
     x = weight.reshape(experts, out, groups, -1)
     low, high = jnp.min(x, 3), jnp.max(x, 3)
     if not search:
-        return _scales(low, high, store, 1.0)
+        return _scales(low, high, store, 1.0, held_scales)
     if importance is None:
         importance = jnp.ones((1, in_))
     if importance.ndim == 2:
@@ -268,7 +274,7 @@ def fitted(weight: Array, importance: Array | None, store: Store, search: bool) 
             return lax.map(lambda row: best_share(*row, matters[0], store), (x, low, high), batch_size=ROWS)
         return lax.map(lambda row: best_share(*row, store), (x, low, high, matters), batch_size=ROWS)
 
-    return _scales(low, high, store, lax.map(of_expert, (x, low, high, matters)))
+    return _scales(low, high, store, lax.map(of_expert, (x, low, high, matters)), held_scales)
 
 
 ROWS = 16
@@ -352,7 +358,7 @@ def shrink(x: Array, strength: float | Array) -> Array:
 def _hqq(weight: Array, store: Store, released: bool) -> Rounded:
     experts, out, in_ = weight.shape
     x = weight.reshape(experts, out, store.groups(in_), -1)
-    scale, start = _scales(jnp.min(x, 3), jnp.max(x, 3), store, 1.0)
+    scale, start = _scales(jnp.min(x, 3), jnp.max(x, 3), store, 1.0, held_scales)
     assert start is not None
     # The published zeros begin unrounded.
     start = -jnp.min(x, 3) / scale
@@ -380,7 +386,7 @@ def _hqq(weight: Array, store: Store, released: bool) -> Rounded:
         return moved, *_better(moved, kept, least), going
 
     def _better(zero, kept, least):
-        zero = held(zero, store)
+        zero = held_zeros(zero, store)
         error = mean((rounded(zero)[1] - x) ** 2)
         return jnp.where(error < least, zero, kept), jnp.minimum(error, least)
 
@@ -389,6 +395,6 @@ def _hqq(weight: Array, store: Store, released: bool) -> Rounded:
         least = jnp.full(experts, jnp.inf)
     state = (start, kept, least, jnp.ones(experts, bool))
     zero, kept, _, _ = lax.fori_loop(0, TURNS, turn, state)
-    zero = held(zero, store) if released else kept
+    zero = held_zeros(zero, store) if released else kept
     codes, _ = rounded(zero)
     return Rounded(codes.reshape(weight.shape), scale, zero)
