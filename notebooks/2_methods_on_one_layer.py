@@ -66,7 +66,7 @@ plain = jax.jit(jaxmoe.weighted_svd, static_argnames="rank")(weight, rank=1).ene
 seen = jax.jit(jaxmoe.weighted_svd, static_argnames="rank")(weight, rank=1, column_moment=moment).energies
 
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-plots.plot_spectra({"spectra": spectra(checkpoint)}, axes[0], projection="up")
+plots.plot_spectra(spectra(checkpoint), axes[0], projection="up")
 for name, energies in (("plain", plain), ("weighted by C", seen)):
     left = 1 - np.cumsum(energies, axis=1) / np.sum(energies, axis=1, keepdims=True)
     axes[1].plot(np.sqrt(np.maximum(left, 0)).mean(0), label=name)

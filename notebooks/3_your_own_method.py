@@ -89,14 +89,15 @@ result = jaxmoe.compare(
     calibration_text=folder / "calibration",
     windows=4,
 )
-for row in result["rows"]:
-    print(f"{label(row):22} {row['achieved']['experts']:6.1%} removed   {row['geometric_mean_perplexity']:8.2f}")
+for row in result.rows:
+    found = row.measured
+    print(f"{label(row):22} {found.achieved['experts']:6.1%} removed   {found.geometric_mean_perplexity:8.2f}")
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 2.4), layout="constrained")
-axes.barh([label(row) for row in result["rows"]], [row["geometric_mean_perplexity"] for row in result["rows"]])
+axes.barh([label(row) for row in result.rows], [row.measured.geometric_mean_perplexity for row in result.rows])
 axes.invert_yaxis()
-axes.set_xlabel("perplexity, half of the experts' parameters removed")
+axes.set_xlabel("perplexity, half of the experts' bytes removed")
 plt.show()
 
 # %% [markdown]

@@ -122,13 +122,14 @@ def compare(
     methods: Annotated[
         str,
         typer.Option(
-            "--methods", help="methods, such as svd,reap+mobe, or recipe files; svd is always there", metavar="NAME,..."
+            "--methods", help="methods, such as svd,reap+mobe, or recipe files; baselines join them", metavar="NAME,..."
         ),
     ],
     ratios: Annotated[str, typer.Option("--ratios", help="removed fractions, such as .2,.4,.6")],
     text: TextOption,
     of: OfOption = Scope.experts,
-    unit: UnitOption = Unit.parameters,
+    unit: UnitOption = Unit.bytes,
+    targets: TargetsOption = "experts",
     calibration_text: Annotated[
         list[Path] | None,
         typer.Option("--calibration-text", metavar="PATH", help="texts to calibrate on, once for all methods"),
@@ -170,6 +171,7 @@ def compare(
             ratios=fractions(ratios),
             of=of.value,
             unit=unit.value,
+            targets=names(targets),
             text=text,
             calibration_text=calibration_text,
             setting=setting.value,
@@ -185,7 +187,7 @@ def compare(
             on_event=on_event,
         )
     where = f"written: {report}/index.html, table.md, table.csv, comparison.json"
-    if "no_page" in result:
-        where = f"{result['no_page']}\nwritten: {report}/table.md, table.csv, comparison.json"
+    if result.no_page is not None:
+        where = f"{result.no_page}\nwritten: {report}/table.md, table.csv, comparison.json"
     missing = (f"{NOTHING} {reason}" for reason in reasons(result))
     emit(result, as_json, comparison_table(result, out.width), *missing, where)

@@ -1,7 +1,7 @@
 """What a comparison measures: a cell for every recipe, size and seed, the command that makes it, and making it.
 
 A size is what a recipe is asked for: a removed fraction, for methods that remove nothing the number of experts that
-still run, or both.
+still run, both, or nothing where the recipe alone says how large the result is, as `gptq4` does.
 """
 
 import shlex
@@ -15,13 +15,13 @@ from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.families import Family
 from jaxmoe.compression import engine
 from jaxmoe.compression.recipe import Recipe
-from jaxmoe.compression.step import Options, Texts
+from jaxmoe.compression.step import EXPERTS, Options, Texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.report.events import OnEvent
 from jaxmoe.report.records import Report
 
 Size = Mapping[str, Any]
-"""What is asked for: `ratio`, `of` and `unit`, or `main_experts`, or both."""
+"""What is asked for: `ratio`, `of` and `unit`, `main_experts`, both, or nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,13 @@ class Cell:
     Args:
         recipe: what runs.
         size: what is asked for.
+        targets: what is replaced.
         seed: the random seed.
     """
 
     recipe: Recipe
     size: Size
+    targets: tuple[str, ...] = EXPERTS
     seed: int = 0
 
     @property
@@ -47,12 +49,14 @@ class Cell:
             >>> Cell(recipe=find("svd"), size={"ratio": 0.4, "of": "experts"}).name
             'svd-improved-0.4-experts-seed0'
         """
-        words = (self.recipe.name, self.recipe.setting, *self.size.values())
+        targets = () if self.targets == EXPERTS else self.targets
+        words = (self.recipe.name, self.recipe.setting, *self.size.values(), *targets)
         return "-".join(map(str, words)) + f"-seed{self.seed}"
 
     def decided(self) -> dict[str, Any]:
         """Return what tells this cell from all others of the same context, as JSON."""
-        return {**self.recipe.identity(), **self.size, "seed": self.seed}
+        targets = {} if self.targets == EXPERTS else {"targets": list(self.targets)}
+        return {**self.recipe.identity(), **self.size, **targets, "seed": self.seed}
 
     def command(
         self,
@@ -75,6 +79,7 @@ class Cell:
         words += ["compress", source, str(output), *recipe_options(self.recipe)]
         for name, value in self.size.items():
             words += [f"--{name.replace('_', '-')}", str(value)]
+        words += [] if self.targets == EXPERTS else ["--targets", ",".join(self.targets)]
         words += [*options, *(["--seed", str(self.seed)] if self.seed else [])]
         return shlex.join(words + (["--revision", revision] if revision else []))
 
@@ -96,8 +101,9 @@ def cells(
     ratios: Sequence[float],
     *,
     of: str = "experts",
-    unit: str = "parameters",
+    unit: str = "bytes",
     main_experts: Sequence[int] = (),
+    targets: tuple[str, ...] = EXPERTS,
     seeds: int = 1,
 ) -> list[Cell]:
     """Return all cells: recipes, for each the sizes in ascending order, for each the seeds from 0.
@@ -108,6 +114,7 @@ def cells(
         of: what they are fractions of.
         unit: what is counted, "parameters" or "bytes".
         main_experts: how many experts run, for methods that remove nothing.
+        targets: what is replaced.
         seeds: of every recipe and size.
 
     Raises:
@@ -135,7 +142,7 @@ def cells(
         return found
 
     return [
-        Cell(recipe=recipe, size=size, seed=seed)
+        Cell(recipe=recipe, size=size, targets=targets, seed=seed)
         for recipe in recipes
         for size in asked(recipe)
         for seed in range(seeds)
@@ -197,7 +204,7 @@ def make(
         output,
         cell.recipe,
         cell.recipe.asked(**cell.size),
-        options=Options(gradients=calibration.gradients),
+        options=Options(gradients=calibration.gradients, targets=cell.targets),
         texts=calibration.texts,
         statistics=calibration.statistics,
         seed=cell.seed,

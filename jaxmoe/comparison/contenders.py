@@ -4,28 +4,30 @@ A recipe with the setting "paper" is given the calibration only where the publis
 always given it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from jaxmoe import methods
 from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.comparison.cells import Cell
 from jaxmoe.compression.recipe import Recipe, find
 from jaxmoe.compression.recipe_file import read_recipe
 from jaxmoe.compression.step import Options
 from jaxmoe.errors import JaxmoeError
 
 SETTINGS = {"paper": ("paper",), "improved": ("improved",), "both": ("paper", "improved")}
-FACTORED, PRUNED = "svd", ("frequency", "reap")
-"""The baselines: truncated SVD of every expert, and pruning of whole experts, which needs statistics."""
+FACTORED, PRUNED, ROUNDED = "svd", ("frequency", "reap"), ("rtn", "gptq")
+"""The baselines: truncated SVD of every expert, pruning of whole experts, and rounding of all numbers."""
 
 
 def contenders(
-    methods: Sequence[str | Recipe] | str, *, setting: str = "improved", set: Mapping[str, Any] | None = None
+    names: Sequence[str | Recipe] | str, *, setting: str = "improved", set: Mapping[str, Any] | None = None
 ) -> list[Recipe]:
     """Return the recipes that some names spell, and those that are recipes already as they are.
 
     Args:
-        methods: names, or a text of names with commas between them; a name may be that of a recipe file, of which
-            method, setting and settings count.
+        names: of methods and recipes, or a text of them with commas in between; a name may be that of a recipe file, of
+            which method, setting and settings count.
         setting: "paper", "improved" or "both".
         set: settings by `METHOD:NAME`, or by `METHOD:SETTING:NAME` for one of both.
 
@@ -38,10 +40,10 @@ def contenders(
     """
     if setting not in SETTINGS:
         raise JaxmoeError(f"setting {setting!r}: give {' or '.join(SETTINGS)}")
-    listed = methods.split(",") if isinstance(methods, str) else methods
+    listed = names.split(",") if isinstance(names, str) else names
     found = dict.fromkeys(_read(own.strip()) if isinstance(own, str) else own for own in listed)
-    names = dict.fromkeys(find(own).name for own in found if own and isinstance(own, str))
-    wanted: dict[tuple[str, str], dict[str, Any]] = {(name, own): {} for name in names for own in SETTINGS[setting]}
+    spelled = dict.fromkeys(find(own).name for own in found if own and isinstance(own, str))
+    wanted: dict[tuple[str, str], dict[str, Any]] = {(name, own): {} for name in spelled for own in SETTINGS[setting]}
     for key, value in (set or {}).items():
         method, *scope, name = key.split(":")
         to = [own for own in wanted if own[0] == method and (not scope or scope == [own[1]])]
@@ -64,21 +66,21 @@ def _read(name: str) -> str | Recipe:
     return find(options["method"], setting=options.get("setting", "improved"), options=options.get("set"))
 
 
-def with_baselines(recipes: Sequence[Recipe], *, calibrated: bool, factored: bool = True) -> list[Recipe]:
+def with_baselines(recipes: Sequence[Recipe], able: Callable[[Recipe], bool]) -> list[Recipe]:
     """Return the recipes, and before them the cheap ones that every comparison has, unless they are there.
 
     Args:
         recipes: what is compared.
-        calibrated: whether there are statistics.
-        factored: whether factors of this architecture can be written.
+        able: whether a recipe can be carried out with what there is: the checkpoint, its statistics, unit and targets.
     """
+    if not recipes:
+        return []
     there = {(own.name, own.setting) for own in recipes}
-    settings = dict.fromkeys(own.setting for own in recipes) if factored else ()
+    names = {name for name, _ in there}
+    settings = dict.fromkeys(own.setting for own in recipes)
     baselines = [find(FACTORED, setting=own) for own in settings if (FACTORED, own) not in there]
-    if calibrated and recipes:
-        names = {name for name, _ in there}
-        baselines += [find(name) for name in PRUNED if name not in names]
-    return [*baselines, *recipes]
+    baselines += [find(name) for name in (*PRUNED, *ROUNDED) if name in methods.METHODS and name not in names]
+    return [*(own for own in baselines if able(own)), *recipes]
 
 
 def calibrated(recipe: Recipe) -> bool:
@@ -96,7 +98,25 @@ def wants_gradients(recipe: Recipe) -> bool:
     return recipe.needs_gradients or (recipe.setting == "improved" and recipe.allocation == "importance")
 
 
-def check_forms(checkpoint: Checkpoint, recipes: Sequence[Recipe]) -> None:
-    """Raise if the checkpoints of a recipe could not be written, before calibration starts."""
+def check_all(checkpoint: Checkpoint, recipes: Sequence[Recipe], targets: tuple[str, ...]) -> None:
+    """Raise if some recipe could not be carried out on such targets, or written, before calibration starts."""
     for recipe in recipes:
-        recipe.check(checkpoint, Options(texts=True))
+        recipe.check(checkpoint, Options(texts=True, targets=targets))
+
+
+def able(recipe: Recipe, checkpoint: Checkpoint, cells: Sequence[Cell], *, texts: bool) -> bool:
+    """Tell whether a recipe can be carried out: on this checkpoint, with or without texts, at such sizes and targets.
+
+    Args:
+        recipe: what is asked about.
+        checkpoint: the source.
+        cells: of the recipe.
+        texts: whether there are texts to calibrate on.
+    """
+    try:
+        for cell in cells:
+            recipe.check(checkpoint, Options(texts=texts, targets=cell.targets))
+            recipe.asked(**cell.size)
+    except JaxmoeError:
+        return False
+    return texts or not recipe.requires

@@ -1,10 +1,13 @@
-"""What a stored model costs beside its quality: numbers and operations of a token, and memory while it is made."""
+"""What a stored model costs beside its quality: of a token, of memory when it is loaded, and while it is made."""
 
 import sys
 from pathlib import Path
 from typing import Any
 
+from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.checkpoint.files import read_config
 from jaxmoe.checkpoint.stored_model import StoredModel
+from jaxmoe.compression.budget import disk_counts
 from jaxmoe.model.spec import ExpertBlock
 from jaxmoe.model.work import activity
 
@@ -32,6 +35,38 @@ def token_costs(model: StoredModel) -> dict[str, Any]:
         "active_parameters": model.checkpoint.parameters - found.stored + found.active,
         "operations_per_token": found.operations,
     }
+
+
+def loaded_bytes(model: StoredModel) -> int:
+    """Return the bytes of the weights that PyTorch holds when the checkpoint is loaded as it is.
+
+    Tensors keep the size that they have in the files, packed codes of factored checkpoints included; of matrices in
+    the format compressed-tensors, transformers forms bfloat16.
+
+    Example:
+        >>> from jaxmoe.data import demo_checkpoint
+        >>> loaded_bytes(StoredModel(demo_checkpoint())) == StoredModel(demo_checkpoint()).checkpoint.bytes
+        True
+    """
+    scheme = read_config(model.folder).get("quantization_config") or {}
+    expanded = scheme.get("quant_method") == "compressed-tensors"
+    return sum(
+        2 * matrix.numbers if expanded and len(matrix.parts) > 1 else sum(part.bytes for part in matrix.parts)
+        for matrix in model.matrices.values()
+    )
+
+
+def bits_per_weight(checkpoint: Checkpoint) -> dict[str, float]:
+    """Return the stored bits of each number of an original's experts and of all of it; scales are bytes, not numbers.
+
+    Example:
+        >>> from jaxmoe.data import demo_checkpoint
+        >>> bits_per_weight(Checkpoint.open(demo_checkpoint()))
+        {'touched': 16.0, 'experts': 16.0, 'model': 16.0}
+    """
+    counts = [own for layer in checkpoint.layers for own in disk_counts(checkpoint, layer).values()]
+    experts = 8 * sum(own.bytes for own in counts) / sum(own.numbers for own in counts)
+    return {"touched": experts, "experts": experts, "model": 8 * checkpoint.bytes / checkpoint.parameters}
 
 
 def forget_peak() -> None:

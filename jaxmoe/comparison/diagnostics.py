@@ -5,14 +5,13 @@ spectrum of a projection                     s_i / s_1, mean over experts
 effective rank of an expert's matrix         see `scores.effective_rank`
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint import Checkpoint
+from jaxmoe.report.comparison_records import Routing, Spectrum
 from jaxmoe.scores import effective_rank
 from jaxmoe.solvers.weighted_svd import weighted_energies
 
@@ -20,19 +19,15 @@ POINTS = 64
 """Singular values that are kept of a spectrum."""
 
 
-def routing(statistics: Statistics) -> dict[str, Any]:
-    """Return how many of each domain's tokens chose each expert.
-
-    Returns:
-        `{"layers": [index], "counts": {domain: [per layer [per expert]]}}`.
-    """
-    return {
-        "layers": list(statistics.layers),
-        "counts": {
+def routing(statistics: Statistics) -> Routing:
+    """Return how many of each domain's tokens chose each expert."""
+    return Routing(
+        layers=list(statistics.layers),
+        counts={
             domain: [statistics.read(index, "counts", [domain]).tolist() for index in statistics.layers]
             for domain in statistics.domains
         },
-    }
+    )
 
 
 @jax.jit
@@ -41,13 +36,8 @@ def _spectra(weight):
     return energies, effective_rank(energies)
 
 
-def spectra(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Return the singular values and effective ranks of every projection of every layer, one layer at a time.
-
-    Returns:
-        `[{"layer", "projection", "size": singular values of a matrix, "positions": which of them (from 1) are given,
-        "values": their size in terms of the largest one, mean over experts, "effective_ranks": [per expert]}]`.
-    """
+def spectra(checkpoint: Checkpoint) -> list[Spectrum]:
+    """Return the singular values and effective ranks of every projection of every layer, one layer at a time."""
     found = []
     for layer in checkpoint.layers:
         for projection in layer.shape.projections:
@@ -60,13 +50,13 @@ def spectra(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             size = len(values)
             at = np.unique(np.linspace(0, size - 1, min(size, POINTS)).round().astype(int))
             found.append(
-                {
-                    "layer": layer.index,
-                    "projection": projection,
-                    "size": size,
-                    "positions": (at + 1).tolist(),
-                    "values": values[at].tolist(),
-                    "effective_ranks": ranks.astype(float).tolist(),
-                }
+                Spectrum(
+                    layer=layer.index,
+                    projection=projection,
+                    size=size,
+                    positions=(at + 1).tolist(),
+                    values=values[at].tolist(),
+                    effective_ranks=ranks.astype(float).tolist(),
+                )
             )
     return found

@@ -12,11 +12,11 @@ settings finds those that still apply.
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from jaxmoe.checkpoint.atomic import remove, write_bytes
 from jaxmoe.checkpoint.output import PARTIAL
@@ -24,12 +24,17 @@ from jaxmoe.checkpoint.records import read_record, read_sealed, sealed
 from jaxmoe.checkpoint.workspace import JOURNAL, check_plain, fingerprint, locked, make_folder
 from jaxmoe.compression.engine import STEPS
 from jaxmoe.errors import StorageError
+from jaxmoe.report.comparison_records import CellResult
+from jaxmoe.report.records import Record
 
 _CHECKPOINTS, _GOING = "checkpoints", ".going"
 _MEND = "remove it, or choose another folder for the report"
 _AGAIN = "remove it to have it measured again, or choose another folder for the report"
-_DECIDES = ("method", "settings", "ratio", "of", "unit", "main_experts", "seed")
+_DECIDES = ("method", "settings", "ratio", "of", "unit", "main_experts", "targets", "seed")
 """What tells the cells of one table from each other."""
+
+
+T = TypeVar("T", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -74,22 +79,22 @@ class ComparisonFolder:
             self.sweep()
             yield
 
-    def find(self, key: str) -> dict[str, Any] | None:
+    def find(self, key: str, kind: type[T]) -> T | None:
         """Return the record of that key, None where there is none.
 
         Raises:
             StorageError: there is something that no comparison writes.
         """
         path = self.records / f"{key}.json"
-        return read_sealed(path, _AGAIN) if os.path.lexists(path) else None
+        return kind.read(read_sealed(path, _AGAIN)) if os.path.lexists(path) else None
 
-    def add(self, key: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    def add(self, key: str, record: T) -> T:
         """Keep a record and return it."""
-        write_bytes(self.records / f"{key}.json", sealed(record))
-        return dict(record)
+        write_bytes(self.records / f"{key}.json", sealed(record.as_json()))
+        return record
 
-    def cells(self, contexts: Collection[str]) -> list[dict[str, Any]]:
-        """Return the records of all cells of some contexts, those of earlier runs too; of equal cells the newest."""
+    def cells(self, contexts: Collection[str]) -> list[CellResult]:
+        """Return all cells of some contexts, those of earlier runs too; of equal cells the newest."""
         paths = sorted(self.records.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
         found = [read_sealed(path, _AGAIN) for path in paths]
         newest = {
@@ -97,7 +102,7 @@ class ComparisonFolder:
             for record in found
             if record.get("context") in contexts
         }
-        return list(newest.values())
+        return [CellResult.read(record) for record in newest.values()]
 
     def checkpoint(self, name: str, key: str) -> Path:
         """Return where a cell's compressed checkpoint lies while it is needed."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from msgspec.structs import replace
 
 import jaxmoe
 from jaxmoe.calibration.checkpoint import SEQUENCES
@@ -20,27 +21,31 @@ from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.atomic import write_bytes
-from jaxmoe.checkpoint.families import exports
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import fingerprint
 from jaxmoe.comparison.cells import Calibration, Cell, cells, make
-from jaxmoe.comparison.contenders import calibrated, check_forms, contenders, wants_gradients, with_baselines
-from jaxmoe.comparison.costs import forget_peak, token_costs
+from jaxmoe.comparison.contenders import able, calibrated, check_all, contenders, wants_gradients, with_baselines
+from jaxmoe.comparison.costs import bits_per_weight, forget_peak, loaded_bytes, token_costs
 from jaxmoe.comparison.diagnostics import routing, spectra
 from jaxmoe.comparison.folder import ComparisonFolder
-from jaxmoe.comparison.summary import rows
+from jaxmoe.comparison.summary import Original, rows
 from jaxmoe.compression.fewer_experts import blocks
 from jaxmoe.compression.recipe import Recipe
 from jaxmoe.compression.run import environment
-from jaxmoe.compression.step import Texts
+from jaxmoe.compression.step import EXPERTS, Texts
 from jaxmoe.errors import JaxmoeError, StorageError
 from jaxmoe.evaluation.evaluate import evaluate_windows
 from jaxmoe.evaluation.windows import Walked, walk
 from jaxmoe.report.comparison import comparison_csv, comparison_markdown
+from jaxmoe.report.comparison_records import CellMeasured, CellResult, Comparison, Spectrum, Text
 from jaxmoe.report.events import CellDone, OnEvent, ignore, without_complete
 from jaxmoe.report.page import page
+from jaxmoe.report.records import Layer, Record
 from jaxmoe.texts import Paths, Tokenizer, Windows, paths, text_windows, window_length
+
+RECORDS = 2
+"""The form of the records in a comparison's folder: those of earlier forms are measured again."""
 
 
 def compare(
@@ -51,7 +56,8 @@ def compare(
     ratios: Sequence[float],
     text: Paths,
     of: str = "experts",
-    unit: str = "parameters",
+    unit: str = "bytes",
+    targets: Sequence[str] = EXPERTS,
     calibration_text: Paths | None = None,
     setting: str = "improved",
     set: Mapping[str, Any] | None = None,
@@ -64,7 +70,7 @@ def compare(
     revision: str | None = None,
     ignore_config_keys: Collection[str] = (),
     on_event: OnEvent = ignore,
-) -> dict[str, Any]:
+) -> Comparison:
     """Measure methods and recipes at several sizes on one checkpoint: tables, and a report to read in a browser.
 
     The same call resumes where it stopped; with further methods, ratios or seeds it adds to what is in the folder.
@@ -73,11 +79,13 @@ def compare(
         checkpoint: a folder or a hub id.
         report: folder of the comparison; what it holds from earlier runs is used again.
         methods: names of methods, recipes or recipe files, as a list or with commas between them; cheap baselines join
-            them: truncated SVD of every expert and, with calibration, pruning by frequency and by REAP.
+            them where they can be carried out: truncated SVD of every expert, rounding to nearest and GPTQ and, with
+            calibration, pruning by frequency and by REAP.
         ratios: removed fractions.
         text: to evaluate on, as `jaxmoe.evaluate` takes it.
         of: what the ratios are fractions of: "touched" (the matrices that are replaced), "experts" or "model".
-        unit: what is counted, "parameters" or "bytes".
+        unit: what is counted: "bytes", or "parameters", of which methods that hold numbers in few bits know nothing.
+        targets: what is replaced, as `jaxmoe.compress` takes it.
         calibration_text: to calibrate on, once for all; None for no calibration.
         setting: "paper", "improved" or "both".
         set: settings by `METHOD:NAME`, or by `METHOD:SETTING:NAME` for one of both settings.
@@ -92,24 +100,30 @@ def compare(
         on_event: called with an event after every step.
 
     Returns:
-        `source`, `texts`, `length`, `calibration`, `rows` (see `summary`), `cells`, `routing` (None without
-        calibration) and `spectra` (see `diagnostics`), all of it JSON; `no_page` says why there is no HTML report.
+        What was measured, which `comparison.json` holds, too; its `no_page` says why there is no HTML report.
 
     Raises:
         JaxmoeError: what was asked for cannot be: a method, a text, a ratio, the checkpoint or the folder.
     """
     recipes = contenders(methods, setting=setting, set=set)
     texts, learned = paths(text), paths(calibration_text)
+    targets = tuple(dict.fromkeys(targets)) or EXPERTS
     opened = Checkpoint.open(str(checkpoint), revision=revision, ignore_config_keys=ignore_config_keys)
     report = output_folder(report, [opened.folder, *texts, *learned], beside=(), into=True)
-    check_forms(opened, recipes)
-    factored = "factored" in exports(opened.model_type)
-    everyone = with_baselines(recipes, calibrated=calibration_text is not None, factored=factored)
+    check_all(opened, recipes, targets)
     model = StoredModel(opened.folder, ignore_config_keys=opened.ignored)
     tokenizer = Tokenizer.open(opened.folder)
     if main_experts is None:
         main_experts = [max(1, max(block.router.top_k for _, block in blocks(model.spec)) // 2)]
-    asked = cells(everyone, ratios, of=of, unit=unit, main_experts=main_experts, seeds=seeds)
+
+    def sized(recipes: Sequence[Recipe]) -> list[Cell]:
+        counted = {"of": of, "unit": unit, "targets": targets}
+        return cells(recipes, ratios, **counted, main_experts=main_experts, seeds=seeds)
+
+    for cell in sized(recipes):
+        cell.recipe.asked(**cell.size)
+    given = calibration_text is not None
+    asked = sized(with_baselines(recipes, lambda own: able(own, opened, sized([own]), texts=given)))
     length = window_length(model.longest, length)
     cut = text_windows(texts, tokenizer, length=length, count=windows)
     calibration = None
@@ -118,9 +132,9 @@ def compare(
         calibration = Texts(learned, sequences, length, windows_of_it, tokenizer.fingerprint)
     folder = ComparisonFolder(report)
     with folder.opened(opened.fingerprint()):
-        run = _Run(folder, opened, model, cut, str(checkpoint), revision, keep, on_event)
+        run = _Run(folder, opened, model, cut, str(checkpoint), targets, revision, keep, on_event)
         if calibration is not None:
-            run.calibrate(calibration, recipes)
+            run.calibrate(calibration, [cell.recipe for cell in asked])
         for position, cell in enumerate(asked):
             record = run.cell(cell)
             write_tables(folder.path, run.result())
@@ -130,16 +144,16 @@ def compare(
         try:
             content = page(result).encode()
         except JaxmoeError as error:
-            result["no_page"] = str(error)
+            result = replace(result, no_page=str(error))
         else:
             write_bytes(folder.path / "index.html", content)
         return result
 
 
-def write_tables(folder: Path, result: dict[str, Any]) -> None:
+def write_tables(folder: Path, result: Comparison) -> None:
     """Write what was measured so far as JSON, Markdown and CSV."""
     contents = {
-        "comparison.json": json.dumps(result, indent=1),
+        "comparison.json": json.dumps(result.as_json(), indent=1),
         "table.md": comparison_markdown(result),
         "table.csv": comparison_csv(result),
     }
@@ -147,10 +161,14 @@ def write_tables(folder: Path, result: dict[str, Any]) -> None:
         write_bytes(folder / name, content.encode())
 
 
-def _said(record: dict[str, Any]) -> dict[str, Any]:
-    if "reason" in record:
-        return {"reason": record["reason"]}
-    return {"perplexity": record["evaluation"]["geometric_mean_perplexity"], "seconds": record["seconds"]}
+def _said(record: CellResult) -> dict[str, Any]:
+    if record.measured is None:
+        return {"reason": record.reason}
+    found = record.measured.evaluation
+    spread = found.kl_percentiles
+    tails = {} if spread is None else {"kl_p99": spread.p99, "kl_p999": spread.p999}
+    perplexity = found.geometric_mean_perplexity
+    return {"perplexity": perplexity, "kl": found.kl, **tails, "seconds": record.measured.seconds}
 
 
 class _Run:
@@ -163,17 +181,18 @@ class _Run:
         model: StoredModel,
         texts: Sequence[Windows],
         source: str,
+        targets: tuple[str, ...],
         revision: str | None,
         keep: bool,
         on_event: OnEvent,
     ):
         self.folder, self.checkpoint, self.model, self.texts = folder, checkpoint, model, texts
-        self.source, self.revision, self.keep = source, revision, keep
+        self.source, self.targets, self.revision, self.keep = source, targets, revision, keep
         self.on_event = without_complete(on_event)
         self.statistics: Statistics | None = None
         self.calibration: dict[str, Any] | None = None
         self.texts_seen: Texts | None = None
-        self.common = {"model": model.fingerprint(), **environment()}
+        self.common = {"records": RECORDS, "model": model.fingerprint(), **environment()}
         self.question = {**self.common, "texts": _windows_identity(texts)}
         self.walked: Walked | None = None
 
@@ -185,7 +204,8 @@ class _Run:
         """Gather the statistics of all cells, with gradients if any of them wants those, or find them in the folder."""
         self.texts_seen = texts
         self.calibration = {"texts": _windows_identity(texts.windows)}
-        digest = fingerprint({**self.common, **self.calibration})[:8]
+        targets = {} if self.targets == EXPERTS else {"targets": list(self.targets)}
+        digest = fingerprint({**self.common, **self.calibration, **targets})[:8]
         plain = self.folder.path / f"statistics-{digest}"
         rich = plain.with_name(f"{plain.name}-gradients")
         gradients = rich.exists() or any(map(wants_gradients, recipes))
@@ -195,10 +215,11 @@ class _Run:
             rich if gradients else plain,
             tokenizer=texts.tokenizer,
             gradients="sequence" if gradients else None,
+            targets=self.targets,
             on_event=self.on_event,
         ).check(self.checkpoint)
 
-    def cell(self, cell: Cell) -> dict[str, Any]:
+    def cell(self, cell: Cell) -> CellResult:
         """Return the record of a cell, measured now unless it was before."""
         recipe, decided = cell.recipe, cell.decided()
         statistics = self.statistics if calibrated(recipe) else None
@@ -207,8 +228,8 @@ class _Run:
         context = self.context(calibrated(recipe))
         key = fingerprint({"cell": decided, "context": context, "gradients": gradients or None})
         output = self.folder.checkpoint(cell.name, key)
-        known = self.folder.find(key)
-        if known is not None and ("reason" in known or output.exists() or not self.keep):
+        known = self.folder.find(key, CellResult)
+        if known is not None and (known.measured is None or output.exists() or not self.keep):
             return known
         calibration = Calibration()
         if statistics is not None and self.texts_seen is not None:
@@ -216,50 +237,52 @@ class _Run:
         ignored = self.checkpoint.ignored
         options = [*calibration.options(), *(["--ignore-config-keys", ",".join(ignored)] if ignored else [])]
         command = cell.command(self.source, output, options, self.revision, self.checkpoint.family)
-        record = {
-            "context": context,
-            **decided,
-            "setting": recipe.setting,
-            "changed": recipe.changed,
-            "calibrated": statistics is not None,
-            "name": cell.name,
-            "command": command,
-        }
-        record |= self._measured(cell, output, command, calibration)
+        measured = self._measured(cell, output, command, calibration)
+        record = CellResult.read(
+            {
+                "context": context,
+                **decided,
+                "setting": recipe.setting,
+                "changed": recipe.changed,
+                "calibrated": statistics is not None,
+                "name": cell.name,
+                "command": command,
+                **({"reason": measured} if isinstance(measured, str) else measured.as_json()),
+            }
+        )
         if not self.keep:
             self.folder.set_aside(output)
         self.folder.add(key, record)
         self.folder.sweep()
         return record
 
-    def _measured(self, cell: Cell, output: Path, command: str, calibration: Calibration) -> dict[str, Any]:
+    def _measured(self, cell: Cell, output: Path, command: str, calibration: Calibration) -> CellMeasured | str:
+        """Return what a cell is like, or why it cannot be."""
         try:
             forget_peak()
             begin = time.perf_counter()
             made = make(cell, self.checkpoint, output, calibration, command=command, on_event=self.on_event)
             seconds = time.perf_counter() - begin
             small = StoredModel(output, ignore_config_keys=self.checkpoint.ignored)
-            measured = evaluate_windows(small, self.texts, against=self._original(), on_event=self.on_event)
-            costs = token_costs(small)
+            evaluation = evaluate_windows(small, self.texts, against=self._original(), on_event=self.on_event)
+            costs: dict[str, Any] = token_costs(small) | {"loaded_bytes": loaded_bytes(small)}
         except StorageError:
             raise  # A full disk says nothing of the cell.
         except JaxmoeError as error:
-            return {"reason": str(error)}
+            return str(error)
         finally:
             # Programs of sizes that do not come again: kept, they would count as the memory of later cells.
             jax.clear_caches()
-        evaluation, report = measured.as_json(), made.as_json()
-        del evaluation["against"]
-        kept = ("requested", "achieved", "allocation", "parameters", "bytes", "outcomes", "peak_bytes", "steps")
-        return {
-            "output": str(output),
-            **{name: report[name] for name in kept if name in report},
+        kept = ("requested", "achieved", "removed", "bits_per_weight", "allocation", "parameters", "bytes", "outcomes")
+        return CellMeasured(
+            output=str(output),
+            **{name: getattr(made, name) for name in (*kept, "peak_bytes", "steps")},
             **costs,
             # A run that was resumed counts what it did before, too.
-            "seconds": max(seconds, made.layer_seconds),
-            "layers": [{"layer": layer["layer"], "projections": layer["projections"]} for layer in report["layers"]],
-            "evaluation": evaluation,
-        }
+            seconds=max(seconds, made.layer_seconds),
+            layers=[Layer(layer=own.layer, projections=own.projections, bits=own.bits) for own in made.layers],
+            evaluation=replace(evaluation, against=None),
+        )
 
     def _original(self) -> Walked:
         """Return the original's hidden states behind its last layer, which all cells are compared with."""
@@ -267,37 +290,49 @@ class _Run:
             self.walked = walk(self.model, np.concatenate([text.ids for text in self.texts]), on_event=self.on_event)
         return self.walked
 
-    def original(self) -> dict[str, Any]:
+    def original(self) -> Original:
         """Return what was measured of the original."""
         key = fingerprint({"original": self.question})
-        known = self.folder.find(key)
+        known = self.folder.find(key, Original)
         if known is not None:
             return known
-        measured = evaluate_windows(self.model, self.texts, on_event=self.on_event).as_json()
-        sizes = {"parameters": self.checkpoint.parameters, "bytes": self.checkpoint.bytes}
-        return self.folder.add(key, {**sizes, **token_costs(self.model), "evaluation": measured})
+        measured = Original(
+            parameters=self.checkpoint.parameters,
+            bytes=self.checkpoint.bytes,
+            loaded_bytes=loaded_bytes(self.model),
+            bits_per_weight=bits_per_weight(self.checkpoint),
+            **token_costs(self.model),
+            evaluation=evaluate_windows(self.model, self.texts, on_event=self.on_event),
+        )
+        return self.folder.add(key, measured)
 
-    def spectra(self) -> list[dict[str, Any]]:
+    def spectra(self) -> list[Spectrum]:
+        """Return the spectra of the original's matrices."""
         key = fingerprint({"spectra": self.common})
-        known = self.folder.find(key)
-        return (known or self.folder.add(key, {"spectra": spectra(self.checkpoint)}))["spectra"]
+        known = self.folder.find(key, _Spectra)
+        return (known or self.folder.add(key, _Spectra(spectra=spectra(self.checkpoint)))).spectra
 
-    def result(self) -> dict[str, Any]:
+    def result(self) -> Comparison:
+        """Return what was measured so far, in this run and in those before."""
         original, found = self.original(), self.folder.cells({self.context(True), self.context(False)})
         statistics = self.statistics
-        return {
-            "jaxmoe": jaxmoe.__version__,
-            "source": self.source,
-            "model_type": self.model.model_type,
-            "texts": [{"name": text.name, "windows": len(text.ids), "left_out": text.left_out} for text in self.texts],
-            "length": self.texts[0].ids.shape[1],
-            "calibration": None if statistics is None else statistics.describe(),
-            "rows": rows(original, found),
-            "cells": found,
-            "routing": None if statistics is None else routing(statistics),
-            "spectra": self.spectra(),
-            **({"ignored_config_keys": list(self.model.ignored)} if self.model.ignored else {}),
-        }
+        return Comparison(
+            jaxmoe=jaxmoe.__version__,
+            source=self.source,
+            model_type=self.model.model_type,
+            texts=[Text(name=own.name, windows=len(own.ids), left_out=own.left_out) for own in self.texts],
+            length=self.texts[0].ids.shape[1],
+            calibration=None if statistics is None else statistics.describe(),
+            rows=rows(original, found),
+            cells=found,
+            routing=None if statistics is None else routing(statistics),
+            spectra=self.spectra(),
+            ignored_config_keys=list(self.model.ignored) or None,
+        )
+
+
+class _Spectra(Record, frozen=True, kw_only=True):
+    spectra: list[Spectrum]
 
 
 def _windows_identity(texts: Sequence[Windows]) -> list[dict[str, Any]]:

@@ -6,16 +6,16 @@ choice of columns. What a row does not have is an empty cell, so that a size tha
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.measure import Measurement
+from rich.cells import cell_len
 from rich.table import Table
 
+from jaxmoe.report.comparison_records import CellResult, Comparison, Row
+from jaxmoe.report.records import Requested
 from jaxmoe.report.tables import size, table
 
-Row = Mapping[str, Any]
 NOTHING = "–"
 """What stands where nothing was measured because the size cannot be reached."""
 
@@ -41,158 +41,187 @@ class Column(NamedTuple):
         """Return what a person reads; with several seeds also the standard deviation."""
         value = self.value(row)
         if value is None:
-            return NOTHING if "reason" in row else ""
-        spread = row.get("spread", {}).get(self.key)
+            return NOTHING if row.reason is not None else ""
+        spread = None if row.measured is None else row.measured.spread.get(self.key)
         return self.show(value) if spread is None else f"{self.show(value)} ± {self.show(spread)}"
 
 
-def label(row: Row) -> str:
+def label(row: Row | CellResult) -> str:
     """Return a contender in a few words.
 
     Example:
-        >>> label({"method": "mobe", "setting": "paper", "changed": {"steps": 20}})
+        >>> label(Row(method="mobe", setting="paper", changed={"steps": 20}, seeds=[]))
         'mobe paper, steps=20'
     """
-    changed = [f"{name}={value}" for name, value in row["changed"].items()]
-    return ", ".join([" ".join(filter(None, [row["method"], row["setting"]])), *changed])
+    changed = [f"{name}={value}" for name, value in row.changed.items()]
+    return ", ".join([" ".join(filter(None, [row.method, row.setting])), *changed])
 
 
-def _at(*path: str) -> Callable[[Row], Any]:
+def _of(*path: str) -> Callable[[Row], Any]:
+    """Return what finds a field of what was measured, None where nothing was."""
+
     def value(row: Row) -> Any:
-        found: Any = row
+        found: Any = row.measured
         for name in path:
-            found = None if found is None else found.get(name)
+            found = found.get(name) if isinstance(found, dict) else getattr(found, name, None)
         return found
 
     return value
 
 
-def size_text(size: Mapping[str, Any]) -> str:
-    """Return a size, or that of a record that has its keys, in few words.
+def size_text(size: Requested) -> str:
+    """Return a size in few words.
 
     Example:
-        >>> size_text({"ratio": 0.4, "of": "model"}), size_text({"main_experts": 2})
+        >>> size_text(Requested(ratio=0.4, of="model", unit="bytes")), size_text(Requested(main_experts=2))
         ('0.4 of model', '2 experts run')
+        >>> size_text(Requested(ratio=0.4, of="model")), size_text(Requested())
+        ('0.4 of model in parameters', 'size of its own')
     """
-    if "main_experts" in size:
-        return "1 expert runs" if size["main_experts"] == 1 else f"{size['main_experts']} experts run"
-    return f"{size['ratio']:g} of {size['of']}"
+    words = []
+    if size.ratio is not None:
+        words.append(f"{size.ratio:g} of {size.of}" + (" in parameters" if size.unit == "parameters" else ""))
+    if size.main_experts is not None:
+        words.append("1 expert runs" if size.main_experts == 1 else f"{size.main_experts} experts run")
+    if size.targets is not None:
+        words.append(f"on {', '.join(size.targets)}")
+    return ", ".join(words) or "size of its own"
 
 
 def _requested(row: Row) -> str | None:
-    if "requested" not in row:
-        return None
-    return size_text(row["requested"]).removesuffix(" of experts")
+    return None if row.requested is None else size_text(row.requested).removesuffix(" of experts")
 
 
 def _outcomes(row: Row) -> str | None:
-    counts = row.get("outcomes") or {}
+    counts = {} if row.measured is None else row.measured.outcomes
     return ", ".join(f"{kind} {count}" for kind, count in counts.items()) or None
 
 
 def _calibrated(row: Row) -> str | None:
-    return {True: "yes", False: "no", None: None}[row.get("calibrated")]
+    return {True: "yes", False: "no", None: None}[row.calibrated]
 
 
 def _seeds(row: Row) -> str | None:
-    return None if not row["seeds"] else str(len(row["seeds"]))
+    return str(len(row.seeds)) if row.seeds else None
 
 
 PERCENT, NUMBER = "{:.2%}".format, size
+FOUR = "{:.4f}".format
+
+
+def _bytes(count: float) -> str:
+    return size(count, "B")
+
 
 COLUMNS = (
     Column("method", "method", label),
     Column(
-        "removed",
+        "asked",
         "asked for",
         _requested,
-        help="the removed fraction that was asked for, of the experts unless it says",
+        help="the removed fraction that was asked for, of the experts' bytes unless it says",
     ),
-    Column("experts", "of experts", _at("achieved", "experts"), PERCENT, "removed of all routed experts' numbers"),
-    Column("touched", "of touched", _at("achieved", "touched"), PERCENT, "removed of the matrices that are replaced"),
-    Column("model", "of model", _at("achieved", "model"), PERCENT, "removed of the whole model's numbers"),
-    Column("bytes", "size", _at("bytes"), lambda x: size(x, "B"), "bytes of the checkpoint's tensors"),
+    Column(
+        "experts_bytes", "bytes removed", _of("removed", "bytes", "experts"), PERCENT, "of all routed experts' bytes"
+    ),
+    Column(
+        "bits_per_weight",
+        "bits per weight",
+        _of("bits_per_weight", "experts"),
+        "{:.3f}".format,
+        "stored bits for each original number of the routed experts, all that stands for them counted",
+    ),
+    Column("bytes", "size", _of("bytes"), _bytes, "bytes of the checkpoint's tensors"),
+    Column("loaded_bytes", "loaded", _of("loaded_bytes"), _bytes, "bytes of the weights when PyTorch has loaded them"),
     Column(
         "geometric_mean_perplexity",
         "perplexity",
-        _at("geometric_mean_perplexity"),
+        _of("geometric_mean_perplexity"),
         "{:.2f}".format,
         "geometric mean over the texts",
     ),
-    Column("growth", "times original", _at("growth"), "{:.3f}".format, "that perplexity in terms of the original's"),
-    Column("worst", "worst text", _at("worst", "name"), help="the text whose perplexity grew most"),
-    Column("worst_growth", "its growth", _at("worst", "growth"), "{:.3f}".format, "how many times the original's"),
-    Column("nats_lost", "nats lost", _at("nats_lost"), "{:.4f}".format, "loss per token beyond the original's"),
-    Column("kl", "KL", _at("kl"), "{:.4f}".format, "divergence from the original's predictions, nats per token"),
+    Column("growth", "times original", _of("growth"), "{:.3f}".format, "that perplexity in terms of the original's"),
+    Column("worst", "worst text", _of("worst", "name"), help="the text whose perplexity grew most"),
+    Column("worst_growth", "its growth", _of("worst", "growth"), "{:.3f}".format, "how many times the original's"),
+    Column("nats_lost", "nats lost", _of("nats_lost"), FOUR, "loss per token beyond the original's"),
+    Column("kl", "KL", _of("kl"), FOUR, "divergence from the original's predictions, nats per token"),
+    Column("kl_median", "KL median", _of("kl_median"), FOUR, "that half of the tokens have at most"),
+    Column("kl_p99", "KL 99 %", _of("kl_p99"), FOUR, "that 99 % of the tokens have at most"),
+    Column("kl_p999", "KL 99.9 %", _of("kl_p999"), FOUR, "that 99.9 % of the tokens have at most"),
     Column(
         "top1_agreement",
         "same top token",
-        _at("top1_agreement"),
+        _of("top1_agreement"),
         PERCENT,
         "tokens at which both models agree on the next",
     ),
-    Column("error", "error", _at("error"), "{:.4f}".format, "relative error of the matrices, mean over experts"),
+    Column("experts", "of experts", _of("removed", "parameters", "experts"), PERCENT, "of the routed experts' numbers"),
+    Column("touched", "of touched", _of("removed", "parameters", "touched"), PERCENT, "of the replaced numbers"),
+    Column("model", "of model", _of("removed", "parameters", "model"), PERCENT, "of the whole model's numbers"),
+    Column("model_bytes", "bytes of model", _of("removed", "bytes", "model"), PERCENT, "of the whole model's bytes"),
+    Column("error", "error", _of("error"), FOUR, "relative error of the matrices, mean over experts"),
     Column(
         "weighted_error",
         "weighted error",
-        _at("weighted_error"),
-        "{:.4f}".format,
+        _of("weighted_error"),
+        FOUR,
         "the same, weighted by what the experts see of the calibration texts",
     ),
     Column(
         "active_parameters",
         "active parameters",
-        _at("active_parameters"),
+        _of("active_parameters"),
         NUMBER,
         "stored numbers that one token uses, experts chosen at random",
     ),
     Column(
         "operations_per_token",
         "expert operations",
-        _at("operations_per_token"),
+        _of("operations_per_token"),
         NUMBER,
         "operations per token in the routed experts' matrix products",
     ),
     Column("calibrated", "calibrated", _calibrated, help="whether it saw the calibration texts"),
-    Column("seconds", "seconds", _at("seconds"), "{:.1f}".format, "to compress, compiling included"),
-    Column(
-        "peak_bytes", "peak memory", _at("peak_bytes"), lambda x: size(x, "B"), "of the process while it compressed"
-    ),
+    Column("seconds", "seconds", _of("seconds"), "{:.1f}".format, "to compress, compiling included"),
+    Column("peak_bytes", "peak memory", _of("peak_bytes"), _bytes, "of the process while it compressed"),
     Column("outcomes", "outcomes", _outcomes, help="what the compression reported, and how often"),
     Column("seeds", "seeds", _seeds, help="runs behind the row"),
 )
 
 SHORT = (
     "method",
-    "removed",
-    "experts",
+    "asked",
+    "experts_bytes",
+    "bits_per_weight",
     "bytes",
     "geometric_mean_perplexity",
     "growth",
     "worst",
     "worst_growth",
     "kl",
+    "kl_p99",
+    "kl_p999",
     "seconds",
 )
 """What a terminal shows."""
 
-DISPENSABLE = ("seconds", "kl", "bytes", "experts")
+DISPENSABLE = ("seconds", "bytes", "worst", "worst_growth", "kl_p99", "experts_bytes", "kl_p999", "kl")
 """What a narrow terminal does not show, in the order in which it is left out; `table.md` has all."""
 
 
-def columns(record: Mapping[str, Any], keys: Iterable[str] | None = None) -> list[Column]:
+def columns(record: Comparison, keys: Iterable[str] | None = None) -> list[Column]:
     """Return the columns of a comparison, all of them with one more for each text unless some are named."""
     if keys is not None:
         return [column for column in COLUMNS if column.key in set(keys)]
     texts = [
-        Column(f"perplexity_{text['name']}", text["name"], _at("perplexity", text["name"]), "{:.2f}".format)
-        for text in record["texts"]
+        Column(f"perplexity_{text.name}", text.name, _of("perplexity", text.name), "{:.2f}".format)
+        for text in record.texts
     ]
     before = [column.key for column in COLUMNS].index("growth")
     return [*COLUMNS[:before], *texts, *COLUMNS[before:]]
 
 
-def comparison_table(record: Mapping[str, Any], width: int | None = None) -> Table:
+def comparison_table(record: Comparison, width: int | None = None) -> Table:
     """Return the table that a terminal shows; where it is too wide for that, less important columns are left out.
 
     Args:
@@ -205,29 +234,38 @@ def comparison_table(record: Mapping[str, Any], width: int | None = None) -> Tab
         shown = columns(record, keys)
         # Headings wrap and numbers do not; names of contenders fold where they must.
         titles = [column.title.replace(" ", "\n") for column in shown]
-        grid = table(titles, [[column.text(row) for column in shown] for row in record["rows"]])
-        for column in grid.columns[1:]:
-            column.no_wrap = True
-        wide = Console(width=1_000)
-        least = Measurement.get(wide, wide.options, grid).minimum
-        if width is None or least <= width or (key := next(dropped, None)) is None:
-            return grid
+        lines = [[column.text(row) for column in shown] for row in record.rows]
+        if width is None or _least(titles, lines) <= width or (key := next(dropped, None)) is None:
+            break
         keys.remove(key)
+    grid = table(titles, lines)
+    for column in grid.columns[1:]:
+        column.no_wrap = True
+    return grid
 
 
-def overview(record: Mapping[str, Any]) -> list[list[str]]:
-    """Return contenders by sizes, the header first: perplexity, how many times the original's, and the worst text.
+NAME, GAP = 14, 2
+"""Characters that names of contenders have at least where they fold, and those between columns."""
+
+
+def _least(titles: list[str], lines: list[list[str]]) -> int:
+    """Return the characters that a table needs, of which only the first column may fold.
 
     Example:
-        >>> row = {"method": "svd", "setting": "paper", "changed": {}, "requested": {"ratio": 0.4, "of": "experts"}}
-        >>> quality = {"geometric_mean_perplexity": 4.0, "growth": 2.0, "worst": {"name": "code", "growth": 3.0}}
-        >>> overview({"rows": [{"geometric_mean_perplexity": 2.0}, row | quality]})
-        [['original 2.00', '40% of experts'], ['svd paper', '4.00 (x2.000; code x3.000)']]
+        >>> _least(["method", "bits per\\nweight"], [["a very long method's name", "4.25"]])
+        24
     """
-    original, *others = record["rows"]
-    asked = [_heading(row["requested"]) for row in others]
+    widths = [max(map(cell_len, [*title.split("\n"), *cells])) for title, *cells in zip(titles, *lines)]
+    return min(widths[0], NAME) + sum(widths[1:]) + GAP * (len(widths) - 1)
+
+
+def overview(record: Comparison) -> list[list[str]]:
+    """Return contenders by sizes, the header first: perplexity, how many times the original's, and the worst text."""
+    original, *others = record.rows
+    asked = [_heading(row.requested or Requested()) for row in others]
     sizes = sorted(set(asked))
-    lines = [[f"original {original['geometric_mean_perplexity']:.2f}", *(text for *_, text in sizes)]]
+    perplexity = "" if original.measured is None else f"{original.measured.geometric_mean_perplexity:.2f}"
+    lines = [[f"original {perplexity}", *(text for *_, text in sizes)]]
     cells = {(label(row), size): row for row, size in zip(others, asked)}
     for name in dict.fromkeys(map(label, others)):
         found = [cells.get((name, size)) for size in sizes]
@@ -235,18 +273,25 @@ def overview(record: Mapping[str, Any]) -> list[list[str]]:
     return lines
 
 
-def _heading(size: Mapping[str, Any]) -> tuple[str, float, str]:
-    """Return by what a size is sorted, and what it says above its column."""
-    if "ratio" in size:
-        return size["of"], size["ratio"], f"{100 * size['ratio']:g}% of {size['of']}"
-    return "running", -size["main_experts"], size_text(size)
+def _heading(size: Requested) -> tuple[str, float, int, str]:
+    """Return by what a size is sorted, and what it says above its column.
+
+    Example:
+        >>> _heading(Requested(ratio=0.4, of="experts", unit="bytes"))
+        ('experts', 0.4, 0, '40% of experts')
+    """
+    text = size_text(size)
+    if size.ratio is not None:
+        text = text.replace(f"{size.ratio:g} of", f"{100 * size.ratio:g}% of", 1)
+    return size.of or "running", size.ratio or 0.0, -(size.main_experts or 0), text
 
 
 def _quality(row: Row) -> str:
-    if "growth" not in row:
+    if row.measured is None:
         return NOTHING
-    worst = f"{row['worst']['name']} x{row['worst']['growth']:.3f}"
-    return f"{row['geometric_mean_perplexity']:.2f} (x{row['growth']:.3f}; {worst})"
+    found = row.measured
+    worst = "" if found.worst is None else f"; {found.worst.name} x{found.worst.growth:.3f}"
+    return f"{found.geometric_mean_perplexity:.2f} (x{found.growth:.3f}{worst})"
 
 
 def markdown(header: list[str], *lines: list[str]) -> str:
@@ -261,33 +306,34 @@ def markdown(header: list[str], *lines: list[str]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *lines])
 
 
-def comparison_markdown(record: Mapping[str, Any]) -> str:
+def comparison_markdown(record: Comparison) -> str:
     """Return the overview and all columns in Markdown, then why some rows are empty, then the commands."""
     shown = columns(record)
-    lines = [[c.text(row) for c in shown] for row in record["rows"]]
+    lines = [[c.text(row) for c in shown] for row in record.rows]
     parts = [markdown(*overview(record)), markdown([c.title for c in shown], *lines)]
     if notes := reasons(record):
         parts.append("\n".join(f"- {NOTHING} {note}" for note in notes))
-    commands = [command for row in record["rows"] for command in row.get("commands", ())]
+    commands = [command for row in record.rows for command in row.commands]
     parts.append("```sh\n" + "\n".join(commands) + "\n```")
     return "\n\n".join(parts) + "\n"
 
 
-def comparison_csv(record: Mapping[str, Any]) -> str:
+def comparison_csv(record: Comparison) -> str:
     """Return all columns as numbers, one row each, with the standard deviations of several seeds and the commands."""
     shown = columns(record)
-    spreads = list(dict.fromkeys(key for row in record["rows"] for key in row.get("spread", {})))
+    measured = [{} if row.measured is None else row.measured.spread for row in record.rows]
+    spreads = list(dict.fromkeys(key for spread in measured for key in spread))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*(c.key for c in shown), *(f"{key}_sd" for key in spreads), "reason", "commands"])
-    for row in record["rows"]:
+    for row, spread in zip(record.rows, measured, strict=True):
         values = [c.value(row) for c in shown]
-        deviations = [row.get("spread", {}).get(key) for key in spreads]
-        commands = "\n".join(row.get("commands", ()))
-        writer.writerow(["" if v is None else v for v in [*values, *deviations, row.get("reason"), commands]])
+        deviations = [spread.get(key) for key in spreads]
+        commands = "\n".join(row.commands)
+        writer.writerow(["" if v is None else v for v in [*values, *deviations, row.reason, commands]])
     return text.getvalue()
 
 
-def reasons(record: Mapping[str, Any]) -> list[str]:
+def reasons(record: Comparison) -> list[str]:
     """Return why rows are empty, one sentence each."""
-    return [f"{label(row)}, {_requested(row)}: {row['reason']}" for row in record["rows"] if "reason" in row]
+    return [f"{label(row)}, {_requested(row)}: {row.reason}" for row in record.rows if row.reason is not None]

@@ -120,10 +120,15 @@ class CellDone(Event, tag="cell", frozen=True, kw_only=True):
     total: int
     reason: str | None = None
     perplexity: float | None = None
+    kl: float | None = None
+    kl_p99: float | None = None
+    kl_p999: float | None = None
     seconds: float | None = None
 
     def __str__(self) -> str:
         found = self.reason or f"perplexity {self.perplexity:.2f}, compressed in {self.seconds:.1f} s"
+        if self.kl is not None:
+            found += f", KL {self.kl:.4f} (99 % of the tokens below {self.kl_p99:.4f}, 99.9 % below {self.kl_p999:.4f})"
         return f"{self.name} ({self.done} of {self.total}): {found}"
 
 

@@ -6,12 +6,13 @@ and every one has a text alternative and a caption.
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.report import plots
 from jaxmoe.report.comparison import NOTHING, columns, label, reasons, size_text
+from jaxmoe.report.comparison_records import CellResult, Comparison
 from jaxmoe.report.tables import size
 
 INK = "#010203"
@@ -42,11 +43,11 @@ class Figure(NamedTuple):
     svg: str
 
 
-def page(data: Mapping[str, Any]) -> str:
+def page(data: Comparison) -> str:
     """Return the report of a comparison as HTML.
 
     Args:
-        data: what `jaxmoe.comparison.compare` returned.
+        data: what `jaxmoe.compare` returned.
 
     Raises:
         JaxmoeError: jinja2 or matplotlib is not installed.
@@ -62,16 +63,14 @@ def page(data: Mapping[str, Any]) -> str:
         loader=jinja2.PackageLoader("jaxmoe.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     shown = columns(data)
-    rows = [
-        [{"text": column.text(row), "sort": _sortable(column.value(row))} for column in shown] for row in data["rows"]
-    ]
+    rows = [[{"text": column.text(row), "sort": _sortable(column.value(row))} for column in shown] for row in data.rows]
     return environment.get_template("comparison.html").render(
         data=data,
         columns=shown,
         rows=rows,
         figures=figures,
         reasons=reasons(data),
-        cells=[{"title": _title(cell), "asked": size_text(cell), **cell} for cell in data["cells"]],
+        cells=[(_title(cell), size_text(cell.requested), cell) for cell in data.cells],
         size=size,
         nothing=NOTHING,
     )
@@ -81,45 +80,57 @@ def _sortable(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _title(cell: Mapping[str, Any]) -> str:
-    seed = f", seed {cell['seed']}" if cell["seed"] else ""
-    return f"{label(cell)}, {size_text(cell)}{seed}"
+def _title(cell: CellResult) -> str:
+    seed = f", seed {cell.seed}" if cell.seed else ""
+    return f"{label(cell)}, {size_text(cell.requested)}{seed}"
 
 
-def _figures(data: Mapping[str, Any]) -> list[Figure]:
+def _figures(data: Comparison) -> list[Figure]:
     return [*_pareto(data), *_layers(data), *_routing(data), *_matrices(data)]
 
 
-def _pareto(data: Mapping[str, Any]) -> list[Figure]:
-    done = [row for row in data["rows"][1:] if "bytes" in row]
+def _pareto(data: Comparison) -> list[Figure]:
+    done = [(row, row.measured) for row in data.rows[1:] if row.measured is not None]
     if not done:
         return []
-    best = min(done, key=lambda row: row["growth"])
-    least, most = (size(end(row["bytes"] for row in done), "B") for end in (min, max))
+    best, quality = min(done, key=lambda own: own[1].growth)
+    least, most = (size(end(own.bytes for _, own in done), "B") for end in (min, max))
     told = (
-        f"{len({label(row) for row in done})} contenders, {len(done)} points from {least} to {most}; nearest to the"
-        f" original is {label(best)} with {best['growth']:.3f} times its perplexity. The table has all numbers."
+        f"{len({label(row) for row, _ in done})} contenders, {len(done)} points from {least} to {most}; nearest to the"
+        f" original is {label(best)} with {quality.growth:.3f} times its perplexity. The table has all numbers."
     )
     shared = "Each line is a contender, each point a size; down and to the left is better."
     found = []
-    for measure, title in (
-        ("geometric_mean_perplexity", "Perplexity against size"),
-        ("nats_lost", "Nats lost against size"),
+    for measure, title, caption in (
+        ("geometric_mean_perplexity", "Perplexity against size", shared),
+        ("nats_lost", "Nats lost against size", shared),
+        ("kl_p999", "The worst tokens against size", f"Of 1,000 tokens one diverges more than that. {shared}"),
     ):
-        svg = _draw([lambda ax, m=measure: plots.plot_pareto(data, ax, measure=m)], height=4.2, name=measure)
-        found.append(Figure(measure.replace("_", "-"), title, shared, f"Line plot. {told}", svg))
+        svg = _draw([lambda ax, m=measure: plots.plot_pareto(data, ax, measure=m)], height=_tall(done), name=measure)
+        found.append(Figure(measure.replace("_", "-"), title, caption, f"Line plot. {told}", svg))
     return found
 
 
-def _layers(data: Mapping[str, Any]) -> list[Figure]:
+def _tall(rows: list[Any]) -> float:
+    """Return the inches of axes with a legend of so many contenders below, two on a line."""
+    return 3.4 + 0.17 * -(-len({label(row) for row, _ in rows}) // 2)
+
+
+def _layers(data: Comparison) -> list[Figure]:
     cells = plots.cells_with_errors(data)
     if not cells:
         return []
-    names = list(cells[0]["layers"][0]["projections"])
+    names = list(dict.fromkeys(name for _, own in cells for layer in own.layers for name in layer.projections))
+    # Those of the linear maps beside the experts would fill the page.
+    names = [name for name in names if "." not in name]
     found = []
     for field, title, caption in (
         ("error", "Error of every layer", "Relative error of the matrices, mean over the experts of a layer."),
-        ("kept", "Kept share of every layer", "Which fraction of its numbers a layer keeps: who got how much."),
+        (
+            "bits_per_weight",
+            "Bits in every layer",
+            "Stored bits for each original number, mean over the experts of a layer: who got how much.",
+        ),
         (
             "rank",
             "Rank in every layer",
@@ -127,21 +138,21 @@ def _layers(data: Mapping[str, Any]) -> list[Figure]:
         ),
     ):
         values = {
-            name: [plots.field_value(layer["projections"][name], field) for cell in cells for layer in cell["layers"]]
+            name: [plots.field_value(layer.projections.get(name), field) for _, own in cells for layer in own.layers]
             for name in names
         }
         spans = ", ".join(f"{name} {min(own):.3g} to {max(own):.3g}" for name, own in values.items())
         told = f"Heat maps of {plots.FIELDS[field]}, layers by cells, one for each projection: {spans}."
         drawings = [lambda ax, n=name, f=field: plots.plot_layers(data, ax, projection=n, field=f) for name in names]
-        svg = _draw(drawings, height=_height(len(cells[0]["layers"])), name=field, shared=1.6)
+        svg = _draw(drawings, height=_height(len(cells[0][1].layers)), name=field, shared=1.6)
         found.append(Figure(f"layers-{field}", title, caption, told, svg))
     return found
 
 
-def _routing(data: Mapping[str, Any]) -> list[Figure]:
-    if data["routing"] is None:
+def _routing(data: Comparison) -> list[Figure]:
+    if data.routing is None:
         return []
-    layers, counts = data["routing"]["layers"], data["routing"]["counts"]
+    layers, counts = data.routing.layers, data.routing.counts
     load = plots.expert_load(data)
     told = (
         f"Heat map of the load of {len(load)} experts in {len(layers)} layers. The busiest has {load.max():.1f} times"
@@ -164,17 +175,16 @@ def _routing(data: Mapping[str, Any]) -> list[Figure]:
     ]
 
 
-def _matrices(data: Mapping[str, Any]) -> list[Figure]:
-    found = data["spectra"]
-    names = list(dict.fromkeys(entry["projection"] for entry in found))
-    layers = len({entry["layer"] for entry in found})
+def _matrices(data: Comparison) -> list[Figure]:
+    found = data.spectra
+    names = list(dict.fromkeys(entry.projection for entry in found))
+    layers = len({entry.layer for entry in found})
     means = {
-        name: [rank / e["size"] for e in found if e["projection"] == name for rank in e["effective_ranks"]]
-        for name in names
+        name: [rank / e.size for e in found if e.projection == name for rank in e.effective_ranks] for name in names
     }
     told = ", ".join(f"{name} {sum(own) / len(own):.0%}" for name, own in means.items())
-    spectra = [lambda ax, n=name: plots.plot_spectra(data, ax, projection=n) for name in names]
-    ranks = [lambda ax, n=name: plots.plot_effective_ranks(data, ax, projection=n) for name in names]
+    spectra = [lambda ax, n=name: plots.plot_spectra(found, ax, projection=n) for name in names]
+    ranks = [lambda ax, n=name: plots.plot_effective_ranks(found, ax, projection=n) for name in names]
     return [
         Figure(
             "spectra",

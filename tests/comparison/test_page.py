@@ -5,6 +5,7 @@ from collections import Counter
 
 import html5lib
 import pytest
+from msgspec.structs import replace
 
 from jaxmoe.report.page import page
 from jaxmoe.report.plots import LINES
@@ -49,7 +50,7 @@ def test_references_lead_somewhere(tree, text):
 
 def test_every_figure_has_words(tree):
     figures = list(tree.iter(f"{WORDS}figure"))
-    assert len(figures) == 9
+    assert len(figures) == 10
     for figure in figures:
         (image,) = (element for element in figure.iter() if element.get("role") == "img")
         assert len(image.get("aria-label")) > 40
@@ -68,20 +69,20 @@ def test_table_holds_the_numbers(tree, compared):
     columns = [shown(cell) for cell in head]
     assert {cell.get("scope") for cell in head} == {"col"}
     assert {row[0].get("scope") for row in rows} == {"row"}
-    assert len(rows) == len(compared.result["rows"])
-    for cells, row in zip(rows, compared.result["rows"], strict=True):
+    assert len(rows) == len(compared.result.rows)
+    for cells, row in zip(rows, compared.result.rows, strict=True):
         by_title = dict(zip(columns, cells, strict=True))
-        expected = row.get("geometric_mean_perplexity")
+        expected = getattr(row.measured, "geometric_mean_perplexity", None)
         assert by_title["perplexity"].get("data-sort") == ("" if expected is None else str(expected))
         assert shown(by_title["perplexity"]) == ("–" if expected is None else f"{expected:.2f}")
 
 
 def test_cells_give_their_commands_and_reasons(tree, compared):
     details = [each for each in tree.iter(f"{WORDS}details") if each.find(f"{WORDS}pre") is not None]
-    assert [shown(each.find(f"{WORDS}pre")) for each in details] == [c["command"] for c in compared.result["cells"]]
-    assert compared.cell("mobe", "paper")["reason"] in shown(details[-1])
+    assert [shown(each.find(f"{WORDS}pre")) for each in details] == [c.command for c in compared.result.cells]
+    assert compared.cell("mobe", "paper").reason in shown(details[-1])
     notes = next(element for element in tree.iter(f"{WORDS}ul") if "asked for" in shown(element))
-    assert compared.cell("mobe", "paper")["reason"] in shown(notes)
+    assert compared.cell("mobe", "paper").reason in shown(notes)
 
 
 def luminance(color: str) -> float:
@@ -112,7 +113,7 @@ def test_colours_have_contrast(text):
 def test_names_cannot_break_the_page(compared):
     """A text or a folder may be called anything."""
     strange = '<b onload="x">&'
-    data = {**compared.result, "source": strange, "routing": None, "calibration": None}
+    data = replace(compared.result, source=strange, routing=None, calibration=None)
     html5lib.HTMLParser(strict=True).parse(broken := page(data))
     assert strange not in broken
     assert "&lt;b onload=" in broken
