@@ -4,11 +4,15 @@ Products are formed in float32 and rounded once to bfloat16. Each scheme is deco
 implementation does it; `quantization.py` says which there are.
 """
 
+import jax
 import ml_dtypes
 import numpy as np
 
+from jaxmoe.factors.packing import unpack
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _ROWS = 128
+_unpack = jax.jit(unpack, static_argnums=(1, 2))
 
 
 def decode_fp8(weight: np.ndarray, scale: np.ndarray, block: tuple[int, int] = (128, 128)) -> np.ndarray:
@@ -83,30 +87,7 @@ def decode_integers(
         array([  0, -14, -12, -10,  -8,  -6,  -4,  -2])
     """
     rows, groups = scale.shape
-    codes = unpack(packed, bits, columns).reshape(rows, groups, -1).astype(np.int16)
+    codes = np.asarray(_unpack(packed, bits, columns)).reshape(rows, groups, -1).astype(np.int16)
     middle = 2 ** (bits - 1)
-    codes -= middle if zero is None else unpack(np.ascontiguousarray(zero.T), bits, rows).T[..., None].astype(np.int16)
+    codes -= middle if zero is None else np.asarray(_unpack(zero.T, bits, rows)).T[..., None].astype(np.int16)
     return (codes * scale.astype(np.float32)[..., None]).astype(BFLOAT16).reshape(rows, columns)
-
-
-def unpack(words: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Return the codes of rows of bits, `[row, count]` uint8; the low bits of a word come first.
-
-    Args:
-        words: `[row, ceil(count * bits / 32)]` int32.
-        bits: of a code, 1 to 8.
-        count: codes of a row.
-
-    Example:
-        >>> unpack(np.array([[0x8A418820 - 2**32, 0x39]], "int32"), 5, 8).tolist()
-        [[0, 1, 2, 3, 4, 5, 6, 7]]
-    """
-    # Eight codes take as many bytes as a code has bits.
-    rows, parts = len(words), -(-count // 8)
-    octets = np.ascontiguousarray(words, "<i4").view(np.uint8)[:, : parts * bits]
-    octets = np.pad(octets, ((0, 0), (0, parts * bits - octets.shape[1])))
-    wide = np.zeros((rows, parts, 8), np.uint8)
-    wide[..., :bits] = octets.reshape(rows, parts, bits)
-    shifts = np.arange(0, 8 * bits, bits, dtype=np.uint64)
-    codes = (wide.view("<u8") >> shifts) & np.uint64(2**bits - 1)
-    return codes.astype(np.uint8).reshape(rows, -1)[:, :count]

@@ -122,9 +122,13 @@ class Checkpoint:
         """Whether some tensors stand for others."""
         return bool(_encodings(self.matrices))
 
-    def keeping(self, wanted: bool = True) -> "Checkpoint":
-        """Return the checkpoint as one of which quantised matrices stay as they are, if they are wanted to and can."""
-        return replace(self, keeps=wanted and bool(self._staying()) and self.obstacle() is None)
+    def keeping(self, form: str) -> "Checkpoint":
+        """Return the checkpoint as one of which quantised matrices stay as they are, where a form of the result can."""
+        return replace(self, keeps=bool(self._staying()) and self._obstacle(form) is None)
+
+    def plain(self) -> "Checkpoint":
+        """Return the checkpoint as one of which everything is copied without quantisation."""
+        return replace(self, keeps=False)
 
     def quantization_note(self, form: str) -> str | None:
         """Return what a user should know of how quantised matrices that no method replaces are written in a form."""
@@ -134,19 +138,18 @@ class Checkpoint:
         kind = format_name({}, quantization_config(self.config))
         if self.keeps:
             return f"{len(staying)} matrices beside the routed experts stay as they were quantised ({kind})"
-        why = self.obstacle() or f"the form {form} holds no others beside its own"
         return (
             f"{len(staying)} matrices beside the routed experts, quantised in the source ({kind}), are written in"
-            f" bfloat16: {why}"
+            f" bfloat16: {self._obstacle(form)}"
         )
 
-    def obstacle(self) -> str | None:
+    def _obstacle(self, form: str) -> str | None:
         """Return why quantised matrices that no method replaces cannot stay as they are, None where they can."""
         if self.family is not None:
             routers = {layer.prefix + self.family.router for layer in self.layers}
             if any(matrix.name in routers for matrix in self._staying()):
                 return "its routers are quantised, whose rows a step may remove"
-        return obstacle(quantization_config(self.config), self._staying())
+        return obstacle(quantization_config(self.config), self._staying(), form)
 
     def _staying(self) -> list[Matrix]:
         """Return the quantised matrices beside the routed experts."""

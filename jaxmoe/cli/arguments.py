@@ -28,6 +28,8 @@ class Export(StrEnum):
     factored = "factored"
     dense = "dense"
     slim = "slim"
+    packed = "packed"
+    packed_vllm = "packed-vllm"
 
 
 class Setting(StrEnum):
@@ -109,7 +111,8 @@ ExportOption = Annotated[
     typer.Option(
         "--export",
         help="factored (the default): smaller files; dense: stock files of the old size; slim: smaller stock files, as"
-        " methods that remove experts or channels always write",
+        " methods that remove experts or channels always write; packed: stock files with experts of 4 or 8 bits, which"
+        " transformers and vLLM load; packed-vllm: the same for vLLM alone, with widths of each layer",
     ),
 ]
 SetOption = Annotated[

@@ -87,13 +87,13 @@ def plan(
         >>> jaxmoe.plan(demo_checkpoint(), "reap+svd", ratio=0.4).achieved["experts"] >= 0.4
         True
     """
-    recipe = find(method, setting=setting, options=set)
+    recipe = find(method, setting=setting, options=set, export=export)
     source = recipe.open(checkpoint, revision, ignore_config_keys=ignore_config_keys)
     asked = recipe.asked(ratio=ratio, of=of, unit=unit, main_experts=main_experts)
     _check(text, statistics, gradients, sequential, layers, seed)
     options = Options(
         # Whatever form can be written, where none is asked for.
-        export=export or recipe.forms(source)[0],
+        export=export or _usual(recipe.forms(source)),
         layers=layers,
         sequential=sequential,
         allocation=allocation,
@@ -164,8 +164,9 @@ def compress(
         length: tokens in a window; None for what `texts.window_length` says.
         gradients: keep the Fisher information of each "sequence" or "token"; None for what the recipe needs.
         sequential: calibrate each layer behind the compressed ones.
-        export: "factored" (smaller files), "dense" (stock files of the old size) or "slim" (smaller stock files); None
-            for the recipe's own.
+        export: "factored" (smaller files), "dense" (stock files of the old size), "slim" (smaller stock files),
+            "packed" (stock files whose experts have 4 or 8 bits, for transformers and vLLM) or "packed-vllm" (for vLLM
+            alone, with a width for each layer); None for the recipe's own.
         seed: the random seed.
         layers: `(first, end)`: work on the decoder layers first <= index < end only; the run that finishes the last
             layer publishes.
@@ -194,7 +195,7 @@ def compress(
         how = {"seed": seed, "resume": resume, "command": command, "on_event": on_event}
         return method.compress(output, statistics, {"export": export, "layers": layers}, **how)
     output = output_folder(output, [checkpoint, statistics, *paths(text)])
-    recipe = find(method, setting=setting, options=set)
+    recipe = find(method, setting=setting, options=set, export=export)
     source = recipe.open(checkpoint, revision, ignore_config_keys=ignore_config_keys)
     asked = recipe.asked(ratio=ratio, of=of, unit=unit, main_experts=main_experts)
     _check(text, statistics, gradients, sequential, layers, seed)
@@ -222,6 +223,11 @@ def compress(
         command=command,
         on_event=on_event,
     )
+
+
+def _usual(forms: Collection[str]) -> str:
+    """Return the form that `compress` writes where none is asked for, or else one that can be written."""
+    return "factored" if "factored" in forms else next(iter(forms))
 
 
 def _check(

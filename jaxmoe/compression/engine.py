@@ -62,7 +62,7 @@ def plan(
     Raises:
         JaxmoeError: a size is out of reach, or a step does not take what it is given.
     """
-    checkpoint = keeping(checkpoint, options.export)
+    checkpoint = keeping(checkpoint, recipe, options.export)
     found = Found.of(checkpoint)
     spending = Spending(recipe, asked, found.before())
     summary, works = {}, []
@@ -80,7 +80,8 @@ def plan(
         summary |= whole_sizes(spending.before, works[-1].sizes({}), spending.requested())
         summary["peak_bytes"] = max((own for work in works if (own := work.peak_bytes) is not None), default=None)
         summary["steps"] = [step for work in works for step in work.steps({})]
-    return PlanSummary.read({"peak_bytes": None, **summary, "exports": recipe.forms(checkpoint)})
+    loads = next((list(own) for work in reversed(works) if (own := work.loads_in)), None)
+    return PlanSummary.read({"peak_bytes": None, **summary, "exports": recipe.forms(checkpoint), "loads_in": loads})
 
 
 def compress(
@@ -121,7 +122,7 @@ def compress(
             fails.
     """
     options = options._replace(texts=texts is not None, statistics=statistics is not None)
-    checkpoint = keeping(checkpoint, options.export)
+    checkpoint = keeping(checkpoint, recipe, options.export)
     recipe.check(checkpoint, options)
     passes = recipe.passes(options.texts)
     reads = [checkpoint.folder, *(() if statistics is None else statistics.reads)]
@@ -273,7 +274,7 @@ class _Work:
         ignored = self.checkpoint.ignored
         if is_factored(read_config(folder)):
             return CompressedCheckpoint.open(folder, ignore_config_keys=ignored)
-        return keeping(Checkpoint.open(folder, ignore_config_keys=ignored), self.options.export)
+        return keeping(Checkpoint.open(folder, ignore_config_keys=ignored), self.recipe, self.options.export)
 
     def _gradients(self, steps: Sequence[Step], last: bool) -> str | None:
         """Return whether and how the calibration of a pass keeps the Fisher information."""
@@ -300,16 +301,15 @@ class _Work:
         return Sequential(self.found.model(), self.texts.windows, folder, **options)
 
 
-def keeping(checkpoint: Source, form: str | None) -> Source:
+def keeping(checkpoint: Source, recipe: Recipe, form: str | None) -> Source:
     """Return a checkpoint whose quantised matrices stay as they are where no step replaces them and the form allows it.
 
     Args:
         checkpoint: an original, or what a recipe wrote, in which they stay anyway.
-        form: of the recipe's result; None for its own.
+        recipe: the steps.
+        form: of its result; None for its own.
     """
-    if isinstance(checkpoint, Checkpoint):
-        return checkpoint.keeping(form in (None, "factored", "slim"))
-    return checkpoint
+    return checkpoint.keeping(form or recipe.form) if isinstance(checkpoint, Checkpoint) else checkpoint
 
 
 def _about(recipe: Recipe, spending: Spending) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jaxmoe.compression.run import OF_A_STEP, Files, Written, run, step_outcomes
 from jaxmoe.compression.step import Asked, Options, Setup, Step
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.checking import dense_answers, first_and_last
+from jaxmoe.export.loading import loads_in
 from jaxmoe.export.pruned import slim_config, slim_copied, slim_edited
 from jaxmoe.factors import CompressedLayer, Dense
 from jaxmoe.factors.slicing import slice_channels
@@ -117,6 +118,11 @@ class PrunePass:
         return self.plan.peak_bytes
 
     @property
+    def loads_in(self) -> tuple[str, ...]:
+        """The programs that will load the result."""
+        return loads_in(self.export, self.source.model_type)
+
+    @property
     def after(self) -> Found:
         """The model that it leaves: all names and sizes, but no values."""
         return Found.of(unwritten(self.source, self.plan))
@@ -171,7 +177,8 @@ class PrunePass:
             )
         if told := self.source.quantization_note(self.export):
             notes.append(told)
-        return [Outcome("note", "", note) for note in notes]
+        programs = [Outcome("loads_in", "", program) for program in self.loads_in]
+        return [*(Outcome("note", "", note) for note in notes), *programs]
 
     def files(self, entries: Mapping[int, Mapping[str, Any]]) -> Files:
         """Return the config and all tensors that no layer edits."""

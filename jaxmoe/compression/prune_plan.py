@@ -163,7 +163,7 @@ def make_prune_plan(
         chosen = min(chosen, more, key=lambda found: abs(found.sizes.removed(budget.unit)[budget.of] - budget.ratio))
     config = slim_config(checkpoint, unit, chosen.keep)
     if unit == "channels":
-        plain = checkpoint.keeping(False)
+        plain = checkpoint.plain()
         check_stock(plain, config, chosen.shapes, _others(plain, slim_copied(plain), unit, chosen.keep))
     return chosen
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxmoe.checkpoint import Checkpoint
 from jaxmoe.checkpoint.families import exports
 from jaxmoe.checkpoint.workspace import fingerprint
 from jaxmoe.compression.bit_costs import assumed_losses, chosen_measure, measured_losses
@@ -23,6 +24,7 @@ from jaxmoe.compression.linear_maps import linear_evidence
 from jaxmoe.compression.step import Asked, Context, Options, Step
 from jaxmoe.compression.term_pass import TermStep, check_factored
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.packed import PACKED, can_pack, check_packable
 from jaxmoe.factors import Term
 from jaxmoe.methods.method import Evidence, Outcome, count
 from jaxmoe.methods.quantising import chosen_bits
@@ -62,12 +64,16 @@ class Quantise(TermStep):
         return not self.requires or isinstance(before, Factor)
 
     def forms(self, checkpoint: Source) -> list[str]:
-        """Return the forms that the architecture can be written in."""
-        return exports(checkpoint.dense_config()["model_type"])
+        """Return the forms that the architecture can be written in; which the bits allow, the plan finds."""
+        packed = PACKED if isinstance(checkpoint, Checkpoint) and can_pack(checkpoint) else ()
+        return [*exports(checkpoint.dense_config()["model_type"]), *packed]
 
     def check(self, checkpoint: Source, options: Options) -> None:
         """Raise if the result could not be written, or bits would be shared before anything is known."""
-        check_factored(checkpoint, options.export or "factored")
+        if options.export in PACKED and isinstance(checkpoint, Checkpoint):
+            check_packable(checkpoint, options.export)
+        else:
+            check_factored(checkpoint, options.export or "factored")
         if options.sequential and self.bits is None:
             raise JaxmoeError(
                 f"--sequential: bits are shared over all layers before the first is quantised; leave it out, or name"

@@ -11,7 +11,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -32,6 +32,7 @@ from jaxmoe.compression.recover import Recover
 from jaxmoe.compression.settings import changed, split, step_settings
 from jaxmoe.compression.step import EXPERTS, Asked, Options, Step
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.packed import PACKED
 from jaxmoe.methods import AnyMethod
 
 KINDS: Mapping[str, type[Step]] = {
@@ -166,9 +167,19 @@ class Recipe:
                 found.append([step])
         return [tuple(own) for own in found]
 
+    @property
+    def _last(self) -> Step:
+        """The last step that leaves another form."""
+        return next(step for step in reversed(self.steps) if step.stores != "same")
+
+    @property
+    def form(self) -> str:
+        """The form in which the result is written where none is asked for: "factored" or "slim"."""
+        return self._last.stores
+
     def forms(self, checkpoint: Source) -> list[str]:
         """Return the forms in which the result can be written, its own first."""
-        return next(step for step in reversed(self.steps) if step.stores != "same").forms(checkpoint)
+        return self._last.forms(checkpoint)
 
     def open(
         self, source: str | Path, revision: str | None = None, *, ignore_config_keys: Collection[str] = ()
@@ -245,7 +256,12 @@ class Recipe:
         if len(self.passes(options.texts)) > 1:
             self._check_passes(options)
         self._check_taken(options)
-        last = next(step for step in reversed(self.steps) if step.stores != "same")
+        last = self._last
+        if options.export in PACKED and self.steps[-1] is not last:
+            raise JaxmoeError(
+                f"--export {options.export}: {self.steps[-1].name} trains what is stored in the factored form, and"
+                " leaves it so; leave it out, or give --export factored"
+            )
         if options.export == "slim" and last.stores != "slim":
             raise JaxmoeError(
                 f"--export slim: {last.name} removes no experts and no channels; these do:"
@@ -304,7 +320,9 @@ class Recipe:
         return list(dict.fromkeys(found for function in made if (found := _outside(function)) is not None))
 
 
-def find(name: str, *, setting: str = "improved", options: Mapping[str, Any] | None = None) -> Recipe:
+def find(
+    name: str, *, setting: str = "improved", options: Mapping[str, Any] | None = None, export: str | None = None
+) -> Recipe:
     """Return the recipe that a name spells.
 
     Args:
@@ -312,6 +330,8 @@ def find(name: str, *, setting: str = "improved", options: Mapping[str, Any] | N
         setting: "paper" or "improved".
         options: settings by name, or by `STEP.NAME` where there are several steps; `STEP.share` says how much of the
             removal falls to a step. Values may be text.
+        export: the form of the result; a packed one takes no zeros, plain scales and one width for the model or each
+            layer, which are then the defaults of quantising steps.
 
     Raises:
         JaxmoeError: a step or a setting is unknown, or the order makes no sense; the message names orders that do.
@@ -327,11 +347,22 @@ def find(name: str, *, setting: str = "improved", options: Mapping[str, Any] | N
     names = [method.name for method in found]
     own, shares = split(names, options or {})
     steps = tuple(
-        KINDS[method.kind](method=method, settings=step_settings(method, setting, given))
+        KINDS[method.kind](
+            method=method, settings=step_settings(method, setting, {**_of_form(method, export), **given})
+        )
         for method, given in zip(found, own)
     )
     parts = tuple(shares.get(step.name, step.share) for step in steps) if shares else None
     return Recipe(steps=steps, setting=setting, shares=parts)
+
+
+def _of_form(method: AnyMethod, export: str | None) -> dict[str, Any]:
+    """Return the settings that a form of the result asks of a method, where nothing else is given."""
+    if export not in PACKED or method.kind != "quantise":
+        return {}
+    asked = {"zero": "none", "scale": "bfloat16", "bits_per": "model" if export == "packed" else "layer"}
+    names = {own.name for own in fields(method.settings)}
+    return {name: value for name, value in asked.items() if name in names}
 
 
 def check_order(steps: Collection[Step]) -> None:

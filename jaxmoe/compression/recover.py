@@ -99,6 +99,11 @@ class RecoverPass:
     def peak_bytes(self) -> None:
         """Unknown."""
 
+    @property
+    def loads_in(self) -> tuple[str, ...]:
+        """Nothing new: the programs that load what is trained."""
+        return ()
+
     def summary(self, entries: Any = None) -> dict[str, Any]:
         """Return the keys of the plan."""
         return self.planned.summary(self.sizes())

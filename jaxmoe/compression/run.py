@@ -33,7 +33,19 @@ from jaxmoe.methods.method import Outcome
 from jaxmoe.report.events import Complete, LayerDone, OnEvent, Waiting, ignore
 from jaxmoe.report.records import Improvement, Projection, Report
 
-_NOT_REPORTED = ("key", "sha256", "spec", "linears", "stored", "counts", "edited", "answers", "outcomes", "peak_bytes")
+_NOT_REPORTED = (
+    "key",
+    "sha256",
+    "spec",
+    "linears",
+    "stored",
+    "counts",
+    "edited",
+    "answers",
+    "digests",
+    "outcomes",
+    "peak_bytes",
+)
 """What the journal says of a layer and the report does not."""
 
 OF_A_STEP = ("method", "settings", "requested", "achieved", "kept", "parameters", "bytes", "outcomes", "layer_seconds")
@@ -85,7 +97,12 @@ class Pass(Protocol):
 
     @property
     def export(self) -> str:
-        """Form of the result: "factored", "dense" or "slim"."""
+        """Form of the result: "factored", "dense", "slim" or one of `export.packed.PACKED`."""
+        ...
+
+    @property
+    def loads_in(self) -> Sequence[str]:
+        """The programs that will load the result, one sentence each."""
         ...
 
     @property
@@ -323,7 +340,8 @@ def _publish(
     if files.size is not None and stored["bytes"] != files.size:
         raise RuntimeError(f"the files hold {stored}, the terms counted {files.size}: a defect of jaxmoe")
     meant = {index: entry["answers"] for index, entry in entries.items() if "answers" in entry}
-    check_written(workspace.folder, work.source, meant)
+    exact = {index: entry["digests"] for index, entry in entries.items() if "digests" in entry}
+    check_written(workspace.folder, work.source, meant, exact)
     record = write_report(workspace.folder, {**report.as_json(), "stored": stored})
     write_bytes(workspace.folder / "README.md", model_card(Report.read(record)).encode())
     workspace.publish()

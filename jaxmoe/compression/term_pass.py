@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,6 +36,8 @@ from jaxmoe.export.checking import (
     linear_answers,
     vector_answers,
 )
+from jaxmoe.export.loading import loads_in
+from jaxmoe.export.packed import PACKED, Scheme, beside, digests, packed_config, packed_tensors, schemes
 from jaxmoe.export.remote_code import remote_code
 from jaxmoe.factors import CompressedLayer, CompressedLinear, Count
 from jaxmoe.methods.method import Outcome
@@ -55,8 +57,14 @@ class TermStep(Step):
     hands_on: ClassVar[bool] = True
 
     def begin(self, planned: Sequence[Planned], found: Found, setup: Setup) -> "TermPass":
-        """Return the pass of this step and those that join it."""
-        return TermPass(found=found, planned=planned, setup=setup)
+        """Return the pass of this step and those that join it.
+
+        Raises:
+            JaxmoeError: what they store cannot be written in the form that is asked for.
+        """
+        work = TermPass(found=found, planned=planned, setup=setup)
+        work.packed  # noqa: B018 refused here, before anything runs
+        return work
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +83,27 @@ class TermPass:
 
     @property
     def export(self) -> str:
-        """The form of the result, one of `EXPORTS`."""
+        """The form of the result, one of `EXPORTS` or of `export.packed.PACKED`."""
         return self.setup.export or "factored"
+
+    @cached_property
+    def packed(self) -> Mapping[int, Scheme]:
+        """How the experts of each layer are packed; empty where the form is another."""
+        if self.export not in PACKED:
+            return {}
+        after = self.planned[-1].after
+        if after.main is not None or any(after.linears.values()):
+            raise JaxmoeError(
+                f"--export {self.export} holds quantised matrices of the routed experts, and nothing in place of other"
+                " maps or for experts that do not run: write it with --export factored"
+            )
+        return schemes(after.layers, self.export)
+
+    @property
+    def loads_in(self) -> tuple[str, ...]:
+        """The programs that will load the result."""
+        shapes = [layer.sizes for layer in self.planned[-1].after.layers.values()]
+        return loads_in(self.export, self.source.dense_config()["model_type"], {*zip(shapes, self.packed.values())})
 
     @property
     def seed(self) -> int:
@@ -144,6 +171,7 @@ class TermPass:
             "counts": [count._asdict() for count in layer.counts],
             "projections": self._projections(layer, experts, linears),
             **self._facts(layer.index),
+            **self._digests(layer.index, experts),
             **layer.facts,
         }
         written = Written(
@@ -183,6 +211,8 @@ class TermPass:
         return projections
 
     def _tensors(self, layer: Layer, experts: CompressedLayer | None, linears: _Linears) -> list[tensor_file.Planned]:
+        if self.packed and experts is not None:
+            return packed_tensors(self.found.layer(layer.index), experts)
         if self.export == "dense":
             tensors = []
             if experts is not None:
@@ -210,7 +240,7 @@ class TermPass:
         Of experts and of linear maps, the first and the last layer that has any is checked.
         """
         found: dict[str, list[float]] = {}
-        if experts is not None and layer.index in first_and_last(self.found.layers):
+        if experts is not None and layer.index in first_and_last(self.found.layers) and not self.packed:
             if self.export == "dense":
                 found |= dense_answers(experts.materialize, experts.sizes)
             else:
@@ -218,6 +248,12 @@ class TermPass:
         if layer.index in first_and_last(self.planned[-1].after.linears):
             found |= {own.source.tensor: linear_answers(stored) for own, stored in linears}
         return found or None
+
+    def _digests(self, index: int, experts: CompressedLayer | None) -> dict[str, Any]:
+        """Return what a packed layer is to hold to the bit."""
+        if experts is None or index not in self.packed or index not in first_and_last(self.packed):
+            return {}
+        return {"digests": digests(experts, self.found.layer(index).dtype)}
 
     def sizes(self, entries: Mapping[int, Mapping[str, Any]]) -> Sizes:
         """Return the sizes behind the last step, given what the layers really store: never more than was planned."""
@@ -230,6 +266,8 @@ class TermPass:
             planned, own = after.count(index), Count(**entry["counts"][position])
             less += Count(own.numbers - planned.numbers, own.bytes - planned.bytes)
         before = replace(self.found, replaced=after.replaced, linears=after.linears).before()
+        if self.packed and position == len(self.planned) - 1:
+            less += beside(self.found.original, after.layers)
         return Sizes(before, after.after() + less)
 
     def summary(self, entries: Mapping[int, Mapping[str, Any]] = {}) -> dict[str, Any]:
@@ -266,7 +304,7 @@ class TermPass:
             notes.insert(0, Outcome("dense_export", "", detail))
         if isinstance(self.source, Checkpoint) and (told := self.source.quantization_note(self.export)):
             notes.append(Outcome("note", "", told))
-        return notes
+        return [*notes, *(Outcome("loads_in", "", program) for program in self.loads_in)]
 
     def files(self, entries: Mapping[int, Mapping[str, Any]]) -> Files:
         """Return the config, the code that runs the terms, and all tensors beside them."""
@@ -274,6 +312,9 @@ class TermPass:
         original, copied = self.source.dense_config(), after.copied()
         if self.export == "dense":
             return Files(original, {}, copied, None)
+        if self.packed:
+            config = packed_config(self.found.original, original, self.packed)
+            return Files(config, {}, copied, self.sizes(entries).after.model.bytes)
         paths = self.found.modules()
         described = {paths[i]: (layer.sizes, entries[i]["spec"]) for i, layer in after.layers.items()}
         modules: dict[str, Module] = {**experts_modules(described, self.source.layouts(), after.main)}
@@ -289,7 +330,8 @@ class TermPass:
 def check_factored(checkpoint: Source, export: str) -> None:
     """Raise if terms of a checkpoint's experts cannot be written in a form, before anything is fitted."""
     if export not in EXPORTS:
-        raise JaxmoeError(f"export {export!r}: give {' or '.join(EXPORTS)}")
+        others = "; packed are whole matrices alone: end the recipe with gptq4 or gptq8" if export in PACKED else ""
+        raise JaxmoeError(f"export {export!r}: give {' or '.join(EXPORTS)}{others}")
     if isinstance(checkpoint, CompressedCheckpoint):
         if export != "factored":
             raise JaxmoeError(

@@ -13,6 +13,12 @@ _FORMS = {
     " nothing is saved on disk. The ratios below are those of the factors.",
     "slim": "Some of the experts, or some of their channels, were removed: any program that runs the original"
     " architecture runs this folder.",
+    "packed": "The experts are packed integers in the format `pack-quantized` of compressed-tensors: transformers 5.16"
+    " or newer loads them without any flag where the package compressed-tensors is installed, and expands them in"
+    " memory; vLLM keeps them packed.",
+    "packed-vllm": "**Only for vLLM.** The experts are packed integers in the format `pack-quantized` of"
+    " compressed-tensors, of other widths in each layer. transformers takes the width of one layer for all of them: it"
+    " loads this folder without a word, and computes nonsense.",
 }
 """What a reader has to know of each form of a checkpoint."""
 
@@ -25,6 +31,13 @@ def model_card(report: Report) -> str:
     """
     requested, stored = report.requested, report.stored
     factored = ", trust_remote_code=True" if report.export == "factored" else ""
+    load = [
+        "from transformers import AutoModelForCausalLM",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER"{factored})',
+    ]
+    if report.export == "packed-vllm":
+        load = ["from vllm import LLM", "", 'model = LLM("PATH_OF_THIS_FOLDER")']
     counted = "" if requested.unit == "parameters" else f" (in {requested.unit})"
     lines = [
         "---",
@@ -37,9 +50,7 @@ def model_card(report: Report) -> str:
         _FORMS[report.export],
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("PATH_OF_THIS_FOLDER"{factored})',
+        *load,
         "```",
         "",
         "## Size",

@@ -203,6 +203,7 @@ class PlanSummary(Record, frozen=True, kw_only=True):
         kept: how many "experts", or "channels" of every expert, stay.
         steps: of a recipe of several.
         exports: forms in which the result can be written.
+        loads_in: the programs that will load it in the form that is planned, one sentence each.
         experts_per_token: that run.
         active_parameters: that one token uses, in the mean.
         operations_per_token: of the routed experts' products.
@@ -222,6 +223,7 @@ class PlanSummary(Record, frozen=True, kw_only=True):
     kept: dict[str, int] | None = None
     steps: list[Step] | None = None
     exports: list[str] | None = None
+    loads_in: list[str] | None = None
     experts_per_token: Change | None = None
     active_parameters: Change | None = None
     operations_per_token: Change | None = None
@@ -266,7 +268,7 @@ class Report(PlanSummary, frozen=True, kw_only=True):
         output: folder of the result.
         command: the command line; empty for a call from Python.
         seed: the random seed.
-        export: form of the result, "factored", "dense" or "slim".
+        export: form of the result, "factored", "dense", "slim", "packed" or "packed-vllm".
         layers: as in a plan, with errors and seconds.
         outcomes: what a user should know.
         calibration: what it was calibrated on; None without.

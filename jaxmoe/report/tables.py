@@ -81,6 +81,8 @@ def plan_tables(plan: PlanSummary) -> list[Any]:
         tables.append(steps_table(plan.steps))
     if plan.peak_bytes is not None:
         tables.append(f"predicted peak memory beyond the idle program: {size(plan.peak_bytes, 'B')}")
+    if plan.loads_in:
+        tables.append(f"will load in: {'; '.join(plan.loads_in)}")
     if plan.exports == ["dense"]:
         tables.append("this architecture has no factored form: only dense can be written, with --export dense")
     return tables

@@ -16,6 +16,7 @@ from jaxmoe.checkpoint.files import read_weights
 from jaxmoe.checkpoint.quantization import leaving_out
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.export.dense import densify
+from jaxmoe.export.trained import write_trained
 
 BFLOAT16 = ml_dtypes.bfloat16
 RNG = np.random.default_rng(7)
@@ -143,6 +144,22 @@ def test_maps_that_are_replaced_are_left_out(sources, tmp_path):
     jaxmoe.compress(sources[0], tmp_path / "all", "svd", **options)
     assert not any(len(m.parts) > 1 for m in CompressedCheckpoint.open(tmp_path / "all").matrices.values())
     assert "quantization_config" not in json.loads((tmp_path / "all" / "config.json").read_text())
+
+
+def test_what_is_trained_is_without_quantisation(factored, tmp_path):
+    """One map of attention that was trained; the others stay as they are."""
+    model = StoredModel(factored[0])
+    parameters = model.parameters()
+    query = parameters["layers"][1]["attention.query.weight"]
+    parameters["layers"][1]["attention.query.weight"] = 2 * query
+    write_trained(model, parameters, ["layers.1.attention.query.weight"], tmp_path)
+    found = StoredModel(tmp_path)
+    assert len(found.matrices["model.layers.1.self_attn.q_proj.weight"].parts) == 1
+    assert len(found.matrices["model.layers.0.self_attn.q_proj.weight"].parts) > 1
+    np.testing.assert_array_equal(found.layer(1)["attention.query.weight"], 2 * np.asarray(query, np.float32))
+    settings = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    left_out = settings.get("modules_to_not_convert") or settings["ignore"]
+    assert any("1" in name and "q_proj" in name for name in left_out)
 
 
 def test_modules_are_left_out_by_their_whole_names():

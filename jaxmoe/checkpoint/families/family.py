@@ -54,6 +54,7 @@ class Family:
         decoder: builds the spec of the decoder from the config and the shapes of the routed experts.
         transformers: the classes that run it in PyTorch.
         no_transformers: why there are none that factors could be put into.
+        not_packed: why transformers does not load experts of few bits under their names on the hub; empty if it does.
 
     Example:
         >>> own = Family(model_type="own_moe", experts="num_experts", shared="mlp.shared_expert")
@@ -89,6 +90,7 @@ class Family:
     decoder: Callable[[Settings, Shapes], DecoderSpec] | None = None
     transformers: TransformersClasses | None = None
     no_transformers: str = "jaxmoe knows no transformers classes for it"
+    not_packed: str = ""
 
     @property
     def keys(self) -> frozenset[str]:

@@ -17,18 +17,23 @@ LEFT_OUT = {"fp8": "modules_to_not_convert", "compressed-tensors": "ignore"}
 that they leave out."""
 
 
-def obstacle(settings: Mapping[str, Any], matrices: Collection[Matrix]) -> str | None:
+def obstacle(settings: Mapping[str, Any], matrices: Collection[Matrix], form: str) -> str | None:
     """Return why quantised matrices cannot stay as they are, None where they can.
 
     Args:
         settings: the config's, empty if it has none.
         matrices: those that no step replaces.
+        form: of the result.
 
     Example:
-        >>> obstacle({"quant_method": "modelopt"}, [])
+        >>> obstacle({"quant_method": "modelopt"}, [], "factored")
         'transformers has no quantiser that is known to load modelopt beside other modules'
     """
     method = settings.get("quant_method")
+    if form not in ("factored", "slim"):
+        return f"the form {form} has none, or its own alone"
+    if form == "slim" and method == "compressed-tensors":
+        return "of a stock architecture, transformers takes either all or none of the experts from compressed-tensors"
     if method not in LEFT_OUT:
         return f"transformers has no quantiser that is known to load {method or 'them'} beside other modules"
     if wrong := [m.name for m in matrices if method == "fp8" and not m.parts[-1].name.endswith("_scale_inv")]:
