@@ -32,8 +32,9 @@ from jaxmoe.compression.recover import Recover
 from jaxmoe.compression.settings import changed, split, step_settings
 from jaxmoe.compression.step import EXPERTS, Asked, Options, Step
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.packed import PACKED
+from jaxmoe.export.packed import BITS, PACKED
 from jaxmoe.methods import AnyMethod
+from jaxmoe.methods.quantising import QuantisingMethod
 
 KINDS: Mapping[str, type[Step]] = {
     "remove": Prune,
@@ -346,23 +347,26 @@ def find(
     check_order([KINDS[method.kind](method=method, settings=None) for method in found])
     names = [method.name for method in found]
     own, shares = split(names, options or {})
-    steps = tuple(
-        KINDS[method.kind](
-            method=method, settings=step_settings(method, setting, {**_of_form(method, export), **given})
-        )
-        for method, given in zip(found, own)
-    )
+    steps = []
+    for named, given in zip(found, own):
+        method, asked = _packing(named, export)
+        steps.append(KINDS[method.kind](method=method, settings=step_settings(method, setting, {**asked, **given})))
     parts = tuple(shares.get(step.name, step.share) for step in steps) if shares else None
-    return Recipe(steps=steps, setting=setting, shares=parts)
+    return Recipe(steps=tuple(steps), setting=setting, shares=parts)
 
 
-def _of_form(method: AnyMethod, export: str | None) -> dict[str, Any]:
-    """Return the settings that a form of the result asks of a method, where nothing else is given."""
-    if export not in PACKED or method.kind != "quantise":
-        return {}
+def _packing(method: AnyMethod, export: str | None) -> tuple[AnyMethod, dict[str, Any]]:
+    """Return a method as a form of the result lets it choose bits, and the settings that it asks of it by default."""
+    if export not in PACKED or not isinstance(method, QuantisingMethod):
+        return method, {}
     asked = {"zero": "none", "scale": "bfloat16", "bits_per": "model" if export == "packed" else "layer"}
     names = {own.name for own in fields(method.settings)}
-    return {name: value for name, value in asked.items() if name in names}
+    choosing = method._replace(widths=_packed_widths) if method.takes_bits else method
+    return choosing, {name: value for name, value in asked.items() if name in names}
+
+
+def _packed_widths(settings: Any) -> tuple[int, ...]:
+    return BITS
 
 
 def check_order(steps: Collection[Step]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jaxmoe.errors import JaxmoeError
 
@@ -60,11 +60,15 @@ def parse(method: str, name: str, text: str, hint: Any) -> Any:
         hint: its type; of several the first one that fits.
 
     Example:
-        >>> parse("mobe", "steps", "20", int | None)
-        20
+        >>> parse("mobe", "steps", "20", int | None), parse("rtn", "zero", "none", Literal["none", "real"] | None)
+        (20, 'none')
     """
-    kinds = get_args(hint) if get_origin(hint) is UnionType or get_args(hint) else (hint,)
+    kinds = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
     for kind in kinds:
+        if get_origin(kind) is Literal:
+            if text not in get_args(kind):
+                raise JaxmoeError(f"--set {name}={text}: {method} takes {name} as {', '.join(get_args(kind))}")
+            return text
         if kind is bool:
             if text.lower() not in ("true", "false"):
                 raise JaxmoeError(f"--set {name}={text}: {method} takes {name} as true or false")
