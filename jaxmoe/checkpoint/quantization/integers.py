@@ -55,6 +55,9 @@ def integer_matrix(
     if scale is None or shape is None:
         faults.damaged.append(f"{name} lacks {own}_scale or {own}_shape")
         return None
+    if own in tensors:
+        faults.damaged.append(f"{name} stands beside {own}: one of them alone can be the matrix")
+        return None
     if own + "_g_idx" in tensors:
         faults.unread.append(f"{name} stands beside {own}_g_idx: its columns are in another order")
         return None
@@ -100,13 +103,13 @@ def _scheme(
     bits, size, symmetric = weights.get("num_bits", 8), weights.get("group_size"), weights.get("symmetric", True)
     strategy = weights.get("strategy") or ("group" if type(size) is int and size > 0 else "channel")
     if weights.get("type", "int") != "int" or type(bits) is not int or bits not in BITS:
-        faults.unread.append(f"{_said(group)}: {weights} is not of integers of {BITS[0]} to {BITS[-1]} bits")
+        faults.unread.append(f"{packed.name}: {_said(group)}, {weights} is not of integers of 2 to 8 bits")
     elif strategy not in ("group", "channel") or (strategy == "group" and not (type(size) is int and size > 0)):
         faults.unread.append(
-            f"{_said(group)}: strategy {strategy!r}, group_size {size!r} is neither of groups nor rows"
+            f"{packed.name}: {_said(group)}, strategy {strategy!r} of group_size {size!r} is neither of groups nor rows"
         )
     elif type(symmetric) is not bool:
-        faults.unread.append(f"{_said(group)}: symmetric {symmetric!r}")
+        faults.unread.append(f"{packed.name}: {_said(group)}, symmetric {symmetric!r}")
     else:
         return _Scheme(bits, size if strategy == "group" else 0, symmetric)
     return None

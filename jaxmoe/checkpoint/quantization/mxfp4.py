@@ -25,6 +25,9 @@ def mxfp4_matrix(
         if blocks.dtype == "U8":
             faults.damaged.append(f"{blocks.name} has no U8 tensor {own}_scales")
         return None
+    if own in tensors:
+        faults.damaged.append(f"{blocks.name} stands beside {own}: one of them alone can be the matrices")
+        return None
     if len(blocks.shape) != 4 or blocks.shape[3] != 16 or scales.shape != blocks.shape[:3]:
         faults.damaged.append(f"{blocks.name} {list(blocks.shape)} does not fit {scales.name} {list(scales.shape)}")
         return None
