@@ -46,7 +46,7 @@ def recover(
     train: Annotated[
         str,
         typer.Option(
-            "--train", metavar="SET,...", help="what is trained: router, factors, norms, expert_vectors or all"
+            "--train", metavar="SET,...", help="what is trained: router, factors, scales, norms, expert_vectors or all"
         ),
     ] = "router,norms,factors",
     loss: Annotated[

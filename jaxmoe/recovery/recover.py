@@ -31,6 +31,7 @@ from jaxmoe.export.trained import write_trained
 from jaxmoe.recovery.losses import TAUGHT, Side
 from jaxmoe.recovery.run import METRICS
 from jaxmoe.recovery.run import train as run_training
+from jaxmoe.recovery.scales import floating_scales, stored_scales
 from jaxmoe.recovery.sharding import training_mesh
 from jaxmoe.recovery.trainable import merge, select
 from jaxmoe.recovery.training import Training
@@ -160,7 +161,8 @@ def recover(
     if (done := finished(output, recorded)) is not None:
         on_event(Complete(output=str(output)))
         return done
-    parameters = model.parameters()
+    stored = model.parameters()
+    parameters = floating_scales(stored)
     chosen = select(parameters, train)
     workspace = Workspace(output, run)
     with workspace.opened([], resume=resume), workspace.exclusive("training"):
@@ -179,9 +181,10 @@ def recover(
             mesh=None if mesh is None else training_mesh(*mesh),
             on_event=on_event,
         )
-        stored = write_trained(model, merge(parameters, result["trained"]), chosen, workspace.folder)
+        after = stored_scales(merge(parameters, result["trained"]), stored)
+        counted = write_trained(model, after, chosen, workspace.folder)
         write_bytes(workspace.folder / METRICS, read_bytes(folder / METRICS))
-        report = _report(model, original, output, train, settings, rows, length, result, stored)
+        report = _report(model, original, output, train, settings, rows, length, result, counted)
         report |= {"seed": seed, "command": command, "seconds": time.perf_counter() - begun, "run": run}
         report |= {"ignored_config_keys": list(model.ignored)} if model.ignored else {}
         if completes is None:
@@ -192,7 +195,7 @@ def recover(
             whole = {
                 **completes.report,
                 "run": recorded,
-                "stored": stored,
+                "stored": counted,
                 "seconds": completes.report["seconds"] + report["seconds"],
             }
             card = _card(model_card(Report.read(whole)).rstrip(), report)

@@ -1,7 +1,8 @@
 """Where the arrays of a training lie on several devices: experts over one axis of a mesh, rows of text over the other.
 
-The step is the same program; the compiler cuts it up. Every array with a leading expert axis lies in parts over
-`expert`, with its part of the optimiser's memory; everything else is on all devices.
+The step is the same program; the compiler cuts it up. Every array with a leading expert axis, or with the rows of all
+experts upon each other as numbers of few bits lie, is in parts over `expert`, with its part of the optimiser's memory;
+everything else is on all devices.
 """
 
 from typing import Any
@@ -40,7 +41,8 @@ def shardings(name: str, array: Any, spec: DecoderSpec, mesh: Mesh) -> NamedShar
     if parts[0] == "layers" and parts[2] in ("experts", "auxiliary"):
         block = spec.layers[int(parts[1])].feed_forward
         assert isinstance(block, ExpertBlock)
-        if array.ndim and array.shape[0] == block.shape.experts and array.shape[0] % mesh.shape["expert"] == 0:
+        experts = block.shape.experts
+        if array.ndim and array.shape[0] and array.shape[0] % experts == 0 and experts % mesh.shape["expert"] == 0:
             return NamedSharding(mesh, PartitionSpec("expert"))
     return NamedSharding(mesh, PartitionSpec())
 

@@ -134,7 +134,7 @@ def optimizer(training: Training) -> optax.GradientTransformation:
     )
 
 
-def _in_own_units(updates: dict[str, Array], trained: dict[str, Array]) -> dict[str, Array]:
+def _in_own_units(updates: Any, trained: Any) -> Any:
     """Return the updates, those of scales, zeros and codebooks times the size of their rows."""
 
     def own(name: str, update: Array) -> Array:

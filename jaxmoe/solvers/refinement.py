@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors.quantised import held_zeros
+from jaxmoe.factors.quantised import held_scales, held_zeros
 from jaxmoe.factors.store import Rounded, Store, fixed_table
 from jaxmoe.solvers.channels import damped
 from jaxmoe.solvers.mixture import HIGHEST
@@ -51,7 +51,7 @@ def refine(
     Args:
         weight: the matrices.
         rounded: what a rounding found for them.
-        store: how they are held; scales of 8 bits stay as they are.
+        store: how they are held.
         moment: second moments of the inputs, `[1|expert, in, in]`.
         turns: through all codes and scales.
         damping: added to the diagonal of the moment, in units of its mean.
@@ -74,13 +74,13 @@ def refine(
         raise JaxmoeError(f"{turns} turns: give none or more")
     found = []
     for own in blocks(experts, in_ * (out + in_)):
-        part = Rounded(*(None if x is None else _of(x, own, experts) for x in rounded))
+        part = jax.tree.map(partial(_of, own=own, experts=experts), rounded)
         seen = moment if len(moment) == 1 else moment[own]
         found.append(_refine(jnp.asarray(weight[own]), part, jnp.asarray(seen), store, turns, damping))
     return joined(found)
 
 
-def _of(array, own: slice, experts: int):
+def _of(array: AnyArray, *, own: slice, experts: int) -> Array:
     """Return an array's part of some experts; the tables of rows lie one under the other."""
     each = len(array) // experts
     return jnp.asarray(array[own.start * each : own.stop * each])
@@ -112,7 +112,7 @@ def _refine(weight, rounded: Rounded, moment, store: Store, turns, damping) -> R
 
     def turn(_, state: _Held) -> _Held:
         state = _move_codes(weight, state, matrix, store)
-        if state.scale is not None and store.scale != "quantised":
+        if state.scale is not None:
             state = _move_scales(weight, state, matrix, store)
         return state if state.table is None else _move_table(weight, state, matrix, store)
 
@@ -188,10 +188,36 @@ def _move_codes(weight: Array, state: _Held, matrix: Array, store: Store) -> _He
 
 
 def _move_scales(weight: Array, state: _Held, matrix: Array, store: Store) -> _Held:
-    """Return the scales, and the real zeros, after each was moved, one group after the other."""
+    """Return the scales, and the real zeros, after each was moved.
+
+    Scales that count a common unit move freely, and are then held together; an expert for which that is no better keeps
+    those that it had.
+    """
+    moved = _move_groups(weight, state, matrix, store)
+    if store.scale != "quantised":
+        return moved
+    assert moved.scale is not None
+    scale = jnp.swapaxes(held_scales(jnp.swapaxes(moved.scale, 1, 2), store), 1, 2)
+    moved = moved._replace(scale=scale)
+    before, after = (_errors(weight, own, matrix, store) for own in (state, moved))
+    better = (after < before)[:, None, None]
+    return jax.tree.map(lambda new, old: jnp.where(better, new, old), moved, state)
+
+
+def _errors(weight: Array, state: _Held, matrix: Array, store: Store) -> Array:
+    """Return the weighted error of every expert."""
+    rest = weight - _values(state, store)
+    return jnp.sum(rest * jnp.matmul(matrix, rest, precision=HIGHEST), (1, 2))
+
+
+def _move_groups(weight: Array, state: _Held, matrix: Array, store: Store) -> _Held:
+    """Return the scales and zeros after each was moved, one group after the other."""
     assert state.scale is not None
-    size = weight.shape[1] // state.scale.shape[1]
+    scales = state.scale
+    size = weight.shape[1] // scales.shape[1]
     levels = _levels(state, store)
+
+    zeros = jnp.zeros_like(scales) if state.zero is None else state.zero
 
     def group(rest, number):
         start = number * size
@@ -199,14 +225,13 @@ def _move_scales(weight: Array, state: _Held, matrix: Array, store: Store) -> _H
         within = lax.dynamic_slice_in_dim(rows, start, size, axis=2)
         own, level = (lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (rest, levels))
         pulled = jnp.matmul(rows, rest, precision=HIGHEST)
-        scale = state.scale[:, number]
+        scale = scales[:, number]
         pull, bend = _parabola(level, pulled, within)
         moved = held(jnp.maximum(scale + _ratio(pull, bend), 0), store)
         moved = jnp.where((moved > 0) & _better(moved - scale, pull, bend), moved, scale)
         own -= (moved - scale)[:, None] * level
-        zero = None if state.zero is None else state.zero[:, number]
+        zero = zeros[:, number]
         if store.zero == "real":
-            assert zero is not None
             # The error moves along the scale where a zero moves.
             pulled -= jnp.matmul(within, (moved - scale)[:, None] * level, precision=HIGHEST)
             line = jnp.broadcast_to(-moved[:, None], level.shape)
@@ -217,11 +242,10 @@ def _move_scales(weight: Array, state: _Held, matrix: Array, store: Store) -> _H
             zero = shifted
         return lax.dynamic_update_slice_in_dim(rest, own, start, axis=1), (moved, zero)
 
-    start = weight - levels * _spread(state.scale, weight.shape[1])
-    _, (scale, zero) = lax.scan(group, start, jnp.arange(state.scale.shape[1]))
-    return state._replace(
-        scale=jnp.swapaxes(scale, 0, 1), zero=None if state.zero is None else jnp.swapaxes(zero, 0, 1)
-    )
+    start = weight - levels * _spread(scales, weight.shape[1])
+    _, (scale, zero) = lax.scan(group, start, jnp.arange(scales.shape[1]))
+    scale, zero = jnp.swapaxes(scale, 0, 1), jnp.swapaxes(zero, 0, 1)
+    return state._replace(scale=scale, zero=None if state.zero is None else zero)
 
 
 def _move_table(weight: Array, state: _Held, matrix: Array, store: Store) -> _Held:

@@ -203,6 +203,8 @@ one = lambda name, x: jax.device_put(x, shardings(name, x, spec, mesh))
 spread, after = run(place, one, place_batch(batch, mesh))
 down = spread.trained["layers.0.experts.terms.down.0.weight"]
 assert down.addressable_shards[0].data.shape[0] == 4, down.sharding
+stacked = shardings("layers.0.experts.terms.up.0.weight.codes", jnp.zeros((16 * 64, 8)), spec, mesh)
+assert stacked.spec == jax.sharding.PartitionSpec("expert"), stacked
 for name in before:
     np.testing.assert_allclose(after[name], before[name], rtol=2e-4)
 for name, x in alone.trained.items():

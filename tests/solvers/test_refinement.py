@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.quantised import held_scales
 from jaxmoe.factors.store import Rounded, Store
 from jaxmoe.solvers.refinement import refine
 from jaxmoe.solvers.rounding import round_nearest
@@ -43,7 +44,6 @@ def begin(weight, store):
 
 STORES = [
     Store(bits=2, group=8),
-    Store(bits=3, group=0, zero="none", scale="float32"),
     Store(bits=3, group=8, zero="real"),
     Store(bits=4, group=8, zero="none", table="mxfp4", scale="exponent"),
     Store(bits=2, group=8, zero="none", table="matrix"),
@@ -93,6 +93,18 @@ def test_what_is_held_stays_what_the_file_can_hold():
     assert found.codes.dtype == jnp.uint8
     assert int(found.codes.max()) <= 7
     assert float(found.scale.min()) > 0
+
+
+def test_scales_of_eight_bits_stay_such():
+    weight, moment, matrix = matrices(4)
+    store = Store(bits=2, group=8, scale="quantised")
+    start = round_nearest(weight, store)
+    start = start._replace(scale=held_scales(start.scale, store))
+    found = refine(weight, start, store, moment)
+    np.testing.assert_array_equal(found.scale, held_scales(found.scale, store))
+    before, after = (error(weight, own, store, matrix).sum(1) for own in (start, found))
+    assert (after < 0.8 * before).all()
+    assert not np.array_equal(start.scale, found.scale)
 
 
 def test_one_group_gets_the_scale_of_least_squares():
