@@ -14,7 +14,7 @@ Sources: rtn as the baseline of GPTQ; Badri and Shaji 2023 (HQQ); Frantar et al.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -49,8 +49,8 @@ class RoundingSettings(QuantisingSettings, ABC):
     """
 
     group: int | None = None
-    zero: Zero | None = None
-    scale: Scale | None = None
+    zero: str | None = None
+    scale: str | None = None
 
     DEFAULTS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -64,9 +64,8 @@ class RoundingSettings(QuantisingSettings, ABC):
     def store(self, bits: int) -> Store:
         """Return how numbers of so many bits are held."""
         assert self.group is not None
-        assert self.zero is not None
-        assert self.scale is not None
-        return Store(bits=bits, group=self.group, zero=self.zero, scale=self.scale)
+        # `Store` refuses words that it does not know.
+        return Store(bits=bits, group=self.group, zero=cast(Zero, self.zero), scale=cast(Scale, self.scale))
 
     @abstractmethod
     def round(self, weight: AnyArray, store: Store, moment: AnyArray | None) -> Rounded:

@@ -12,6 +12,7 @@ means, ranks, orders, places; and terms of which nothing here is known.
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +27,7 @@ from jaxmoe.factors.leaves import plain, values
 from jaxmoe.factors.quantised import MixedArray, QuantisedArray
 from jaxmoe.factors.store import Rounded, Store
 from jaxmoe.methods.method import Evidence, Fit, Outcome
-from jaxmoe.solvers.grouped_bases import compiled_solve
+from jaxmoe.solvers.mixture import solve_coefficients
 from jaxmoe.solvers.rounding import blocks
 
 StoreOf = Callable[[int], Store]
@@ -34,6 +35,10 @@ StoreOf = Callable[[int], Store]
 
 Rounding = Callable[[AnyArray, Store, AnyArray | None], Rounded]
 """`(matrices [expert, out, in], store, second moment of their inputs [1|expert, in, in] or None) -> Rounded`."""
+
+RIDGE = 1e-3
+"""What left sides are damped by when they are solved once more, in units of their Gram matrix's mean diagonal: codes
+have to hold them."""
 
 HELD: dict[type[Term], tuple[str, ...]] = {
     Dense: ("weight",),
@@ -160,7 +165,7 @@ class _Walk(NamedTuple):
                 return replace(term, weight=self._hold(term.weight, self._of_all(term)))
             case LowRank():
                 term = replace(term, right=self._hold(term.right, self.moment))
-                left, moment = self._solved(term.shape, target, lambda own: values(term.right, own))
+                left, moment = self._solved(values(term.left), target, lambda own: values(term.right, own))
                 return replace(term, left=self._hold(left, moment))
             case SharedBasis():
                 term = replace(term, bases=self._hold(term.bases, None))
@@ -178,26 +183,30 @@ class _Walk(NamedTuple):
         flat = hold(array[None], _bits_of(array, self.bits), self.store, self.rounding, moment)
         return replace(flat, shape=tuple(array.shape))
 
-    def _solved(self, shape, target, features) -> tuple[Array, Array]:
-        """Return the left sides that suit right ones best, and the second moments of their own inputs."""
+    def _solved(
+        self, left: Array, target: Callable[[slice], Array], features: Callable[[slice], Array]
+    ) -> tuple[Array, Array]:
+        """Return left sides moved to what suits right ones best, and the second moments of their own inputs."""
         solved, moments = [], []
-        for own in blocks(shape[0], shape[2] * max(shape[1:])):
-            right = features(own)
+        for own in blocks(len(left), max(left.shape[1:]) ** 2):
+            right, start = features(own), left[own]
             moment = None if self.moment is None else jnp.asarray(_own(self.moment, own), jnp.float32)
-            solved.append(compiled_solve(target(own), right, jnp.eye(len(right)), activation="identity", moment=moment))
+            rest = target(own) - jnp.matmul(start, right, precision=lax.Precision.HIGHEST)
+            # What is solved for is the change: where the right side hardly reaches, the ridge leaves it out.
+            solved.append(start + _change(rest, right, jnp.eye(len(right)), moment=moment))
             moments.append(_seen(right, moment))
         return jnp.concatenate(solved), jnp.concatenate(moments)
 
-    def _coefficients(self, term: SharedBasis | Grouped, target) -> tuple[Array, Array]:
+    def _coefficients(self, term: SharedBasis | Grouped, target: Callable[[slice], Array]) -> tuple[Array, Array]:
         """Return a term's coefficients, solved once more, and the second moments of what they are applied to."""
         mean = term.mean if isinstance(term, SharedBasis) else None
         shift = 0.0 if mean is None else jnp.asarray(mean, jnp.float32)
+        start = values(term.coefficients if isinstance(term, SharedBasis) else term.padded()[0])
         if not term.transposed:
-            return self._solved(term.shape, lambda own: target(own) - shift, term.features)
+            return self._solved(start, lambda own: target(own) - shift, term.features)
         # Of the transposed matrices the moment weighs the rows, which does not change what suits best.
-        experts, out, in_ = term.shape
         turned = self._replace(moment=None)
-        return turned._solved((experts, in_, out), lambda own: jnp.swapaxes(target(own) - shift, 1, 2), term.features)
+        return turned._solved(start, lambda own: jnp.swapaxes(target(own) - shift, 1, 2), term.features)
 
     def _ragged_bases(self, term: Grouped) -> QuantisedArray | MixedArray:
         """Return the bases of groups, each rounded under the moments of its experts where they are applied directly."""
@@ -235,6 +244,9 @@ class _Walk(NamedTuple):
             return moment
         kept = np.asarray(term.kept)[0]
         return moment[:, kept[:, None], kept]
+
+
+_change = jax.jit(partial(solve_coefficients, activation="identity", ridge=RIDGE, refinements=0))
 
 
 def _own(moment: AnyArray, own: slice) -> AnyArray:
