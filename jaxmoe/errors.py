@@ -1,6 +1,13 @@
 """The exceptions that a user is meant to read, and what keeps their messages readable."""
 
+import inspect
 import re
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class JaxmoeError(ValueError):
@@ -47,3 +54,35 @@ def shortened(text: str, most: int = 200) -> str:
         '3333333333...3333333 (5000 letters)'
     """
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-(most // 2 - 3) :]} ({len(text)} letters)"
+
+
+def called_as(call: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Return a decorator by which a wrong call of a function, such as one of an earlier version, names the right one.
+
+    Args:
+        call: how the function is called.
+
+    Example:
+        >>> @called_as("double(number)")
+        ... def double(number):
+        ...     return 2 * number
+        >>> double(n=3)
+        Traceback (most recent call last):
+        ...
+        TypeError: double: missing a required argument: 'number'; call double(number)
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        signature = inspect.signature(function)
+
+        @wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> T:
+            try:
+                signature.bind(*args, **kwargs)
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}: {error}; call {call}") from None
+            return function(*args, **kwargs)
+
+        return checked
+
+    return decorate

@@ -7,6 +7,7 @@ from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.calibration.folder import Statistics
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
+from jaxmoe.errors import called_as
 from jaxmoe.report.events import OnEvent, ignore
 from jaxmoe.texts import Paths, Tokenizer, paths, text_windows, window_length
 
@@ -14,6 +15,7 @@ SEQUENCES = 128
 """Windows of each text by default."""
 
 
+@called_as("jaxmoe.calibrate(checkpoint, statistics, text=[...])")
 def calibrate(
     checkpoint: str | Path,
     statistics: str | Path,

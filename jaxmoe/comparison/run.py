@@ -34,7 +34,7 @@ from jaxmoe.compression.fewer_experts import blocks
 from jaxmoe.compression.recipe import Recipe
 from jaxmoe.compression.run import environment
 from jaxmoe.compression.step import EXPERTS, Texts
-from jaxmoe.errors import JaxmoeError, StorageError
+from jaxmoe.errors import JaxmoeError, StorageError, called_as
 from jaxmoe.evaluation.evaluate import evaluate_windows
 from jaxmoe.evaluation.windows import Walked, walk
 from jaxmoe.report.comparison import comparison_csv, comparison_markdown
@@ -48,6 +48,7 @@ RECORDS = 2
 """The form of the records in a comparison's folder: those of earlier forms are measured again."""
 
 
+@called_as("jaxmoe.compare(checkpoint, report, methods, ratios=[...], text=[...])")
 def compare(
     checkpoint: str | Path,
     report: str | Path,

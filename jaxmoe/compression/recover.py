@@ -145,7 +145,7 @@ class RecoverPass:
         before = {name: value for name, value in record.items() if name not in ("run", "seal", "stored")}
         own = {"outcomes": [], "layer_seconds": 0.0, "command": command, "output": str(output), "seed": self.setup.seed}
         note = "errors of the matrices are from before the training"
-        done = recover(
+        recover(
             source.folder,
             output,
             text=texts.paths,
@@ -161,4 +161,4 @@ class RecoverPass:
             on_event=on_event,
             **{own.name: getattr(settings, own.name) for own in fields(Training) if own.name != "weights"},
         )
-        return Report.read(done)
+        return Report.read(read_record(output / REPORT, dict[str, Any], "start over with --no-resume"))

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.errors import JaxmoeError, StorageError
+from jaxmoe.errors import JaxmoeError, StorageError, called_as
 from jaxmoe.evaluation.evaluate import evaluate_windows
 from jaxmoe.evaluation.generation import IN_MEMORY
 from jaxmoe.evaluation.probe import probe
@@ -19,6 +19,7 @@ from jaxmoe.texts import Paths, Tokenizer, check_same, paths, text_windows, wind
 GENERATED = 32
 
 
+@called_as("jaxmoe.evaluate(checkpoint, text=[...])")
 def evaluate(
     checkpoint: str | Path,
     *,

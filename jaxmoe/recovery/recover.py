@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +24,7 @@ from jaxmoe.checkpoint.output import output_folder
 from jaxmoe.checkpoint.records import read_bytes, read_record
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.checkpoint.workspace import REPORT, Workspace, fingerprint, finished, make_folder
-from jaxmoe.errors import JaxmoeError
+from jaxmoe.errors import JaxmoeError, called_as
 from jaxmoe.export.card import model_card
 from jaxmoe.export.folder import write_report
 from jaxmoe.export.trained import write_trained
@@ -37,6 +37,7 @@ from jaxmoe.recovery.trainable import merge, select
 from jaxmoe.recovery.training import Training
 from jaxmoe.report.events import Complete, OnEvent, ignore
 from jaxmoe.report.records import Report
+from jaxmoe.report.recovery_records import RecoveryReport
 from jaxmoe.texts import (
     Document,
     Paths,
@@ -54,6 +55,7 @@ from jaxmoe.texts import (
 from jaxmoe.texts.chat_template import chat_template
 
 CARD = "README.md"
+_CALL = "jaxmoe.recover(checkpoint, output, text=[...], train=[...], ...)"
 _OWN = ("teacher", "trained", "training", "data", "losses", "outcomes", "seconds")
 """What the report of a recipe says of its training."""
 
@@ -71,6 +73,7 @@ class Completes(NamedTuple):
     files: Mapping[str, str]
 
 
+@called_as(_CALL)
 def recover(
     checkpoint: str | Path,
     output: str | Path,
@@ -92,7 +95,7 @@ def recover(
     completes: "Completes | None" = None,
     on_event: OnEvent = ignore,
     **training: Any,
-) -> dict[str, Any]:
+) -> RecoveryReport:
     """Train a compressed checkpoint on text, towards its original or on the text alone, and write the result.
 
     Args:
@@ -117,7 +120,7 @@ def recover(
         training: `steps`, `rows`, `learning_rate` and all else that `Training` takes.
 
     Returns:
-        The report, also written to `report.json`.
+        The report of the training, also written to `report.json`, in that of the recipe where this is a step of one.
 
     Raises:
         JaxmoeError: a checkpoint or text cannot be used, the teacher is another model's, training diverged, the output
@@ -129,9 +132,12 @@ def recover(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     options = {"text": demo_texts()[0], "train": ["norms"], "length": 16, "steps": 1, "rows": 2}
         ...     report = jaxmoe.recover(demo_checkpoint(), f"{folder}/recovered", **options)
-        >>> report["training"]["steps"]
+        >>> report.training["steps"]
         1
     """
+    known = [own.name for own in fields(Training) if own.name != "weights"]
+    if unknown := [name for name in training if name not in known]:
+        raise TypeError(f"recover: unknown {', '.join(unknown)}; call {_CALL}, where ... may be {', '.join(known)}")
     settings = Training(weights=loss or {"distillation" if teacher else "next_token": 1.0}, **training)
     texts, dialogues = paths(text), paths(instructions)
     if save_every < 1 or keep < 1:
@@ -160,7 +166,7 @@ def recover(
     recorded = run if completes is None else completes.report.get("run", run)
     if (done := finished(output, recorded)) is not None:
         on_event(Complete(output=str(output)))
-        return done
+        return RecoveryReport.read({**done, **done.get("recovery", {})})
     stored = model.parameters()
     parameters = floating_scales(stored)
     chosen = select(parameters, train)
@@ -199,13 +205,13 @@ def recover(
                 "seconds": completes.report["seconds"] + report["seconds"],
             }
             card = _card(model_card(Report.read(whole)).rstrip(), report)
-            report = write_report(workspace.folder, {**whole, "recovery": own})
+            write_report(workspace.folder, {**whole, "recovery": own})
             for name, content in completes.files.items():
                 write_bytes(workspace.folder / name, content.encode())
         write_bytes(workspace.folder / CARD, card.encode())
         workspace.publish()
     on_event(Complete(output=str(output)))
-    return report
+    return RecoveryReport.read(report)
 
 
 def documents(

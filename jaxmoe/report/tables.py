@@ -12,6 +12,7 @@ from rich.text import Text
 from jaxmoe.report.evaluation_records import Evaluation, TextEvaluation
 from jaxmoe.report.events import span
 from jaxmoe.report.records import Layer, PlanSummary, Projection, Report, Step
+from jaxmoe.report.recovery_records import RecoveryReport
 
 
 def size(count: float, unit: str = "") -> str:
@@ -282,16 +283,14 @@ def inspection_tables(record: Mapping[str, Any]) -> list[Any]:
     return [facts_table, layers, *(f"note: {note}" for note in record["notes"])]
 
 
-def recovery_tables(report: Mapping[str, Any]) -> list[Table]:
+def recovery_tables(report: RecoveryReport) -> list[Table]:
     """Return the tables of a training: what was trained on what, and its losses."""
-    trained, data, training = report["trained"], report["data"], report["training"]
+    trained, data, training = report.trained, report.data, report.training
     about = (
-        ("trained", f"{', '.join(trained['sets'])}: {size(trained['parameters'])} parameters"),
-        ("steps", f"{training['steps']} of {training['rows']} rows of {data['length']} tokens"),
-        ("text", f"{size(data['tokens'])} tokens, {data['passes']:.2f} passes"),
-        ("seconds", f"{report['seconds']:.0f}"),
+        ("trained", f"{', '.join(trained.sets)}: {size(trained.parameters)} parameters"),
+        ("steps", f"{training['steps']} of {training['rows']} rows of {data.length} tokens"),
+        ("text", f"{size(data.tokens)} tokens, {data.passes:.2f} passes"),
+        ("seconds", f"{report.seconds:.0f}"),
     )
-    losses = [
-        (name, f"{loss['first_tenth']:.4f}", f"{loss['last_tenth']:.4f}") for name, loss in report["losses"].items()
-    ]
+    losses = [(name, f"{loss.first_tenth:.4f}", f"{loss.last_tenth:.4f}") for name, loss in report.losses.items()]
     return [table(("", ""), about), table(("loss", "first tenth of the steps", "last"), losses)]

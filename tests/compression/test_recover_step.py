@@ -30,7 +30,7 @@ def test_it_is_what_the_two_commands_do_one_after_the_other(recovered, tmp_path)
     alone = jaxmoe.recover(tmp_path / "small", tmp_path / "trained", text=TEXT["text"], **options)
     left_out = ("report.json", "README.md", "recipe.yaml")
     assert checksums(folder, left_out) == checksums(tmp_path / "trained", left_out)
-    assert report.recovery["losses"] == alone["losses"]
+    assert report.recovery["losses"] == alone.as_json()["losses"]
 
 
 def test_its_report_is_that_of_the_recipe(recovered):
