@@ -6,15 +6,15 @@
 
 setting="paper": as published, half-precision scales without a search. setting="improved": groups of 64 and integer
 zeros (real ones for hqq), scales searched, weighted by what each expert sees where that is known (router-weighted,
-starved experts leaning on all others), gptq's columns in falling order of what they are worth and its codes and scales
-refined.
+starved experts leaning on all others); gptq's scales in 8 bits, its columns in falling order of what they are worth,
+and its codes and scales refined.
 Sources: rtn as the baseline of GPTQ; Badri and Shaji 2023 (HQQ); Frantar et al. 2022, arXiv 2210.17323 (GPTQ).
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -49,8 +49,8 @@ class RoundingSettings(QuantisingSettings, ABC):
     """
 
     group: int | None = None
-    zero: str | None = None
-    scale: str | None = None
+    zero: Zero | None = None
+    scale: Scale | None = None
 
     DEFAULTS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
@@ -64,8 +64,9 @@ class RoundingSettings(QuantisingSettings, ABC):
     def store(self, bits: int) -> Store:
         """Return how numbers of so many bits are held."""
         assert self.group is not None
-        # `Store` refuses words that it does not know.
-        return Store(bits=bits, group=self.group, zero=cast(Zero, self.zero), scale=cast(Scale, self.scale))
+        assert self.zero is not None
+        assert self.scale is not None
+        return Store(bits=bits, group=self.group, zero=self.zero, scale=self.scale)
 
     @abstractmethod
     def round(self, weight: AnyArray, store: Store, moment: AnyArray | None) -> Rounded:
@@ -133,7 +134,7 @@ class GPTQSettings(RoundingSettings):
         "improved": {
             "group": 64,
             "zero": "integer",
-            "scale": "bfloat16",
+            "scale": "quantised",
             "search": True,
             "order": True,
             "refine": TURNS,

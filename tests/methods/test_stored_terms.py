@@ -66,7 +66,7 @@ def nearest(weight, store, moment):
 
 
 def gptq(**settings):
-    return methods.get("gptq").settings(group=16, search=False, refine=0, **settings)
+    return methods.get("gptq").settings(group=16, scale="bfloat16", search=False, refine=0, **settings)
 
 
 def lost(terms, moment=MOMENT, weight=None):
@@ -186,6 +186,7 @@ def test_methods_by_name():
 def test_published_settings_and_refusals():
     paper = {name: methods.get(name).settings(setting="paper") for name in ("rtn", "hqq", "gptq")}
     assert [own.store(4).group for own in paper.values()] == [128, 64, 128]
+    assert (paper["gptq"].scale, methods.get("gptq").settings().scale) == ("float16", "quantised")
     assert paper["hqq"].zero == "real"
     assert (paper["gptq"].damping, paper["gptq"].order, paper["gptq"].search, paper["gptq"].refine) == (
         0.01,

@@ -4,6 +4,7 @@ import pytest
 from ml_dtypes import bfloat16
 
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.quantised import QuantisedArray
 from jaxmoe.factors.store import Rounded, Store
 from jaxmoe.solvers.error_feedback import error_feedback, factored
 from jaxmoe.solvers.rounding import round_nearest
@@ -137,6 +138,25 @@ def test_learned_codebooks_are_given():
     for expert in range(2):
         assert set(np.unique(values[expert]).tolist()) <= set(table[expert].tolist())
     np.testing.assert_array_equal(found.table, table)
+
+
+@pytest.mark.parametrize(
+    "store",
+    [
+        Store(bits=3, group=GROUP, scale="quantised"),
+        Store(bits=4, group=GROUP, zero="none", table="mxfp4", scale="exponent"),
+    ],
+)
+def test_what_is_found_is_what_the_file_holds(store):
+    weight, moment = problem(8, experts=2, out=6, in_=48)
+    plain, found = (
+        round_nearest(weight, store),
+        error_feedback(weight, store, moment=moment, search=False, order=True),
+    )
+    for own in (plain, found):
+        np.testing.assert_array_equal(QuantisedArray.pack(own, store).values(), own.values(store))
+    before, after = (losses(weight, own.values(store), moment) for own in (plain, found))
+    assert (after <= before * (1 + 1e-5)).all()
 
 
 def test_singular_moments_and_groups_of_zeros():
