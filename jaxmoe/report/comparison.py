@@ -146,8 +146,8 @@ COLUMNS = (
     Column("nats_lost", "nats lost", _of("nats_lost"), FOUR, "loss per token beyond the original's"),
     Column("kl", "KL", _of("kl"), FOUR, "divergence from the original's predictions, nats per token"),
     Column("kl_median", "KL median", _of("kl_median"), FOUR, "that half of the tokens have at most"),
-    Column("kl_p99", "KL 99 %", _of("kl_p99"), FOUR, "that 99 % of the tokens have at most"),
-    Column("kl_p999", "KL 99.9 %", _of("kl_p999"), FOUR, "that 99.9 % of the tokens have at most"),
+    Column("kl_p99", "KL 99%", _of("kl_p99"), FOUR, "that 99 % of the tokens have at most"),
+    Column("kl_p999", "KL 99.9%", _of("kl_p999"), FOUR, "that 99.9 % of the tokens have at most"),
     Column(
         "top1_agreement",
         "same top token",

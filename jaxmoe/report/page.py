@@ -7,6 +7,7 @@ and every one has a text alternative and a caption.
 import io
 import re
 from collections.abc import Callable
+from math import isnan
 from typing import Any, NamedTuple
 
 from jaxmoe.errors import JaxmoeError
@@ -126,10 +127,11 @@ def _layers(data: Comparison) -> list[Figure]:
     found = []
     for field, title, caption in (
         ("error", "Error of every layer", "Relative error of the matrices, mean over the experts of a layer."),
+        ("kept", "Kept share of every layer", "Which fraction of its numbers a layer keeps: who got how much."),
         (
             "bits_per_weight",
             "Bits in every layer",
-            "Stored bits for each original number, mean over the experts of a layer: who got how much.",
+            "Stored bits for each original number; empty where the matrices that stay are as they were.",
         ),
         (
             "rank",
@@ -141,7 +143,8 @@ def _layers(data: Comparison) -> list[Figure]:
             name: [plots.field_value(layer.projections.get(name), field) for _, own in cells for layer in own.layers]
             for name in names
         }
-        spans = ", ".join(f"{name} {min(own):.3g} to {max(own):.3g}" for name, own in values.items())
+        values = {name: [x for x in own if not isnan(x)] for name, own in values.items()}
+        spans = ", ".join(f"{name} {min(own):.3g} to {max(own):.3g}" for name, own in values.items() if own)
         told = f"Heat maps of {plots.FIELDS[field]}, layers by cells, one for each projection: {spans}."
         drawings = [lambda ax, n=name, f=field: plots.plot_layers(data, ax, projection=n, field=f) for name in names]
         svg = _draw(drawings, height=_height(len(cells[0][1].layers)), name=field, shared=1.6)

@@ -68,6 +68,8 @@ def plot_pareto(
     _known("measure", measure, MEASURES)
     _known("size", size, SIZES)
     ax = _axes(ax)
+    from matplotlib.ticker import LogLocator, NullLocator, SymmetricalLogLocator
+
     title, place = SIZES[size]
     lines: dict[str, list[RowMeasured]] = {}
     for row in data.rows[1:]:
@@ -85,20 +87,26 @@ def plot_pareto(
         ax.yaxis.set_minor_formatter("{x:g}")
         low, high = ax.get_ylim()
         if high > 5 * low:
-            from matplotlib.ticker import LogLocator
-
             # With all nine, the labels of 80, 90 and 100 would meet.
             ax.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5)))
     else:
         # The scale is linear below the smallest loss, so that nothing lost has a place too.
         losses = [abs(value) for rows in lines.values() for row in rows if (value := getattr(row, measure))]
-        ax.set_yscale("symlog", linthresh=max(min(losses, default=1e-3), 1e-4))
+        smallest = max(min(losses, default=1e-3), 1e-4)
+        ax.set_yscale("symlog", linthresh=smallest, linscale=0.3)
+        # Ticks as people say numbers; of many decades the powers of ten alone.
+        steps = (1, 2, 5) if max(losses, default=1.0) < 100 * smallest else (1,)
+        ax.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=smallest, subs=steps))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(NullLocator())
     original = data.rows[0].measured
     if original is not None:
         # It does not diverge from itself.
         ax.axhline(getattr(original, measure) or 0.0, color="#7f7f7f", linewidth=1, linestyle=":", label="original")
     if size == "removed":
         ax.invert_xaxis()
+    # Markers at the ends stay whole.
+    ax.margins(y=0.08)
     ax.set_xlabel(title)
     ax.set_ylabel(MEASURES[measure])
     ax.grid(alpha=0.3, linewidth=0.5)

@@ -50,7 +50,7 @@ def test_references_lead_somewhere(tree, text):
 
 def test_every_figure_has_words(tree):
     figures = list(tree.iter(f"{WORDS}figure"))
-    assert len(figures) == 10
+    assert len(figures) == 11
     for figure in figures:
         (image,) = (element for element in figure.iter() if element.get("role") == "img")
         assert len(image.get("aria-label")) > 40
