@@ -13,6 +13,7 @@ Source: descent on codes, one after the other: QuantEase, arXiv 2309.01885; the 
 ours.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -72,11 +73,14 @@ def refine(
     check_moment("moment", moment, experts, in_)
     if turns < 0:
         raise JaxmoeError(f"{turns} turns: give none or more")
+    # Uniform codes of any width are one program.
+    form = replace(store, bits=8) if store.table is None else store
+    highest = 2.0**store.bits - 1
     found = []
     for own in blocks(experts, in_ * (out + in_)):
         part = jax.tree.map(partial(_of, own=own, experts=experts), rounded)
         seen = moment if len(moment) == 1 else moment[own]
-        found.append(_refine(jnp.asarray(weight[own]), part, jnp.asarray(seen), store, turns, damping))
+        found.append(_refine(jnp.asarray(weight[own]), part, jnp.asarray(seen), form, highest, turns, damping))
     return joined(found)
 
 
@@ -90,17 +94,18 @@ class _Held(NamedTuple):
     """A rounding as it is worked on: rows last, since all of them are worked on alike and there are many.
 
     codes `[expert, column, row]`, scale and zero `[expert, group, row]`, table `[expert, code, row]` or, for a matrix,
-    `[expert, code, 1]`.
+    `[expert, code, 1]`; highest: of the codes.
     """
 
     codes: Array
     scale: Array | None
     zero: Array | None
     table: Array | None
+    highest: Array
 
 
 @partial(jax.jit, static_argnames="store")
-def _refine(weight, rounded: Rounded, moment, store: Store, turns, damping) -> Rounded:
+def _refine(weight, rounded: Rounded, moment, store: Store, highest, turns, damping) -> Rounded:
     weight = jnp.swapaxes(jnp.asarray(weight, jnp.float32), 1, 2)
     matrix = damped(jnp.asarray(moment, jnp.float32), damping)
     experts = weight.shape[0]
@@ -108,7 +113,7 @@ def _refine(weight, rounded: Rounded, moment, store: Store, turns, damping) -> R
     table = None
     if rounded.table is not None:
         table = jnp.swapaxes(rounded.table.astype(jnp.float32).reshape(experts, -1, rounded.table.shape[1]), 1, 2)
-    state = _Held(jnp.swapaxes(rounded.codes, 1, 2).astype(jnp.int32), scale, zero, table)
+    state = _Held(jnp.swapaxes(rounded.codes, 1, 2).astype(jnp.int32), scale, zero, table, highest)
 
     def turn(_, state: _Held) -> _Held:
         state = _move_codes(weight, state, matrix, store)
@@ -117,7 +122,7 @@ def _refine(weight, rounded: Rounded, moment, store: Store, turns, damping) -> R
         return state if state.table is None else _move_table(weight, state, matrix, store)
 
     state = lax.fori_loop(0, turns, turn, state)
-    codes, scale, zero, table = (None if x is None else jnp.swapaxes(x, 1, 2) for x in state)
+    codes, scale, zero, table = (None if x is None else jnp.swapaxes(x, 1, 2) for x in state[:4])
     return Rounded(
         jnp.asarray(codes).astype(rounded.codes.dtype),
         scale,
@@ -135,8 +140,7 @@ def _levels(state: _Held, store: Store) -> Array:
         )
     if store.table is not None:
         return jnp.asarray(fixed_table(store.table, store.bits), jnp.float32)[state.codes]
-    zero = 2.0 ** (store.bits - 1) if state.zero is None else _spread(state.zero, columns)
-    return state.codes - zero
+    return state.codes - ((state.highest + 1) / 2 if state.zero is None else _spread(state.zero, columns))
 
 
 def _spread(groups: Array, columns: int) -> Array:
@@ -158,7 +162,9 @@ def _move_codes(weight: Array, state: _Held, matrix: Array, store: Store) -> _He
         scale, zero = (None if x is None else x[:, column // group] for x in (state.scale, state.zero))
         if state.table is not None:
             return Grid(scale, None, jnp.swapaxes(state.table, 0, 1))
-        return fixed_grid(store, scale, zero)
+        if store.table is not None:
+            return fixed_grid(store, scale)
+        return Grid(scale, (state.highest + 1) / 2 if zero is None else zero, highest=state.highest)
 
     def block(carry, start):
         rest, codes = carry
@@ -196,12 +202,16 @@ def _move_scales(weight: Array, state: _Held, matrix: Array, store: Store) -> _H
     moved = _move_groups(weight, state, matrix, store)
     if store.scale != "quantised":
         return moved
+    assert state.scale is not None
     assert moved.scale is not None
     scale = jnp.swapaxes(held_scales(jnp.swapaxes(moved.scale, 1, 2), store), 1, 2)
     moved = moved._replace(scale=scale)
     before, after = (_errors(weight, own, matrix, store) for own in (state, moved))
     better = (after < before)[:, None, None]
-    return jax.tree.map(lambda new, old: jnp.where(better, new, old), moved, state)
+    scale = jnp.where(better, scale, state.scale)
+    if state.zero is None or moved.zero is None:
+        return state._replace(scale=scale)
+    return state._replace(scale=scale, zero=jnp.where(better, moved.zero, state.zero))
 
 
 def _errors(weight: Array, state: _Held, matrix: Array, store: Store) -> Array:
