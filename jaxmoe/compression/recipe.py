@@ -11,7 +11,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -29,12 +29,11 @@ from jaxmoe.compression.found import Source
 from jaxmoe.compression.prune import Prune
 from jaxmoe.compression.quantise import Quantise
 from jaxmoe.compression.recover import Recover
-from jaxmoe.compression.settings import changed, split, step_settings
+from jaxmoe.compression.settings import changed, of_form, split, step_settings
 from jaxmoe.compression.step import EXPERTS, Asked, Options, Step
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.export.packed import BITS, PACKED
+from jaxmoe.export.packed import PACKED
 from jaxmoe.methods import AnyMethod
-from jaxmoe.methods.quantising import QuantisingMethod
 
 KINDS: Mapping[str, type[Step]] = {
     "remove": Prune,
@@ -349,24 +348,10 @@ def find(
     own, shares = split(names, options or {})
     steps = []
     for named, given in zip(found, own):
-        method, asked = _packing(named, export)
+        method, asked = of_form(named, export)
         steps.append(KINDS[method.kind](method=method, settings=step_settings(method, setting, {**asked, **given})))
     parts = tuple(shares.get(step.name, step.share) for step in steps) if shares else None
     return Recipe(steps=tuple(steps), setting=setting, shares=parts)
-
-
-def _packing(method: AnyMethod, export: str | None) -> tuple[AnyMethod, dict[str, Any]]:
-    """Return a method as a form of the result lets it choose bits, and the settings that it asks of it by default."""
-    if export not in PACKED or not isinstance(method, QuantisingMethod):
-        return method, {}
-    asked = {"zero": "none", "scale": "bfloat16", "bits_per": "model" if export == "packed" else "layer"}
-    names = {own.name for own in fields(method.settings)}
-    choosing = method._replace(widths=_packed_widths) if method.takes_bits else method
-    return choosing, {name: value for name, value in asked.items() if name in names}
-
-
-def _packed_widths(settings: Any) -> tuple[int, ...]:
-    return BITS
 
 
 def check_order(steps: Collection[Step]) -> None:

@@ -6,6 +6,8 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.export.packed import BITS, PACKED
+from jaxmoe.methods.quantising import QuantisingMethod
 
 
 def step_settings(method: Any, setting: str, given: Mapping[str, Any]) -> Any:
@@ -130,3 +132,17 @@ def changed(method: Any, settings: Any) -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def of_form(method: Any, export: str | None) -> tuple[Any, dict[str, Any]]:
+    """Return a method as a form of the result lets it choose bits, and the settings that it asks of it by default."""
+    if export not in PACKED or not isinstance(method, QuantisingMethod):
+        return method, {}
+    asked = {"zero": "none", "scale": "bfloat16", "bits_per": "model" if export == "packed" else "layer"}
+    names = {own.name for own in fields(method.settings)}
+    choosing = method._replace(widths=_packed_widths) if method.takes_bits else method
+    return choosing, {name: value for name, value in asked.items() if name in names}
+
+
+def _packed_widths(settings: Any) -> tuple[int, ...]:
+    return BITS

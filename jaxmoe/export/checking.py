@@ -127,7 +127,7 @@ def digest(array: np.ndarray) -> str:
         >>> digest(np.zeros(3, "float32"))[:8]
         '15ec7bf0'
     """
-    return sha256(np.ascontiguousarray(array).view(np.uint8)).hexdigest()
+    return sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def check_written(
@@ -219,10 +219,11 @@ def _numbers(opened: Checkpoint | CompressedCheckpoint, meant: Mapping[int, Answ
 
 def _bits(opened: Checkpoint | CompressedCheckpoint, exact: Mapping[int, Mapping[str, str]]) -> list[str]:
     """Return which projections do not hold what was meant to the bit."""
-    layers = opened.layers if isinstance(opened, Checkpoint) else ()
+    if not isinstance(opened, Checkpoint):
+        return []
     return [
         f"layer {layer.index}, {name}: the experts do not hold the numbers that were fitted"
-        for layer in layers
+        for layer in opened.layers
         for name, expected in exact.get(layer.index, {}).items()
         if digest(opened.projection(layer, name)) != expected
     ]
