@@ -13,7 +13,7 @@ means, ranks, orders, places; and terms of which nothing here is known.
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,8 @@ def abstract_terms(terms: tuple[Term, ...], bits: np.ndarray, store: StoreOf) ->
         return abstract_held(array.shape, _bits_of(array, bits), store)
 
     return tuple(
-        replace(term, **{name: held(getattr(term, name)) for name in HELD.get(type(term), ())}) for term in terms
+        replace(cast(Any, term), **{name: held(getattr(term, name)) for name in HELD.get(type(term), ())})
+        for term in terms
     )
 
 
@@ -225,7 +226,8 @@ class _Walk(NamedTuple):
         group = np.repeat(np.arange(len(ranks)), ranks)
         row = np.concatenate([np.arange(rank) for rank in ranks])
         table = None if padded.table is None else padded.table.reshape(*padded.codes.shape[:2], -1)[group, row]
-        rows = Rounded(*(None if x is None else x[group, row][None] for x in padded[:3]), table)
+        codes, scale, zero = (None if x is None else x[group, row][None] for x in padded[:3])
+        rows = Rounded(cast(Any, codes), scale, zero, table)
         return QuantisedArray.pack(rows, store, shape=tuple(term.bases.shape))
 
     def _of_clusters(self, term: Merged) -> AnyArray | None:

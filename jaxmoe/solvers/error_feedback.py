@@ -25,6 +25,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxmoe.arrays import AnyArray
@@ -155,7 +156,7 @@ def error_feedback(
 
 def _factored(moment: AnyArray, damping: float, order: bool) -> Factored:
     factor = _jit_factored(moment, damping=damping, order=order)
-    if not isinstance(factor.diagonal, jax.core.Tracer) and not bool(jnp.isfinite(factor.diagonal).all()):
+    if not isinstance(factor.diagonal, Tracer) and not bool(jnp.isfinite(factor.diagonal).all()):
         raise JaxmoeError(
             "a second moment is not positive definite (NaN, or singular with too little damping): calibrate again, or"
             " raise the damping"
@@ -170,7 +171,7 @@ def _of_experts(given: Rounded, own: slice, experts: int) -> Rounded:
     codes, scale, zero, table = given
     if table is not None:
         table = table.reshape(experts, -1, table.shape[-1])[own].reshape(-1, table.shape[-1])
-    return Rounded(codes[own], *(x if x is None else x[own] for x in (scale, zero)), table)
+    return Rounded(codes[own], None if scale is None else scale[own], None if zero is None else zero[own], table)
 
 
 class Sweep(NamedTuple):
@@ -365,8 +366,8 @@ def _better(
     back = jnp.argsort(factor.order, axis=1)[:, :, None]
     found = (
         jnp.take_along_axis(jnp.where(fed, sweep.codes, codes), back, 1),
-        None if plain.scale is None else jnp.where(fed, grid.scale, plain.scale),
-        None if plain.zero is None else jnp.where(fed, grid.zero, plain.zero),
+        None if grid.scale is None or plain.scale is None else jnp.where(fed, grid.scale, plain.scale),
+        None if grid.zero is None or plain.zero is None else jnp.where(fed, grid.zero, plain.zero),
     )
     return tuple(None if x is None else jnp.swapaxes(_apart(x, experts), 1, 2) for x in found)
 

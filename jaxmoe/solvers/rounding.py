@@ -11,12 +11,13 @@ Matrices go through in blocks of experts.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from jaxmoe.arrays import AnyArray
@@ -197,7 +198,8 @@ def joined(found: list[Rounded]) -> Rounded:
     """Return what was found of one block of experts after the other as one."""
     if len(found) == 1:
         return found[0]
-    return Rounded(*(None if own[0] is None else jnp.concatenate(own) for own in zip(*found)))
+    parts: list[Any] = [None if own[0] is None else jnp.concatenate(own) for own in zip(*found)]
+    return Rounded(*parts)
 
 
 def check(weight: AnyArray, store: Store, *, learned: bool = False) -> None:
@@ -213,7 +215,7 @@ def check(weight: AnyArray, store: Store, *, learned: bool = False) -> None:
     store.groups(weight.shape[2])
     if store.table in ("row", "matrix") and not learned:
         raise JaxmoeError(f"a table for each {store.table} has to be learned first: give it")
-    if isinstance(weight, jax.core.Tracer):
+    if isinstance(weight, Tracer):
         return
     for own in blocks(weight.shape[0], weight.shape[1] * weight.shape[2]):
         if not bool(_finite(weight[own])):
@@ -271,8 +273,12 @@ def fitted(weight: Array, importance: Array | None, store: Store, search: bool) 
     def of_expert(own):
         x, low, high, matters = own
         if len(matters) == 1:
-            return lax.map(lambda row: best_share(*row, matters[0], store), (x, low, high), batch_size=ROWS)
-        return lax.map(lambda row: best_share(*row, store), (x, low, high, matters), batch_size=ROWS)
+            return lax.map(
+                lambda row: best_share(row[0], row[1], row[2], matters[0], store), (x, low, high), batch_size=ROWS
+            )
+        return lax.map(
+            lambda row: best_share(row[0], row[1], row[2], row[3], store), (x, low, high, matters), batch_size=ROWS
+        )
 
     return _scales(low, high, store, lax.map(of_expert, (x, low, high, matters)), held_scales)
 
