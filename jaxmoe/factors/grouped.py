@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -169,16 +170,16 @@ class Grouped(Term):
         column = np.concatenate([np.arange(rank) for rank in by_position])
         group, row = np.repeat(np.arange(len(ranks)), ranks), np.concatenate([np.arange(rank) for rank in ranks])
 
-        def stored(array):
-            return array if dtype is None else array.astype(dtype)
-
+        # Every list of ranks is a program of its own, and operation by operation it would be a dozen.
+        cut = _cut if isinstance(coefficients, np.ndarray) and isinstance(bases, np.ndarray) else _compiled_cut
+        flat, flat_bases = cut(coefficients, bases, expert, column, group, row, dtype=dtype)
         return cls(
-            coefficients=stored(coefficients[expert, :, column]),
-            bases=stored(bases[group, row]),
+            coefficients=flat,
+            bases=flat_bases,
             ranks=ranks.astype(np.int32)[None],
             experts=experts,
             order=None if order is None else own.astype(np.int32)[None],
-            mixing=None if mixing is None else stored(mixing),
+            mixing=mixing if mixing is None or dtype is None else mixing.astype(dtype),
             size=size,
             widest=int(ranks.max()),
             activation=activation,
@@ -212,13 +213,12 @@ class Grouped(Term):
 
     def padded(self) -> tuple[Float[Array, "expert row widest"], Float[Array, "group widest column"]]:
         """Return coefficients by expert number and bases by group, with zeros beyond the ranks, as stored."""
-        ranks = jnp.asarray(self.ranks)[0]
-        return self._coefficients(EVERY), self._rows(plain(self.bases), jnp.cumsum(ranks) - ranks, ranks)
+        ranks, start = self._placed()
+        return self._coefficients(EVERY), self._rows(plain(self.bases), start, ranks)
 
     def features(self, experts: slice = EVERY) -> Float[Array, "expert widest column"]:
         """Return f(B) of the group or f(blend) of all experts, or of some, in float32."""
-        ranks = jnp.asarray(self.ranks)[0]
-        start = jnp.cumsum(ranks) - ranks
+        ranks, start = self._placed()
         if self.mixing is None:
             group = self._positions(experts) // self.size
             blend = jnp.asarray(self._rows(plain(self.bases), start[group], ranks[group]), jnp.float32)
@@ -255,23 +255,34 @@ class Grouped(Term):
         numbers = own * share + float(np.sum(used * ranks)) * self.bases.shape[1]
         return Work(numbers, 2.0 * share * float(np.sum(members * ranks)) * (out + in_))
 
-    def _positions(self, experts: slice) -> Int[Array, " expert"]:
+    def _counting(self):
+        """Return what counts with ranks and order: numpy where they are known, so that nothing is compiled for it."""
+        return jnp if any(isinstance(array, Tracer) for array in (self.ranks, self.order)) else np
+
+    def _placed(self) -> tuple[Int[AnyArray, " group"], Int[AnyArray, " group"]]:
+        """Return the groups' ranks, and where their bases begin."""
+        own = self._counting()
+        ranks = own.asarray(self.ranks)[0]
+        return ranks, own.cumsum(ranks) - ranks
+
+    def _positions(self, experts: slice) -> Int[AnyArray, " expert"]:
         """Return where experts stand in the order."""
-        everywhere = jnp.arange(self.experts) if self.order is None else jnp.argsort(jnp.asarray(self.order)[0])
+        own = self._counting()
+        everywhere = own.arange(self.experts) if self.order is None else own.argsort(own.asarray(self.order)[0])
         return everywhere[experts]
 
     def _coefficients(self, experts: slice) -> Float[Array, "expert row widest"]:
-        ranks, position = jnp.asarray(self.ranks)[0], self._positions(experts)
+        (ranks, first), position = self._placed(), self._positions(experts)
         group = position // self.size
         # Only the last group can have fewer experts, so that all groups before any other are full.
-        start = self.size * (jnp.cumsum(ranks) - ranks)[group] + (position - group * self.size) * ranks[group]
+        start = self.size * first[group] + (position - group * self.size) * ranks[group]
         return jnp.swapaxes(self._rows(plain(self.coefficients), start, ranks[group]), 1, 2)
 
     def _rows(self, flat, start, ranks) -> Array:
         """Return the rows of `flat` from each start, as many as its rank says, then zeros: `[start, widest, ...]`."""
-        offset = jnp.arange(self.widest)
-        index = jnp.where(offset < ranks[:, None], start[:, None] + offset, flat.shape[0])
-        return jnp.asarray(flat).at[index].get(mode="fill", fill_value=0)
+        own = self._counting()
+        offset = own.arange(self.widest)
+        return _rows_or_zeros(flat, own.where(offset < ranks[:, None], start[:, None] + offset, flat.shape[0]))
 
     def described(self):
         return self.Spec(
@@ -317,6 +328,20 @@ class Grouped(Term):
         if self.order is not None:
             check_order(self.order, self.experts)
         return replace(self, widest=int(ranks.max()))
+
+
+@jax.jit
+def _rows_or_zeros(flat, index):
+    return flat.at[index].get(mode="fill", fill_value=0)
+
+
+def _cut(coefficients, bases, expert, column, group, row, *, dtype):
+    """Return what lies within the ranks, at these places, of padded coefficients and bases."""
+    flat = coefficients[expert, :, column], bases[group, row]
+    return flat if dtype is None else tuple(array.astype(dtype) for array in flat)
+
+
+_compiled_cut = jax.jit(_cut, static_argnames="dtype")
 
 
 def _check(coefficients, bases, ranks: np.ndarray, order: np.ndarray, mixing: Any, size: int, activation: str) -> None:
