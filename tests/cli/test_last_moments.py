@@ -118,6 +118,7 @@ def test_comparison_killed_while_it_removes_a_checkpoint(place, moments, monkeyp
     words = ("compare", "source", "output", "--methods", "svd", "--ratios", "0.5", *SOME, "--windows", "2")
     # Drawing and compiling again take seconds.
     monkeypatch.setattr(comparison, "page", lambda result: "")
+    monkeypatch.setattr("jaxmoe.comparison.contenders.ROUNDED", ())
     monkeypatch.setattr(comparison.jax, "clear_caches", lambda: None)
     moments.before(ComparisonFolder, "add", lambda *given: hasattr(given[2], "setting"))
 
