@@ -346,7 +346,7 @@ def find(
     check_order([KINDS[method.kind](method=method, settings=None) for method in found])
     names = [method.name for method in found]
     own, shares = split(names, options or {})
-    steps = []
+    steps: list[Step] = []
     for named, given in zip(found, own):
         method, asked = of_form(named, export)
         steps.append(KINDS[method.kind](method=method, settings=step_settings(method, setting, {**asked, **given})))

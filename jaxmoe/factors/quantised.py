@@ -219,10 +219,11 @@ class QuantisedArray(Held):
         if store.zero == "integer":
             zero = jnp.swapaxes(jnp.asarray(rounded.zero, jnp.int32), 1, 2)
             packed = pack(zero.reshape(-1, out), store.bits).reshape(matrices, zero.shape[1], -1)
-            found["zero"] = jnp.swapaxes(packed, 1, 2).reshape(abstract.zero.shape)
+            found["zero"] = jnp.swapaxes(packed, 1, 2).reshape(cast(Any, abstract.zero).shape)
         elif store.zero == "real":
             zero = held_zeros(cast(Any, rounded.zero), store)
-            found["zero"] = zero.reshape(abstract.zero.shape).astype(abstract.zero.dtype)
+            own = cast(Any, abstract.zero)
+            found["zero"] = zero.reshape(own.shape).astype(own.dtype)
         if abstract.table is not None:
             found["table"] = jnp.asarray(rounded.table).reshape(abstract.table.shape).astype(jnp.bfloat16)
         return replace(abstract, **found)

@@ -120,7 +120,7 @@ def learned_tables(
         raise JaxmoeError(f"table {store.table!r} is not learned: give a store with one for each row or matrix")
     check(weight, store, learned=True)
     experts, out, in_ = weight.shape
-    check_importance(importance, weight.shape)
+    check_importance(importance, (experts, out, in_))
     found = []
     for own in blocks(experts, out * in_):
         say = importance if importance is None or len(importance) == 1 else importance[own]

@@ -113,7 +113,8 @@ def compensate(
         if tolerance is not None and _stopped(np.array(errors), tolerance):
             break
     assert best is not None
-    return Compensated(*best, np.array(errors))
+    rounded, factors = best
+    return Compensated(rounded, factors, np.array(errors))
 
 
 def closest_factors(

@@ -11,6 +11,7 @@ import argparse
 import statistics
 import sys
 from functools import partial
+from typing import Any, cast
 
 from one_core import alternate, pin, ratio, table
 
@@ -29,7 +30,7 @@ def scikit_learn(values, weights, codes):
 
     found = np.empty((len(values), codes))
     for row, (x, v) in enumerate(zip(values, weights)):
-        means = KMeans(codes, n_init=1, max_iter=50, random_state=0).fit(x[:, None], sample_weight=v)
+        means = KMeans(codes, n_init=cast(Any, 1), max_iter=50, random_state=0).fit(x[:, None], sample_weight=v)
         found[row] = np.sort(means.cluster_centers_[:, 0])
     return found
 
