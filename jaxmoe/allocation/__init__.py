@@ -2,7 +2,7 @@
 
 from jaxmoe.allocation.bits import Choice, choose_bits, joined
 from jaxmoe.allocation.importance import floor_ranks, ranks_by_importance
-from jaxmoe.allocation.ladders import Ladder, allocate, kept_fractions, reachable
+from jaxmoe.allocation.ladders import Ladder, allocate, allocate_counted, kept_fractions, reachable
 from jaxmoe.allocation.shares import Shares, by_energy, by_loss, by_odds, share
 from jaxmoe.allocation.spectral import water_fill
 from jaxmoe.allocation.threshold import ranks_by_threshold
@@ -12,6 +12,7 @@ __all__ = [
     "Ladder",
     "Shares",
     "allocate",
+    "allocate_counted",
     "by_energy",
     "by_loss",
     "by_odds",

@@ -5,11 +5,14 @@ budget is spent so that every slot keeps the share that a rule gives it (`shares
 is left over is smaller than the cheapest step that any slot below its cap could still take.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from jaxmoe.allocation.shares import Shares
 from jaxmoe.errors import JaxmoeError
+
+TURNS = 16
+"""Times that a budget is spent anew with what sizes turned out to be."""
 
 
 class Ladder(NamedTuple):
@@ -114,6 +117,46 @@ def allocate(ladders: Sequence[Ladder], budget: int, shares: Shares) -> tuple[in
                 rest -= ladders[i].step
                 progress = True
     return tuple(levels)
+
+
+def allocate_counted(
+    ladders: Sequence[Ladder], budget: int, shares: Shares, size: Callable[[Sequence[int]], int]
+) -> tuple[int, ...]:
+    """Return the level of every slot as `allocate` does, where sizes do not lie quite on the ladders.
+
+    Packed codes fill whole words and groups of them share a scale, so that a step costs now more and now less. What
+    the ladders misjudge is added to the budget, or taken off it, until nothing changes.
+
+    Args:
+        ladders: one per slot, as nearly as ladders have it.
+        budget: what may be stored in all.
+        shares: the rule.
+        size: what is stored in all at some levels.
+
+    Raises:
+        JaxmoeError: the budget is out of reach.
+
+    Example:
+        >>> from jaxmoe.allocation.shares import by_odds
+        >>> ladders, words = [Ladder(100, 0, 10, 1, 9)] * 2, lambda levels: sum(16 * -(-10 * x // 16) for x in levels)
+        >>> levels = allocate_counted(ladders, 112, by_odds([1.0, 1.0]), words)
+        >>> levels, words(levels)
+        ((6, 4), 112)
+    """
+    least, most = reachable(ladders)
+    asked, tried, best = budget, set(), None
+    while asked not in tried and len(tried) < TURNS:
+        tried.add(asked)
+        levels = allocate(ladders, asked, shares)
+        rest = budget - size(levels)
+        if rest == budget - sum(ladder.numbers(level) for ladder, level in zip(ladders, levels, strict=True)):
+            return levels
+        if rest >= 0 and (best is None or rest < best[0]):
+            best = rest, levels
+        asked = min(max(asked + rest, least), most)
+    if best is None:
+        raise JaxmoeError(f"a budget of {budget} is out of reach, but hardly: choose a slightly larger one")
+    return best[1]
 
 
 def _bisect(within) -> float:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxmoe.allocation import Ladder, Shares, allocate, by_odds, kept_fractions, reachable
+from jaxmoe.allocation import Ladder, Shares, allocate_counted, by_odds, kept_fractions, reachable
 from jaxmoe.checkpoint import Checkpoint, MoELayer
 from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.families import exports
@@ -239,7 +239,11 @@ def make_plan(
     chosen = slots(sharing, room)
     if not fits(chosen):
         rule, sharing, chosen = "uniform", even, slots(even, room)
-    levels = allocate(ladders(chosen), room, sharing)
+
+    def stored(levels: Sequence[int]) -> int:
+        return sum(place.size(budget, slot.at(x)) for place, slot, x in zip(places, chosen, levels, strict=True))
+
+    levels = allocate_counted(ladders(chosen), room, sharing, stored)
     fixed = iter([slot.at(level) for slot, level in zip(chosen, levels, strict=True)])
     layers = [
         _planned(layer, {target: next(fixed) for target in own}) for layer, own in zip(checkpoint.layers, replaced)

@@ -18,6 +18,7 @@ from jaxmoe.methods.mobe import MOBE
 from jaxmoe.methods.nystrom import NYSTROM
 from jaxmoe.methods.pruning import PruningMethod
 from jaxmoe.methods.quantising import QuantisingMethod, QuantisingSettings
+from jaxmoe.methods.quantmoe import QUANTMOE
 from jaxmoe.methods.reap import REAP
 from jaxmoe.methods.recover import RECOVER, RecoveryMethod
 from jaxmoe.methods.rfid import RFID
@@ -120,6 +121,7 @@ for _method in (
     RTN,
     HQQ,
     GPTQ,
+    QUANTMOE,
 ):
     register(_method)
 

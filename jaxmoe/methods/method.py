@@ -26,17 +26,17 @@ class Slot(NamedTuple):
     high: int
 
     def ladder(self, size: Callable[[tuple[Term, ...]], int] | None = None, dense: int | None = None) -> Ladder:
-        """Return the slot's sizes, counted on the abstract terms.
+        """Return the slot's sizes, counted on the abstract terms: those of both ends, and the line between them.
 
         Args:
             size: what terms amount to; None for their numbers.
             dense: what the target amounts to untouched; None for its numbers.
         """
-        first, second = (
+        first, last = (
             count(terms).numbers if size is None else size(terms)
-            for terms in (self.at(level) for level in (self.low, self.low + 1))
+            for terms in (self.at(level) for level in (self.low, max(self.high, self.low + 1)))
         )
-        step = second - first
+        step = -(-(last - first) // max(self.high - self.low, 1))
         whole = prod(self.at(self.low)[0].shape) if dense is None else dense
         return Ladder(whole, first - step * self.low, step, self.low, self.high)
 
@@ -175,15 +175,15 @@ down costs 3 to 5 times as many there.
 
 
 def linear_weight(name: str) -> float:
-    """Return the weight of a linear map beside the routed experts, by its name: projections count as the experts' do.
+    """Return the weight of a linear map, or of a target of the routed experts, by its name.
 
     Example:
-        >>> linear_weight("attention.query"), linear_weight("shared.up"), linear_weight("shared.down")
-        (5.0, 1.0, 5.0)
+        >>> [linear_weight(name) for name in ("attention.query", "shared.up", "shared.down", "down")]
+        [5.0, 1.0, 5.0, 5.0]
     """
     if name.startswith("attention."):
         return ATTENTION_WEIGHT
-    return DOWN_WEIGHT if name.endswith(".down") else 1.0
+    return DOWN_WEIGHT if name.split(".")[-1] == "down" else 1.0
 
 
 def needs_gradients(requires: Mapping[str, str]) -> bool:

@@ -10,7 +10,7 @@ from its settings, or from a budget that chooses among its `widths` for every ex
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -33,7 +33,8 @@ class QuantisingSettings:
         setting: "paper" (as published) or "improved".
         bits: of every number, 2 to 8; None where a budget chooses.
         bits_per: what has bits of its own where a budget chooses: every "matrix" of an expert, every "expert", every
-            "layer" (all that vLLM can tell apart) or the "model" (all that transformers can).
+            "layer" (all that vLLM can tell apart) or the "model" (all that transformers can); None for the setting's
+            own, each matrix unless a publication says otherwise.
 
     Example:
         >>> QuantisingSettings(bits=9)
@@ -44,12 +45,16 @@ class QuantisingSettings:
 
     setting: str = "improved"
     bits: int | None = None
-    bits_per: str = "matrix"
+    bits_per: str | None = None
+
+    OWN_BITS: ClassVar[Mapping[str, str]] = {"paper": "matrix", "improved": "matrix"}
 
     def __post_init__(self):
         check_setting(self.setting)
         if self.bits is not None and not BITS[0] <= self.bits <= BITS[1]:
             raise JaxmoeError(f"{self.bits} bits: give {BITS[0]} to {BITS[1]}")
+        if self.bits_per is None:
+            object.__setattr__(self, "bits_per", self.OWN_BITS[self.setting])
         if self.bits_per not in LEVELS:
             raise JaxmoeError(f"bits_per {self.bits_per!r}: give {', '.join(LEVELS)}")
 
