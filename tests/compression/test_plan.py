@@ -39,7 +39,7 @@ def checkpoint(*shapes, others=100_000):
         matrices=matrices,
         parameters=experts + others,
         bytes=2 * (experts + others),
-        copied=lambda: [SimpleNamespace(numbers=others, bytes=2 * others)],
+        copied=lambda but=(): [SimpleNamespace(numbers=others, bytes=2 * others)],
     )
 
 
@@ -141,7 +141,7 @@ def test_forced_rank_and_bases_are_kept():
 
 
 def test_unknown_names_are_listed():
-    with pytest.raises(JaxmoeError, match=r"camera, compressed_experts, d2moe, .*rfid, svd"):
+    with pytest.raises(JaxmoeError, match=r"camera, compressed_experts, d2moe, .*gptq, gptq4, .*rfid, rtn, rtn4, svd"):
         methods.get("swd")
     with pytest.raises(JaxmoeError, match="touched, experts, model"):
         make_plan(checkpoint(DEMO), methods.get("svd"), SVDSettings(), ratio=0.4, of="layers")
