@@ -18,7 +18,8 @@ their paths in transformers. There are two kinds:
               there is one; it stays where it was), `layout` of the dense matrix on disk. Tensors
               `<module>.<position>.<tensor>`.
 
-`<tensor>` are the names that a term gives (`Term.tensors`). Format 1 had experts alone, as `experts` by path.
+`<tensor>` are the names that a term gives (`Term.tensors`). Format 1 had experts alone, as `experts` by path; format 3
+is format 2 where arrays of terms lie in few bits, with `stores` in their entries.
 """
 
 from collections.abc import Mapping
@@ -41,8 +42,11 @@ from jaxmoe.factors import (
 )
 from jaxmoe.model.compressed_experts import MainExperts
 
-FORMAT_VERSION = 2
-"""Of the layout that this module writes, and the newest that it reads."""
+FORMAT_VERSION = 3
+"""The newest layout that this module writes and reads."""
+
+_PLAIN = 2
+"""The layout where no array lies in few bits: programs that know no such arrays read it too."""
 
 PREFIX = "jaxmoe_"
 """Of the factored `model_type`."""
@@ -193,7 +197,7 @@ def factored_config(config: Mapping[str, Any], modules: Mapping[str, Module]) ->
     """
     stock = architecture(config["model_type"])
     record = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION if any(map(_in_few_bits, modules.values())) else _PLAIN,
         "version": jaxmoe.__version__,
         "minimum_transformers": stock.since,
         **{key: config[key] for key in _KEPT if key in config},
@@ -212,6 +216,11 @@ def factored_config(config: Mapping[str, Any], modules: Mapping[str, Module]) ->
         "jaxmoe": record,
     }
     return {**config, **edited}
+
+
+def _in_few_bits(module: Module) -> bool:
+    terms = [module.terms] if isinstance(module, LinearModule) else module.terms.values()
+    return any("stores" in entry for entries in terms for entry in entries)
 
 
 def _entry(module: Module) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors.leaves import EVERY, Abstract, count_arrays, pytree
+from jaxmoe.factors.leaves import EVERY, Abstract, Leaf, count_arrays, plain, pytree
 from jaxmoe.factors.registry import register
 from jaxmoe.factors.spec import Size, TermSpec, check_order
 from jaxmoe.factors.term import Term, Work, chance, per_expert
@@ -133,7 +133,7 @@ class Hashed(Term):
         order: bool
 
     kind: ClassVar[str] = "hashed"
-    values: Float[AnyArray | Abstract, "1 total"]
+    values: Float[Leaf, "1 total"]
     seed: Int[AnyArray | Abstract, "1 1"]
     order: Int[AnyArray | Abstract, "1 expert"] | None = None
     experts: int
@@ -217,7 +217,7 @@ class Hashed(Term):
         return jnp.asarray(self.seed)[0].astype(jnp.uint32)
 
     def materialize(self, experts=EVERY):
-        return (jnp.asarray(self.values, jnp.float32)[0] * self.scales())[self.places(experts)]
+        return (jnp.asarray(plain(self.values), jnp.float32)[0] * self.scales())[self.places(experts)]
 
     def apply(self, rows, product=per_expert):
         # A value stands at places without any order: nothing is saved by not forming the matrices.

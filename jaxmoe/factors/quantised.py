@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from math import prod
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import msgspec
 from jaxtyping import Array, Float, Int, Shaped
@@ -252,7 +253,7 @@ class QuantisedArray(Held):
 
     def values(self, experts=EVERY):
         own = self if experts == EVERY else self[experts]
-        return own.unpack().values(self.store).reshape(own.shape)
+        return _values(own)
 
     def __getitem__(self, items: slice) -> "QuantisedArray":
         """Return some matrices of an array `[matrix, out, in]`."""
@@ -352,6 +353,12 @@ class MixedArray(Held):
     def record(self):
         parts = [part.record() | {"blocks": part.shape[0]} for part in self.parts]
         return {"width": self.width, "parts": parts}
+
+
+@jax.jit
+def _values(array: QuantisedArray) -> Float[Array, "..."]:
+    # One program: by itself each of its many steps would write all numbers to memory.
+    return array.unpack().values(array.store).reshape(array.shape)
 
 
 def _matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -173,7 +173,8 @@ class Term(ABC):
 
     def spec(self) -> dict[str, Any]:
         """Return what a reader needs beside the tensors, as JSON: `kind`, sizes, and `stores` of arrays in few bits."""
-        held = {name: array.record() for name, array in self.arrays().items() if isinstance(array, Held)}
+        arrays = {self.named.get(name, name): array for name, array in self.arrays().items()}
+        held = {name: array.record() for name, array in arrays.items() if isinstance(array, Held)}
         return msgspec.to_builtins(self.described()) | ({"stores": held} if held else {})
 
     def count(self) -> Count:
@@ -195,10 +196,15 @@ class Term(ABC):
         sizes = {name: value for name, value in spec.items() if name != "stores"}
         expected = cls.planned(as_spec(sizes, cls.Spec, "its record"), shape)
         wanted = expected.arrays()
+        fields_by_name = {cls.named.get(name, name): name for name in wanted}
         for name, record in as_spec(spec.get("stores", {}), dict[str, dict[str, Any]], "its stores").items():
-            if name not in wanted or not jnp.issubdtype(wanted[name].dtype, jnp.floating):
+            field = fields_by_name.get(name)
+            if field is None or not jnp.issubdtype(wanted[field].dtype, jnp.floating):
                 raise JaxmoeError(f"{name!r} is no array that can be held in few bits")
-            wanted[name] = held_array(record, wanted[name].shape)
+            try:
+                wanted[field] = held_array(record, wanted[field].shape)
+            except JaxmoeError as error:
+                raise JaxmoeError(f"{name}: {error}") from None
         files = _tensors(wanted, cls.named)
         faults = [f"there is no {name}" for name in files if name not in tensors]
         faults += [f"{name} belongs to nothing" for name in tensors if name not in files]

@@ -140,8 +140,8 @@ def renamed(name, keep=False):
     ("change", "message"),
     [
         (
-            lambda c: c["jaxmoe"].update(format_version=3, version="9.1"),
-            "format 3, written by jaxmoe 9.1.*up to 2.*upgrade",
+            lambda c: c["jaxmoe"].update(format_version=4, version="9.1"),
+            "format 4, written by jaxmoe 9.1.*up to 3.*upgrade",
         ),
         (lambda c: c["jaxmoe"].pop("format_version"), "format None"),
         (lambda c: c.pop("jaxmoe"), "no jaxmoe record"),

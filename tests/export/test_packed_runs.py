@@ -95,7 +95,7 @@ def test_refused_before_anything_runs(method, export, options, message):
 
 def test_the_plan_says_who_loads_it():
     plan = jaxmoe.plan(demo_checkpoint(), "rtn", ratio=0.6, unit="bytes", export="packed-vllm", set={"search": False})
-    assert len({layer.projections["up"].terms[0]["stores"]["weight"]["bits"] for layer in plan.layers}) == 2
+    assert len({layer.projections["up"].terms[0]["stores"]["dense"]["bits"] for layer in plan.layers}) == 2
     vllm, others = plan.loads_in
     assert vllm.startswith("vLLM")
     assert others.startswith("not transformers")

@@ -252,7 +252,7 @@ def test_damaged_records_are_named():
     spec = term.spec()
 
     def refused(match, tensors=tensors, **store):
-        broken = spec | {"stores": {"weight": spec["stores"]["weight"] | store}}
+        broken = spec | {"stores": {"dense": spec["stores"]["dense"] | store}}
         with pytest.raises(JaxmoeError, match=match):
             Dense.from_tensors(tensors, broken, term.shape)
 

@@ -1,8 +1,6 @@
 """The PyTorch twin of blocks on the diagonal."""
 
 import torch
-from torch import nn
-
 from jaxmoe.torch.runtime.term import Term, register
 
 
@@ -10,14 +8,12 @@ from jaxmoe.torch.runtime.term import Term, register
 class BlockDiagonalTerm(Term):
     """diag(B_e1, ..., B_en) for every expert."""
 
-    blocks: nn.Parameter
-
     def __init__(self, spec, shape, options):
-        super().__init__()
+        super().__init__(spec)
         self.count, (self.experts, self.out, self.in_) = spec["blocks"], shape
-        self._add("blocks", self.experts * self.out, self.in_ // self.count, options)
+        self._add("blocks", (self.experts, self.out, self.in_ // self.count), options)
 
     def forward(self, rows, routing):
-        blocks = self.blocks.view(self.experts, self.count, self.out // self.count, -1)
+        blocks = self._array("blocks").view(self.experts, self.count, self.out // self.count, -1)
         parts = rows.view(len(rows), self.count, -1).unbind(1)
         return torch.cat([routing.linear(part, blocks[:, index]) for index, part in enumerate(parts)], 1)

@@ -164,7 +164,7 @@ def test_a_tensor_of_another_shape_is_an_error(factored, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda record: record.update(format_version=3), "format 3.*reads up to 2.*upgrade jaxmoe"),
+        (lambda record: record.update(format_version=4), "format 4.*reads up to 3.*upgrade jaxmoe"),
         (lambda record: record["modules"][MODULES[1]]["terms"]["down"][0].update(kind="wavelet"), "'wavelet'"),
         (lambda record: record["modules"].update({"model.layers.9.mlp.experts": {}}), "no module model.layers.9"),
     ],

@@ -31,12 +31,11 @@ class BlendedTerm(Term, ABC):
     serves only where no gradient is recorded and is renewed when a parameter has changed.
     """
 
-    bases: nn.Parameter
     mixing: nn.Parameter
     _kept: Any
 
     def __init__(self, spec, shape):
-        super().__init__()
+        super().__init__(spec)
         self.experts, self.rows, self.columns = (shape[0], shape[2], shape[1]) if spec["transposed"] else shape
         self.transposed, self.cache, self._kept = spec["transposed"], False, None
         if spec["activation"] not in ACTIVATIONS:
@@ -51,7 +50,7 @@ class BlendedTerm(Term, ABC):
     def _blend(self, mixing, bases):
         with torch.autocast(bases.device.type, enabled=False):
             blend = mixing.float() @ bases.float().flatten(1)
-            return ACTIVATIONS[self.activation](blend).view(-1, *bases.shape[1:]).to(bases.dtype)
+            return ACTIVATIONS[self.activation](blend).view(-1, *bases.shape[1:]).to(self.dtype)
 
     def _of(self, experts):
         """Return the features of some experts, from the cache where it may serve."""
@@ -62,7 +61,7 @@ class BlendedTerm(Term, ABC):
         return self.features(self.mixing[experts])
 
     def _cached(self):
-        current = state((self.mixing, self.bases))
+        current = state((self.mixing, *self._tensors("bases").values()))
         if self._kept is None or self._kept[0] != current:
             self._kept = current, self.features(self.mixing)
         return self._kept[1]

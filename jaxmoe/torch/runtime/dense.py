@@ -2,8 +2,6 @@
 # Copyright The jaxmoe developers
 """Matrices as they are."""
 
-from torch import nn
-
 from jaxmoe.torch.runtime.term import Term, register
 
 
@@ -11,12 +9,9 @@ from jaxmoe.torch.runtime.term import Term, register
 class DenseTerm(Term):
     """W_e itself."""
 
-    dense: nn.Parameter
-
     def __init__(self, spec, shape, options):
-        super().__init__()
-        self.shape = shape
-        self._add("dense", shape[0] * shape[1], shape[2], options)
+        super().__init__(spec)
+        self._add("dense", shape, options)
 
     def forward(self, rows, routing):
-        return routing.linear(rows, self.dense.view(self.shape))
+        return self._linear("dense", rows, routing)

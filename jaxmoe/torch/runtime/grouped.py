@@ -5,7 +5,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from jaxmoe.torch.runtime.blended import ACTIVATIONS, BlendedTerm
@@ -20,7 +19,6 @@ class GroupedTerm(BlendedTerm):
     where all experts' products are one call, they are padded to the largest rank first.
     """
 
-    coefficients: nn.Parameter
     ranks: torch.Tensor
     order: torch.Tensor | None
 
@@ -28,11 +26,11 @@ class GroupedTerm(BlendedTerm):
         super().__init__(spec, shape)
         self.size, self.total, self.all_ranks = spec["size"], spec["total"], spec["rows"]
         self.groups = -(-self.experts // self.size)
-        self._add("coefficients", self.all_ranks, self.rows, options)
-        self._add("bases", self.total, self.columns, options)
+        self._add("coefficients", (self.all_ranks, self.rows), options)
+        self._add("bases", (self.total, self.columns), options)
         self._add_whole("ranks", self._some_ranks(), options)
         if spec["mixing"]:
-            self._add("mixing", self.experts, self.groups, options)
+            self._add("mixing", (self.experts, self.groups), options)
         else:
             self.register_parameter("mixing", None)
         if spec["order"]:
@@ -93,7 +91,7 @@ class GroupedTerm(BlendedTerm):
         return places
 
     def features(self, mixing):
-        return self._blend(mixing, self._gather(self.bases, *self._starts()))
+        return self._blend(mixing, self._gather("bases", *self._starts()))
 
     def forward(self, rows, routing):
         if self.widest is None:
@@ -114,8 +112,8 @@ class GroupedTerm(BlendedTerm):
 
     def _alone(self, rows, stored, base, blend):
         """Multiply the rows of one expert by what is stored of it; `blend` is its padded one, None without mixing."""
-        coefficients = self.coefficients[stored]
-        basis = self._active(self.bases[base]) if blend is None else blend[: stored.stop - stored.start]
+        coefficients = self._rows("coefficients", stored)
+        basis = self._active(self._rows("bases", base)) if blend is None else blend[: stored.stop - stored.start]
         if self.transposed:
             return F.linear(F.linear(rows, coefficients), basis.T)
         return F.linear(F.linear(rows, basis), coefficients.T)
@@ -130,9 +128,9 @@ class GroupedTerm(BlendedTerm):
         group = position // self.size
         # Only the last group can have fewer experts, so that all groups before any other are full.
         own = self.size * starts[group] + (position - group * self.size) * ranks[group]
-        coefficients = self._gather(self.coefficients, own, ranks[group])
+        coefficients = self._gather("coefficients", own, ranks[group])
         if features is None:
-            features = self._active(self._gather(self.bases, starts[group], ranks[group]))
+            features = self._active(self._gather("bases", starts[group], ranks[group]))
         if self.transposed:
             return routing.linear(routing.linear(rows, coefficients), features.transpose(1, 2))
         return routing.linear(routing.linear(rows, features), coefficients.transpose(1, 2))
@@ -141,13 +139,14 @@ class GroupedTerm(BlendedTerm):
         ranks = self.ranks.flatten().long()
         return torch.cumsum(ranks, 0) - ranks, ranks
 
-    def _gather(self, flat, starts, ranks):
-        """Return rows from each start, as many as its rank says, then zeros: `[start, widest, ...]`."""
+    def _gather(self, name, starts, ranks):
+        """Return rows of an array from each start, as many as its rank says, then zeros: `[start, widest, ...]`."""
+        count, columns = self._shapes[name]
         if not self.widest:
-            return flat.new_zeros(len(starts), 0, flat.shape[1])
-        offset = torch.arange(self.widest, device=flat.device)
-        index = torch.clamp(starts[:, None] + offset, max=len(flat) - 1)
-        return torch.where((offset < ranks[:, None])[..., None], flat[index], 0)
+            return torch.zeros(len(starts), 0, columns, dtype=self.dtype, device=starts.device)
+        offset = torch.arange(self.widest, device=starts.device)
+        index = torch.clamp(starts[:, None] + offset, max=count - 1)
+        return torch.where((offset < ranks[:, None])[..., None], self._rows(name, index), 0)
 
     def _active(self, basis):
         if self.activation == "identity":

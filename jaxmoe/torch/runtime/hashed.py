@@ -16,13 +16,13 @@ class HashedTerm(MatrixTerm):
     order: torch.Tensor | None
 
     def __init__(self, spec, shape, options):
-        super().__init__()
+        super().__init__(spec)
         self.shape, self.numbers = shape, shape[1] * shape[2]
         self.size, self.buckets, self.last, self.balanced = (
             spec[key] for key in ("size", "buckets", "last", "balanced")
         )
         self.groups = -(-shape[0] // self.size)
-        self._add("values", 1, (self.groups - 1) * self.buckets + self.last, options)
+        self._add("values", (1, (self.groups - 1) * self.buckets + self.last), options)
         self._add_whole("seed", [0], options)
         if spec["order"]:
             self._add_whole("order", list(range(shape[0])), options)
@@ -30,7 +30,7 @@ class HashedTerm(MatrixTerm):
             self.register_buffer("order", None)
 
     def flat(self):
-        return (self.values.flatten().float() * self._scales()).to(self.values.dtype)
+        return (self._array("values").flatten().float() * self._scales()).to(self.dtype)
 
     def matrices(self, experts, values):
         position = experts if self.order is None else torch.argsort(self.order.flatten())[experts]
@@ -55,7 +55,7 @@ class HashedTerm(MatrixTerm):
 
     def _sizes(self, entries, count):
         """Return how many of a group's entries lie in each bucket."""
-        device = self.values.device
+        device = self.seed.device
         if not self.balanced:
             own = self._bucket(torch.arange(entries, device=device), count)
             return torch.zeros(count, dtype=torch.int64, device=device).index_add(0, own, torch.ones_like(own))

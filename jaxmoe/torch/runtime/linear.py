@@ -2,7 +2,9 @@
 # Copyright The jaxmoe developers
 """One matrix of an attention, a shared expert or a dense MLP."""
 
+import itertools
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,9 +44,9 @@ class FactoredLinear(nn.Module):
     @property
     def weight(self):
         """The matrix `[out, in]`, formed anew: models ask it for its dtype or device."""
-        some = next(self.children())
-        like = next(some.parameters())
-        return self._multiply(torch.eye(self.in_features, dtype=like.dtype, device=like.device)).T
+        some: Any = next(self.children())
+        device = next(itertools.chain(some.parameters(), some.buffers())).device
+        return self._multiply(torch.eye(self.in_features, dtype=some.dtype, device=device)).T
 
     def forward(self, x):
         out = self._multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)

@@ -2,8 +2,6 @@
 # Copyright The jaxmoe developers
 """A thin pair of factors for every expert."""
 
-from torch import nn
-
 from jaxmoe.torch.runtime.term import Term, register
 
 
@@ -11,16 +9,11 @@ from jaxmoe.torch.runtime.term import Term, register
 class LowRankTerm(Term):
     """L_e R_e."""
 
-    left: nn.Parameter
-    right: nn.Parameter
-
     def __init__(self, spec, shape, options):
-        super().__init__()
+        super().__init__(spec)
         experts, out, in_ = shape
-        self.experts, self.rank = experts, spec["rank"]
-        self._add("left", experts * out, self.rank, options)
-        self._add("right", experts * self.rank, in_, options)
+        self._add("left", (experts, out, spec["rank"]), options)
+        self._add("right", (experts, spec["rank"], in_), options)
 
     def forward(self, rows, routing):
-        inner = routing.linear(rows, self.right.view(self.experts, self.rank, -1))
-        return routing.linear(inner, self.left.view(self.experts, -1, self.rank))
+        return self._linear("left", self._linear("right", rows, routing), routing)

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from torch import nn
 
 from jaxmoe.torch.runtime.term import Term
 
@@ -16,11 +15,10 @@ class MatrixTerm(Term, ABC):
 
     shape: Any
     numbers: int
-    values: nn.Parameter
 
     def flat(self):
         """Return the values as they stand in the matrices, the same for all experts."""
-        return self.values.flatten()
+        return self._array("values").flatten()
 
     @abstractmethod
     def matrices(self, experts, values):

@@ -3,7 +3,6 @@
 """Experts that share a matrix, in clusters."""
 
 import torch
-from torch import nn
 
 from jaxmoe.torch.runtime.matrix import MatrixTerm
 from jaxmoe.torch.runtime.term import register
@@ -13,18 +12,17 @@ from jaxmoe.torch.runtime.term import register
 class MergedTerm(MatrixTerm):
     """One matrix for every cluster of experts (arXiv 2410.08589)."""
 
-    merged: nn.Parameter
     labels: torch.Tensor
 
     def __init__(self, spec, shape, options):
-        super().__init__()
+        super().__init__(spec)
         clusters = spec["clusters"]
         self.shape, self.numbers = shape, shape[1] * shape[2]
-        self._add("merged", clusters * shape[1], shape[2], options)
+        self._add("merged", (clusters, *shape[1:]), options)
         self._add_whole("labels", [expert % clusters for expert in range(shape[0])], options)
 
     def flat(self):
-        return self.merged.view(-1, *self.shape[1:])
+        """Return nothing: a matrix is formed where an expert of its cluster has rows."""
 
     def matrices(self, experts, values):
-        return values[self.labels.flatten()[experts]]
+        return self._array("merged", self.labels.flatten()[experts])

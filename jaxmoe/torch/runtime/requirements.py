@@ -5,7 +5,7 @@
 import transformers
 from packaging.version import Version
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The newest format of factored checkpoints that this code reads."""
 
 MINIMUM_TRANSFORMERS = "5.16"

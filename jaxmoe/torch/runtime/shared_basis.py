@@ -13,27 +13,25 @@ from jaxmoe.torch.runtime.term import register
 class SharedBasisTerm(BlendedTerm):
     """A_e f(sum_j alpha_ej B_j), optionally plus one constant, optionally transposed (MoBE, arXiv 2508.05257)."""
 
-    coefficients: nn.Parameter
     mean: nn.Parameter
 
     def __init__(self, spec, shape, options):
         super().__init__(spec, shape)
-        self.bases_count, self.rank = spec["bases"], spec["rank"]
-        self._add("coefficients", self.experts * self.rows, self.rank, options)
-        self._add("bases", self.bases_count * self.rank, self.columns, options)
-        self._add("mixing", self.experts, self.bases_count, options)
+        self.rank = spec["rank"]
+        self._add("coefficients", (self.experts, self.rows, self.rank), options)
+        self._add("bases", (spec["bases"], self.rank, self.columns), options)
+        self._add("mixing", (self.experts, spec["bases"]), options)
         if spec["mean"]:
-            self._add("mean", 1, 1, options)
+            self._add("mean", (1, 1), options)
 
     def features(self, mixing):
-        return self._blend(mixing, self.bases.view(self.bases_count, self.rank, self.columns))
+        return self._blend(mixing, self._array("bases", dtype=torch.float32))
 
     def forward(self, rows, routing):
-        coefficients = self.coefficients.view(self.experts, -1, self.rank)
         if self.transposed:
-            out = self._multiply(routing.linear(rows, coefficients.transpose(1, 2)), routing)
+            out = self._multiply(self._linear("coefficients", rows, routing, transposed=True), routing)
         else:
-            out = routing.linear(self._multiply(rows, routing), coefficients)
+            out = self._linear("coefficients", self._multiply(rows, routing), routing)
         if hasattr(self, "mean"):
             # A constant matrix maps a row to its sum times the constant, for every output.
             out = out + (rows.float().sum(-1, keepdim=True) * self.mean.float()).to(out.dtype)

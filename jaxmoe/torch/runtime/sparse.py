@@ -16,9 +16,9 @@ class SparseTerm(MatrixTerm):
     counts: torch.Tensor
 
     def __init__(self, spec, shape, options):
-        super().__init__()
+        super().__init__(spec)
         self.shape, self.numbers, entries = shape, shape[1] * shape[2], spec["entries"]
-        self._add("values", 1, entries, options)
+        self._add("values", (1, entries), options)
         self._add_whole("indices", torch.arange(entries) % self.numbers, options)
         share, more = divmod(entries, shape[0])
         self._add_whole("counts", [share + (expert < more) for expert in range(shape[0])], options)
