@@ -1,6 +1,7 @@
 """The PyTorch twin of blocks on the diagonal."""
 
 import torch
+
 from jaxmoe.torch.runtime.term import Term, register
 
 

@@ -4,6 +4,7 @@
 
 from math import prod
 from statistics import NormalDist
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -49,7 +50,7 @@ class StoredArray:
             found["table"] = rows if self.table == "row" else self.matrices, 2**self.bits, torch.bfloat16
         return found
 
-    def values(self, tensors, items=None, rows=slice(None)):
+    def values(self, tensors, items=None, rows: Any = slice(None)):
         """Return the numbers in float32, `[matrix, row, column]`.
 
         Args:

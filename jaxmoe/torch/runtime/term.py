@@ -38,6 +38,7 @@ class Term(nn.Module):
         options: dtype and device of the parameters.
     """
 
+    _cast: torch.Tensor
     for_all = False
     """Whether the matrix is the same for all experts: the rows then may come in any order, without routing."""
 
