@@ -115,7 +115,7 @@ def test_compression_serves_the_calibrated_inputs(tmp_path, name, settings):
     assert aware["predicted_peak_bytes"] > plain["predicted_peak_bytes"]
     # What a descent did on its way depends on the weights, not on what is tested here.
     kinds = {x["kind"] for x in aware["outcomes"]} - {"descent_returned", "lower_rate"}
-    assert kinds == {"never_routed", "starved"}
+    assert kinds == {"loads_in", "never_routed", "starved"}
     for mine, other in zip(aware["layers"], plain["layers"], strict=True):
         for projection, record in mine["projections"].items():
             assert 0 < record["weighted_error"] < record["error"]
