@@ -14,6 +14,7 @@ from jaxmoe.methods.d2moe import D2MOE
 from jaxmoe.methods.frequency import FREQUENCY
 from jaxmoe.methods.hc_smoe import HC_SMOE
 from jaxmoe.methods.method import Evidence, Fit, Method, Outcome, Slot
+from jaxmoe.methods.milo import MILO
 from jaxmoe.methods.mobe import MOBE
 from jaxmoe.methods.nystrom import NYSTROM
 from jaxmoe.methods.pruning import PruningMethod
@@ -23,6 +24,8 @@ from jaxmoe.methods.reap import REAP
 from jaxmoe.methods.recover import RECOVER, RecoveryMethod
 from jaxmoe.methods.rfid import RFID
 from jaxmoe.methods.rounding import GPTQ, HQQ, RTN
+from jaxmoe.methods.slim_llm import SLIM_LLM
+from jaxmoe.methods.squeezellm import SQUEEZELLM
 from jaxmoe.methods.svd import SVD
 
 AnyMethod = Method | PruningMethod | QuantisingMethod | SkippingMethod | RecoveryMethod
@@ -122,6 +125,9 @@ for _method in (
     HQQ,
     GPTQ,
     QUANTMOE,
+    SQUEEZELLM,
+    MILO,
+    SLIM_LLM,
 ):
     register(_method)
 

@@ -18,15 +18,15 @@ from jaxtyping import Array, Float, Int
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors.quantised import held_zeros
-from jaxmoe.factors.store import Store
+from jaxmoe.factors.quantised import held_scales, held_zeros
+from jaxmoe.factors.store import Rounded, Store
 from jaxmoe.solvers.error_feedback import Factored, factored
-from jaxmoe.solvers.rounding import held
+from jaxmoe.solvers.rounding import Grid, fit_scale
 
 
 def salience(
     weight: Float[AnyArray, "expert out in"],
-    moment: Float[AnyArray, "1|expert in in"],
+    moment: Float[AnyArray, "..."],
     *,
     group: int,
     damping: float = 0.01,
@@ -35,7 +35,8 @@ def salience(
 
     Args:
         weight: the matrices W.
-        moment: second moment of their inputs; H is it with `damping` times its mean diagonal on its own.
+        moment: second moment of their inputs, `[1|expert, in, in]`; H is it with `damping` times its mean diagonal on
+            its own.
         group: columns of a group; it divides the row.
         damping: positive where the moment may be singular.
 
@@ -121,7 +122,7 @@ def paired_shifts(gain: Float[np.ndarray, " group"], loss: Float[np.ndarray, " g
 
 
 def ranked_shifts(salience: Float[np.ndarray, " group"], pairs: int) -> Int[np.ndarray, " group"]:
-    """Return the shifts by rank: a bit less for so many groups of lowest salience, one more for those of highest.
+    """Return the shifts by rank: one bit less for so many groups of lowest salience, one more for those of highest.
 
     Source:
         SliM-LLM, section 3.2.
@@ -142,8 +143,8 @@ def ranked_shifts(salience: Float[np.ndarray, " group"], pairs: int) -> Int[np.n
 
 
 def two_levels(
-    groups: Float[AnyArray, "*group number"], store: Store
-) -> tuple[Float[Array, "*group"], Float[Array, "*group"]]:
+    groups: Float[AnyArray, "expert out group number"], store: Store
+) -> tuple[Float[Array, "expert out group"], Float[Array, "expert out group"]]:
     """Return scales and real zeros of one bit: the mean of a group, and its mean distance from it to either side.
 
         W = s (q - z):        s = 2 mean |x - mean|,        s (0 - z) = mean - s / 2
@@ -157,7 +158,8 @@ def two_levels(
         binarisation about zero.
 
     Example:
-        >>> scale, zero = two_levels(jnp.array([1.0, 2.0, 3.0, -2.0]), Store(bits=1, zero="real", scale="float32"))
+        >>> group = jnp.array([1.0, 2.0, 3.0, -2.0]).reshape(1, 1, 1, 4)
+        >>> scale, zero = two_levels(group, Store(bits=1, zero="real", scale="float32"))
         >>> [(scale * (code - zero)).round(4).item() for code in (0, 1)]
         [-0.5, 2.5]
     """
@@ -165,6 +167,49 @@ def two_levels(
     mean = jnp.mean(x, axis=-1)
     spread = jnp.mean(jnp.abs(x - mean[..., None]), axis=-1)
     # Equal numbers are one step from zero.
-    scale = held(jnp.where(spread > 0, 2 * spread, jnp.abs(mean)), store)
-    scale = jnp.where(scale > 0, scale, 1)
+    scale = jnp.where(spread > 0, 2 * spread, jnp.abs(mean))
+    scale = held_scales(jnp.where(scale > 0, scale, 1), store)
     return scale, held_zeros(jnp.where(spread > 0, 0.5, 0) - mean / scale, store)
+
+
+def calibrated(
+    blocks: Float[AnyArray, "block out in"], store: Store, *, reach: float = 0.1, steps: int = 50, say: float = 0.1
+) -> Rounded:
+    """Round blocks of one group a row on scales that count salient numbers apart.
+
+        minimise  sum (x - s (q - z))^2 over ordinary numbers  +  say * the same over those beyond three deviations
+
+    Args:
+        blocks: each row is a group.
+        store: uniform codes, in groups of a whole row.
+        reach: scales are those of the span times 1 - reach to 1 + reach.
+        steps: on either side of 1.
+        say: of salient numbers.
+
+    Source:
+        SliM-LLM, section 3.3. In its released code salient numbers weigh like all others.
+
+    Example:
+        >>> store = Store(bits=2, group=4, scale="float32")
+        >>> calibrated(jnp.array([[[0.2, 0.5, 0.9, 0.4]]]), store).codes.tolist()
+        [[[1, 2, 3, 1]]]
+    """
+    x = jnp.asarray(blocks, jnp.float32)
+    centred = x - jnp.mean(x, axis=2, keepdims=True)
+    salient = jnp.abs(centred) > 3 * jnp.sqrt(jnp.mean(centred**2, axis=2, keepdims=True))
+    weights = jnp.where(salient, say, 1.0)
+
+    def tried(share):
+        scale, zero = (None if own is None else own[..., None] for own in fit_scale(x, store, share=share))
+        code, value = Grid(scale, zero).nearest(x, store)
+        return code, scale, zero, jnp.sum(weights * (value - x) ** 2, axis=2, keepdims=True)
+
+    def better(best, share):
+        own = tried(share)
+        lower = own[3] < best[3]
+        return jax.tree.map(lambda new, old: jnp.where(lower, new, old), own, best), None
+
+    # The span itself first: of equal errors it is kept.
+    shares = 1 + reach * np.arange(1, steps + 1) / steps
+    (codes, scale, zero, _), _ = lax.scan(better, tried(1.0), jnp.asarray([*(2 - shares), *shares], jnp.float32))
+    return Rounded(codes, scale, zero)

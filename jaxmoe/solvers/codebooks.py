@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 
 from jaxmoe.arrays import AnyArray
 from jaxmoe.errors import JaxmoeError
+from jaxmoe.factors.quantised import held_scales
 from jaxmoe.factors.store import Rounded, Store
-from jaxmoe.solvers.rounding import blocks, check, check_importance, held, joined
+from jaxmoe.solvers.rounding import blocks, check, check_importance, joined
 
 BINS = 256
 """Places at most where the dynamic programming may cut a row."""
@@ -141,8 +142,7 @@ def _learned(weight: Array, importance: Array | None, store: Store) -> Rounded:
     if store.table == "matrix":
         groups = store.groups(in_)
         largest = jnp.max(jnp.abs(weight.reshape(experts, out, groups, -1)), axis=3).astype(jnp.float32)
-        scale = held(jnp.where(largest > 0, largest, 1), store)
-        scale = jnp.where(scale > 0, scale, 1)
+        scale = held_scales(jnp.where(largest > 0, largest, 1), store)
         wide = jnp.repeat(scale.astype(weight.dtype), in_ // groups, axis=2)
         levels, say = weight / wide, say * wide**2
     rows = (out, in_) if store.table == "row" else (1, out * in_)
@@ -155,6 +155,42 @@ def _learned(weight: Array, importance: Array | None, store: Store) -> Rounded:
 
     table, codes = lax.map(of_expert, (levels, say))
     return Rounded(codes, scale, None, table.reshape(-1, 2**store.bits).astype(jnp.float32))
+
+
+def delicate(
+    weight: Float[AnyArray, "expert out in"],
+    importance: Float[AnyArray, "expert out in"],
+    *,
+    sensitive: int,
+    large: int,
+) -> Int32[Array, "expert place"]:
+    """Return the places of a matrix's most important numbers, and of its largest ones among the others.
+
+    Args:
+        weight: the matrices.
+        importance: of every number, such as squared gradients.
+        sensitive: how many are chosen for their importance.
+        large: how many are chosen for their size.
+
+    Returns:
+        Of every expert, ascending, counted row by row. Of equal numbers the first come first.
+
+    Raises:
+        JaxmoeError: there are not so many numbers.
+
+    Example:
+        >>> weight, importance = jnp.array([[[5.0, 1.0, -7.0, 2.0]]]), jnp.array([[[0.0, 9.0, 0.0, 1.0]]])
+        >>> delicate(weight, importance, sensitive=1, large=1).tolist()
+        [[1, 2]]
+    """
+    experts, out, in_ = weight.shape
+    if sensitive < 0 or large < 0 or sensitive + large > out * in_:
+        raise JaxmoeError(f"{sensitive} and {large} numbers of a matrix of {out * in_}: give 0 to all of them")
+    _, first = lax.top_k(jnp.asarray(importance).reshape(experts, -1), sensitive)
+    rows = jnp.arange(experts)[:, None]
+    size = jnp.abs(jnp.asarray(weight)).reshape(experts, -1).at[rows, first].set(-1)
+    _, second = lax.top_k(size, large)
+    return jnp.sort(jnp.concatenate([first, second], axis=1), axis=1).astype(jnp.int32)
 
 
 def nearest_codes(
