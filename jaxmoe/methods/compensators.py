@@ -8,6 +8,7 @@ would not.
 
 from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -94,7 +95,10 @@ def packed_compensators(
     """
     sides = []
     for side, width in enumerate(columns):
-        parts = [[own[side].codes[0, :rank], own[side].scale[0, :rank]] for own, rank in zip(found, ranks.tolist())]
+        parts = [
+            [own[side].codes[0, :rank], cast(Any, own[side].scale)[0, :rank]]
+            for own, rank in zip(found, ranks.tolist())
+        ]
         codes, scale = (np.concatenate([np.asarray(x) for x in own])[None] for own in zip(*parts))
         sides.append(QuantisedArray.pack(Rounded(codes, scale), store.fitted(width), shape=codes.shape[1:]))
     return Grouped(

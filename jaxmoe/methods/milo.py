@@ -72,6 +72,8 @@ class MiLoSettings(QuantisingSettings):
         for name, published, ours in (("rank", 16, 2), ("rounds", 20, 3), ("factor_bits", 3, 4)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, published if paper else ours)
+        assert self.rank is not None
+        assert self.rounds is not None
         if self.rank < 1 or self.rounds < 0:
             raise JaxmoeError(
                 f"rank {self.rank} in {self.rounds} rounds: give a rank of at least 1, and 0 or more rounds"
@@ -170,7 +172,8 @@ def _fed_back(weight, store: Store, moment) -> Rounded:
 
 def _ranks(settings: MiLoSettings, weight: Array, rest: Array, moment: AnyArray | None) -> np.ndarray:
     """Return the ranks of the experts' compensators, by kurtosis (paper) or where they take the most off the error."""
-    shape = tuple(weight.shape)
+    experts, out, in_ = weight.shape
+    shape = experts, out, in_
     total, most = _total(settings, shape), break_even(shape)
     if settings.setting == "paper":
         return ranks_by_importance(published_ranks(excess_kurtosis(weight)), 1, most, total, minimum=0)

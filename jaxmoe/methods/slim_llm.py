@@ -14,7 +14,7 @@ Source: SliM-LLM, arXiv 2405.14917. Scales are found before the error feedback, 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +119,7 @@ def fit(terms: tuple[Term, ...], settings: SliMLLMSettings, bits: np.ndarray, *,
     """Return the matrices with their blocks in shifted bits."""
     weight = values(_matrices(terms).weight)
     moment = None if evidence.moment is None else jnp.asarray(evidence.moment, jnp.float32)
-    width = block_width(weight.shape, settings)
+    width = block_width(cast(Any, weight.shape), settings)
     if not width:
         held = hold(weight, bits, lambda own: settings.store(own, own, settings.group or 0), _uniform, moment)
         detail = (
@@ -192,23 +192,24 @@ class _Cut(NamedTuple):
         """Round the matrices on the scales of blocks of so many bits, `[expert, block]`, with error feedback."""
         if self.moment is None:
             return start
-        own = Rounded(*(self.whole(x) for x in start[:3]))
+        own = Rounded(*(self.whole(cast(Any, x)) for x in start[:3]))
         # Real zeros hold integer ones too; matrices may have either.
         store = replace(self.settings.store(int(bits.max()), 2, self.width), scale="float32")
         highest = jnp.asarray(2**bits - 1)
         moment = jnp.broadcast_to(self.moment, (len(self.weight), *self.moment.shape[1:]))
         found = error_feedback(self.weight, store, moment=moment, order=self.order, given=own, highest=highest)
-        return Rounded(*(self.blocks(x) for x in found[:3]))
+        return Rounded(*(self.blocks(cast(Any, x)) for x in found[:3]))
 
     def of_values(self, rounded: Rounded) -> Array:
         """Return what blocks stand for."""
-        return rounded.scale * (rounded.codes - rounded.zero)
+        codes, scale, zero = (jnp.asarray(cast(Any, x)) for x in rounded[:3])
+        return scale * (codes - zero)
 
     def held(self, rounded: Mapping[int, Rounded], shifts: np.ndarray) -> MixedArray:
         """Return the matrices with shifted bits, `[expert, block]`."""
         bits = self.bits[:, None] + shifts
         start = _chosen([rounded[shift] for shift in (-1, 0, 1)], 1 + shifts.reshape(-1))
-        codes, scale, zero, _ = self.fed_back(start, bits)
+        codes, scale, zero, _ = cast(Any, self.fed_back(start, bits))
         means = np.broadcast_to(self.bits[:, None], bits.shape).reshape(-1)
         forms = [self.settings.store(*own, self.width) for own in zip(bits.reshape(-1).tolist(), means.tolist())]
         parts, order = [], []
@@ -225,7 +226,7 @@ def _chosen(options: list[Rounded], which: np.ndarray) -> Rounded:
     if len(options) == 1:
         return options[0]
     blocks = np.arange(len(which))
-    return Rounded(*(jnp.stack([own[field] for own in options])[which, blocks] for field in range(3)))
+    return Rounded(*(jnp.stack([cast(Any, own[field]) for own in options])[which, blocks] for field in range(3)))
 
 
 def _measured(cut: _Cut, rounded: Mapping[int, Rounded]) -> np.ndarray:
@@ -264,7 +265,8 @@ def _published(cut: _Cut, rounded: Mapping[int, Rounded], evidence: Evidence, ke
     tried, losses = [], []
     for pairs in range(blocks // 2 + 1):
         shifts = np.stack([ranked_shifts(own, pairs) for own in ranked])
-        found = sum(outputs[shift] * (shifts == shift)[:, None, :, None] for shift in outputs).sum(2)
+        weighed = [outputs[shift] * (shifts == shift)[:, None, :, None] for shift in outputs]
+        found = cast(Any, sum(weighed)).sum(2)
         divergence = jnp.sum(jnp.exp(exact) * (exact - jax.nn.log_softmax(found)), axis=2)
         tried.append(shifts)
         losses.append(np.asarray(jnp.mean(divergence, axis=1)))

@@ -13,6 +13,7 @@ Source: SqueezeLLM, arXiv 2306.07629.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -106,7 +107,7 @@ def stores(terms: tuple[Term, ...], settings: SqueezeLLMSettings) -> StoreOf:
 
 def kept_apart(terms: tuple[Term, ...], settings: SqueezeLLMSettings) -> tuple[int, int]:
     """Return how many numbers of a matrix are kept apart, for their gradients and their size; of factors, none."""
-    if len(terms) > 1 or not isinstance(terms[0], Dense):
+    if terms[1:] or not isinstance(terms[0], Dense):
         return 0, 0
     _, out, in_ = terms[0].shape
     return int((settings.sensitive or 0) * out * in_), int((settings.large or 0) * out * in_)
@@ -117,7 +118,8 @@ def abstract(terms: tuple[Term, ...], settings: SqueezeLLMSettings, bits: np.nda
     store, apart = stores(terms, settings), sum(kept_apart(terms, settings))
     if not apart:
         return abstract_terms(terms, bits, store)
-    shape, dtype = terms[0].shape, terms[0].weight.dtype  # type: ignore[attr-defined]
+    dense = cast(Dense, terms[0])
+    shape, dtype = dense.shape, dense.weight.dtype
     return Dense(weight=abstract_held(shape, bits, store)), Sparse.abstract(shape, dtype, entries=shape[0] * apart)
 
 
@@ -128,7 +130,7 @@ def fit(
     store, apart = stores(terms, settings), kept_apart(terms, settings)
     if settings.setting == "improved" and not sum(apart):
         return hold_terms(terms, bits, store, settings.round, evidence=evidence)
-    if len(terms) > 1 or not isinstance(terms[0], Dense):
+    if terms[1:] or not isinstance(terms[0], Dense):
         return hold_terms(terms, bits, store, lambda own, store, _: learned_tables(own, store), evidence=evidence)
     dense = terms[0]
     weight, fisher = values(dense.weight), _fisher(evidence)

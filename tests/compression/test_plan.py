@@ -141,7 +141,9 @@ def test_forced_rank_and_bases_are_kept():
 
 
 def test_unknown_names_are_listed():
-    with pytest.raises(JaxmoeError, match=r"camera, compressed_experts, d2moe, .*gptq, gptq4, .*rfid, rtn, rtn4, svd"):
+    with pytest.raises(
+        JaxmoeError, match=r"camera, compressed_experts, d2moe, .*gptq, gptq4, .*rfid, rtn, rtn4, .*svd"
+    ):
         methods.get("swd")
     with pytest.raises(JaxmoeError, match="touched, experts, model"):
         make_plan(checkpoint(DEMO), methods.get("svd"), SVDSettings(), ratio=0.4, of="layers")
