@@ -10,13 +10,28 @@ from jaxmoe.report.comparison_records import CellResult, Comparison, Row, RowMea
 RATIO = 0.8
 ASKED = {
     "ratios": [RATIO],
+    # Of numbers, so that the rounding baselines, which take most of the time, stay away.
+    "unit": "parameters",
     "text": demo_texts()[:2],
     "calibration_text": [demo_texts()[2]],
     "sequences": 2,
     "windows": 2,
     "length": 64,
 }
-OPTIONS = ("--ratios", RATIO, "--text", demo_texts()[0], "--text", demo_texts()[1], "--windows", 2, "--length", 64)
+OPTIONS = (
+    "--ratios",
+    RATIO,
+    "--unit",
+    "parameters",
+    "--text",
+    demo_texts()[0],
+    "--text",
+    demo_texts()[1],
+    "--windows",
+    2,
+    "--length",
+    64,
+)
 CALIBRATION = ("--calibration-text", demo_texts()[2], "--sequences", 2)
 
 

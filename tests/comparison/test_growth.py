@@ -23,8 +23,6 @@ def measured(monkeypatch):
     monkeypatch.setattr(run._Run, "_measured", measure)
     monkeypatch.setattr(run, "spectra", lambda checkpoint: [])
     monkeypatch.setattr(run, "page", lambda result: "")
-    # What joins by itself is tested elsewhere.
-    monkeypatch.setattr("jaxmoe.comparison.contenders.ROUNDED", ())
     return names
 
 
@@ -37,14 +35,14 @@ def test_only_what_is_new_is_measured(measured, tmp_path):
         result = compare(demo_checkpoint(), tmp_path / "report", contenders, **asked)
         return list(measured), [cell.name for cell in result.cells]
 
-    paper, improved = (f"svd-{setting}-0.8-experts-bytes-seed0" for setting in ("paper", "improved"))
+    paper, improved = (f"svd-{setting}-0.8-experts-seed0" for setting in ("paper", "improved"))
     assert grown(both, **UNCALIBRATED) == ([paper, improved], [paper, improved])
     assert grown(both, **UNCALIBRATED) == ([], [paper, improved])
     new, all_of_them = grown(both[:1], **{**UNCALIBRATED, "ratios": [0.8, 0.5]})
-    assert new == ["svd-paper-0.5-experts-bytes-seed0"]
+    assert new == ["svd-paper-0.5-experts-seed0"]
     assert all_of_them == [paper, improved, *new]
     new, all_of_them = grown([find("mobe"), *both], **UNCALIBRATED)
-    assert new == ["mobe-improved-0.8-experts-bytes-seed0"]
+    assert new == ["mobe-improved-0.8-experts-seed0"]
     assert len(all_of_them) == 4
     assert grown(both, **{**UNCALIBRATED, "seeds": 2})[0] == [
         name.replace("seed0", "seed1") for name in (paper, improved)
@@ -54,7 +52,7 @@ def test_only_what_is_new_is_measured(measured, tmp_path):
     assert grown(both, **UNCALIBRATED)[0] == []
     # Cells as published did without calibration, and need not be measured again for its sake.
     new, all_of_them = grown(both, **ASKED)
-    assert new == [*(f"{name}-improved-0.8-experts-bytes-seed0" for name in ("frequency", "reap")), improved]
+    assert new == [*(f"{name}-improved-0.8-experts-seed0" for name in ("frequency", "reap")), improved]
     assert paper in all_of_them
     assert all_of_them.count(improved) == 1
 

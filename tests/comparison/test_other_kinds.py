@@ -10,7 +10,6 @@ from small_comparison import ASKED
 from two_layers import two_layers
 
 from jaxmoe.comparison import compare
-from jaxmoe.comparison.contenders import ROUNDED
 from jaxmoe.report.comparison import comparison_markdown
 from jaxmoe.report.records import Requested
 
@@ -32,14 +31,10 @@ def row(result, method):
 
 def test_baselines_are_always_there(compared):
     result = compared[-1]
-    assert [row.method for row in result.rows if row.method not in ROUNDED] == [
+    assert [row.method for row in result.rows] == [
         *("original", "svd", "frequency", "reap", "compressed_experts", "reap+svd", "nystrom"),
     ]
-    assert all(row.reason is None for row in result.rows if row.method not in ROUNDED)
-    # Six bits are the most that a budget gives: half of the bytes are out of reach.
-    rounded = [row.reason for row in result.rows if row.method in ROUNDED]
-    assert len(rounded) == len(ROUNDED)
-    assert all("out of reach" in reason for reason in rounded)
+    assert all(row.reason is None for row in result.rows)
 
 
 def test_sizes_are_told_apart(compared):
@@ -50,10 +45,10 @@ def test_sizes_are_told_apart(compared):
     assert skipping.measured.error is None
     assert skipping.measured.operations_per_token < 0.4 * row(result, "original").measured.operations_per_token
     for method in ("reap+svd", "reap", "nystrom"):
-        assert row(result, method).requested == Requested(ratio=0.5, of="experts", unit="bytes")
-        assert 0.5 <= row(result, method).measured.removed["bytes"]["experts"] < 0.501
+        assert row(result, method).requested == Requested(ratio=0.5, of="experts")
+        assert 0.5 <= row(result, method).measured.removed["parameters"]["experts"] < 0.501
     header, _, *lines = comparison_markdown(result).split("\n\n")[0].splitlines()
-    assert header.endswith("| 50% of experts | 1 expert runs |")
+    assert header.endswith("| 50% of experts in parameters | 1 expert runs |")
     assert len(lines) == len(result.rows)
 
 

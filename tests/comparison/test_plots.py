@@ -28,8 +28,7 @@ def test_pareto_has_a_line_for_each_contender(compared, ax, measure):
     assert plots.plot_pareto(compared.result, ax, measure=measure) is ax
     names = [text.get_text() for text in ax.get_legend().get_texts()]
     # What cannot be reached has no point.
-    assert {"original", "svd improved", "svd paper"} <= {*names}
-    assert not any("mobe" in name for name in names)
+    assert sorted(names) == ["original", "svd improved", "svd paper"]
     for container in ax.containers:
         row = compared.measured(*container.get_label().split())
         np.testing.assert_allclose(container.lines[0].get_xydata(), [[row.bytes / 1e6, getattr(row, measure)]])
@@ -56,14 +55,16 @@ def test_layers_show_every_cell(compared, ax, field):
     cells = [compared.cell("svd", setting).measured for setting in ("paper", "improved")]
     expected = [[layer.projections["up"] for layer in cell.layers] for cell in cells]
     read = (lambda record: sum(record.ranks)) if field == "rank" else (lambda record: getattr(record, field))
-    found = image(ax)[:, :2]
-    np.testing.assert_allclose(found, np.array([[read(record) for record in cell] for cell in expected]).T)
-    assert [label.get_text() for label in ax.get_xticklabels()][:2] == ["svd paper 0.8", "svd improved 0.8"]
+    np.testing.assert_allclose(image(ax), np.array([[read(record) for record in cell] for cell in expected]).T)
+    assert [label.get_text().split(" of ")[0] for label in ax.get_xticklabels()] == [
+        "svd paper 0.8",
+        "svd improved 0.8",
+    ]
 
 
 def test_weighted_errors_are_missing_where_nothing_was_weighed(compared, ax):
     drawn = image(plots.plot_layers(compared.result, ax, field="weighted_error"))
-    assert np.isnan(drawn).all(axis=0).tolist()[:2] == [True, False]
+    assert np.isnan(drawn).all(axis=0).tolist() == [True, False]
 
 
 def test_load_is_even_in_the_mean(compared, ax):

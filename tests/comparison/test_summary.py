@@ -192,6 +192,7 @@ def test_baselines_join():
         ("svd", "improved"),
     ]
     assert joined([]) == []
+    assert {("rtn", "improved"), ("gptq", "improved")} <= {(o.name, o.setting) for o in with_baselines(asked, bool)}
 
 
 def test_baselines_that_cannot_run_stay_away():
@@ -204,6 +205,9 @@ def test_baselines_that_cannot_run_stay_away():
     assert can("svd")
     assert can("svd", texts=False, targets=("experts", "attention"))
     assert can("reap")
+    # A ratio of numbers says nothing of bits.
+    assert can("rtn", unit="bytes")
+    assert not can("rtn", unit="parameters")
     assert not can("reap", texts=False)
     assert not can("reap", targets=("experts", "attention"))
 
