@@ -141,7 +141,7 @@ def allocate_counted(
         >>> ladders, words = [Ladder(100, 0, 10, 1, 9)] * 2, lambda levels: sum(16 * -(-10 * x // 16) for x in levels)
         >>> levels = allocate_counted(ladders, 112, by_odds([1.0, 1.0]), words)
         >>> levels, words(levels)
-        ((6, 4), 112)
+        ((5, 4), 112)
     """
     least, most = reachable(ladders)
     asked, tried, best = budget, set(), None
