@@ -7,7 +7,7 @@ from jaxmoe.compression import engine
 from jaxmoe.compression.budget import Budget
 from jaxmoe.compression.engine import check_statistics
 from jaxmoe.compression.factor import Factor, PlannedFactor
-from jaxmoe.compression.factor import make_plan as planned
+from jaxmoe.compression.factor_plan import make_plan as planned
 from jaxmoe.compression.found import Found
 from jaxmoe.compression.plan import Plan
 from jaxmoe.compression.prune import PrunePass

@@ -7,13 +7,10 @@ kept; the last step that takes a ratio makes up for that and spends what is left
 change what the next one sees are calibrated in between, those that do not share one pass over the layers.
 """
 
-import inspect
 import itertools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from hashlib import sha256
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from jaxmoe.compression.budget import Budget
 from jaxmoe.compression.factor import Factor
 from jaxmoe.compression.fewer_experts import FewerExperts
 from jaxmoe.compression.found import Source
+from jaxmoe.compression.origin import code_of, made_by, outside
 from jaxmoe.compression.prune import Prune
 from jaxmoe.compression.quantise import Quantise
 from jaxmoe.compression.recover import Recover
@@ -33,7 +31,6 @@ from jaxmoe.compression.settings import changed, of_form, split, step_settings
 from jaxmoe.compression.step import EXPERTS, Asked, Options, Step
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.export.packed import PACKED
-from jaxmoe.methods import AnyMethod
 
 KINDS: Mapping[str, type[Step]] = {
     "remove": Prune,
@@ -309,15 +306,15 @@ class Recipe:
 
     def identity(self) -> dict[str, Any]:
         """Return what tells this recipe from all others, as JSON; of methods from outside their code, too."""
-        code = [_code(step.method) for step in self.steps]
+        code = [code_of(step.method) for step in self.steps]
         known = code[0] if len(code) == 1 else (code if any(code) else None)
         return {"method": self.name, "settings": {"setting": self.setting, **self.settings}, "code": known}
 
     def imports(self, family: Family | None = None) -> list[str]:
         """Return what `--import` takes for the methods, and a model's architecture, that do not come with jaxmoe."""
-        made = [_function(step.method) for step in self.steps]
+        made = [made_by(step.method) for step in self.steps]
         made += [family.decoder] if family is not None and family.decoder is not None else []
-        return list(dict.fromkeys(found for function in made if (found := _outside(function)) is not None))
+        return list(dict.fromkeys(found for function in made if (found := outside(function)) is not None))
 
 
 def find(
@@ -387,31 +384,3 @@ def _problem(steps: Collection[Step]) -> str | None:
             return f"{step.name} trains what steps before it stored, and there is none"
         before.append(step)
     return None
-
-
-def _outside(function: Any) -> str | None:
-    """Return what `--import` takes for the module of a function, None where that comes with jaxmoe."""
-    module = inspect.getmodule(function)
-    name = "__main__" if module is None else module.__name__
-    top = name.split(".")[0]
-    if module is None or top in ("jaxmoe", "__main__"):
-        return None
-    # A file that was imported by its path is not found by its name.
-    return name if PathFinder.find_spec(top) is not None else str(module.__file__)
-
-
-def _code(method: AnyMethod) -> str | None:
-    """Return a SHA-256 of the source of a method that does not come with jaxmoe, so that a changed one is new."""
-    module = inspect.getmodule(_function(method))
-    if module is not None and module.__name__.split(".")[0] == "jaxmoe":
-        return None
-    try:
-        source = inspect.getsource(_function(method) if module is None or module.__name__ == "__main__" else module)
-    except (OSError, TypeError):
-        return None
-    return sha256(source.encode()).hexdigest()
-
-
-def _function(method: AnyMethod) -> Any:
-    """Return what a method is made of that has a place in some source: its fit, or its settings where it has none."""
-    return getattr(method, "fit", method.settings)

@@ -365,4 +365,5 @@ def _matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """Return how many matrices of which sizes an array has: `[out, in]` is one."""
     if not 2 <= len(shape) <= 3:
         raise JaxmoeError(f"an array {tuple(shape)} cannot be held in few bits: give one or several matrices")
-    return (1, *shape) if len(shape) == 2 else shape  # type: ignore[return-value]
+    out, in_ = shape[-2:]
+    return 1 if len(shape) == 2 else shape[0], out, in_

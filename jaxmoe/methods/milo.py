@@ -37,8 +37,9 @@ from jaxmoe.methods.stored_terms import abstract_held, hold
 from jaxmoe.methods.svd import break_even
 from jaxmoe.solvers.compensation import compensate, excess_kurtosis, published_ranks, weighted_errors
 from jaxmoe.solvers.error_feedback import error_feedback
+from jaxmoe.solvers.half_quadratic import hqq
 from jaxmoe.solvers.refinement import refine
-from jaxmoe.solvers.rounding import hqq, round_nearest
+from jaxmoe.solvers.rounding import round_nearest
 
 TOLERANCE = 1e-4
 """By how much the mean error must fall for another round, as published."""

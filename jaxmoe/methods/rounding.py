@@ -27,8 +27,9 @@ from jaxmoe.methods.pruning import needs
 from jaxmoe.methods.quantising import QuantisingMethod, QuantisingSettings
 from jaxmoe.methods.stored_terms import abstract_terms, hold_terms
 from jaxmoe.solvers.error_feedback import error_feedback
+from jaxmoe.solvers.half_quadratic import hqq
 from jaxmoe.solvers.refinement import TURNS, refine
-from jaxmoe.solvers.rounding import hqq, round_nearest
+from jaxmoe.solvers.rounding import round_nearest
 
 WIDTHS = (2, 3, 4, 5, 6)
 """Bits among which a budget chooses: 8 are never worth their bytes while others have fewer than 6."""

@@ -6,7 +6,8 @@ from ml_dtypes import bfloat16
 
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors.store import Store
-from jaxmoe.solvers.rounding import SHARES, fit_scale, hqq, round_nearest
+from jaxmoe.solvers.half_quadratic import hqq
+from jaxmoe.solvers.rounding import SHARES, fit_scale, round_nearest
 
 
 def errors(weight, found, store):

@@ -14,7 +14,7 @@ from jaxmoe import Checkpoint, densify, inspect, methods
 from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.families import exports
 from jaxmoe.checkpoint.files import read_tensors
-from jaxmoe.compression.factor import assemble
+from jaxmoe.compression.factor_plan import assemble
 from jaxmoe.compression.found import Found
 from jaxmoe.compression.plan import PlannedLayer
 from jaxmoe.errors import JaxmoeError
