@@ -154,7 +154,8 @@ def fit(terms: tuple[Term, ...], settings: MiLoSettings, bits: np.ndarray, *, ev
     dense = Dense(weight=hold(weight, bits, settings.store, compensated, moment))
     grouped = packed_compensators([factors[expert] for expert in range(experts)], ranks, (out, in_), settings.factors)
     rest = weight - dense.materialize() - grouped.materialize()
-    more = weight - hold(weight, bits + 1, settings.store, base, moment).values()
+    # Of 8 bits there are no wider ones: nothing is said of them.
+    more = weight - hold(weight, np.minimum(bits + 1, 8), settings.store, base, moment).values()
     outcomes = _outcomes(
         8 * grouped.count().bytes / weight.size, *(weighted_errors(x, moment) for x in (rest, plain, more))
     )

@@ -141,6 +141,7 @@ def test_compensators_take_off_error_and_the_report_weighs_them_against_bits():
     plain = fitted("gptq", 2, refine=0)
     assert weighted(fit) < 0.95 * weighted(plain)
     assert all(outcome.kind == "bits_instead" for outcome in fit.outcomes)
+    assert fitted("milo", 8, NOTHING, rounds=0).outcomes == ()
     noise = (Dense(weight=jnp.asarray(RNG.normal(size=SHAPE), jnp.float32)),)
     (outcome,) = fitted("milo", 2, NOTHING, terms=noise).outcomes
     assert "bits more in the codes" in outcome.detail
