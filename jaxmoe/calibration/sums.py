@@ -156,6 +156,9 @@ def _add_panels(total, expert, rows):
 
 def _mirrored(total: Float[Array, "expert size size"]) -> Float[Array, "expert size size"]:
     for begin, end in _panels(total.shape[1]):
+        own = total[:, begin:end, begin:end]
+        # A product of rows with themselves need not be symmetric to the last bit: sums end in other orders.
+        total = total.at[:, begin:end, begin:end].set(jnp.triu(own) + jnp.swapaxes(jnp.triu(own, 1), 1, 2))
         total = total.at[:, end:, begin:end].set(jnp.swapaxes(total[:, begin:end, end:], 1, 2))
     return total
 
