@@ -121,6 +121,7 @@ class Evaluation(Record, frozen=True, kw_only=True):
         record = {
             **super().as_json(),
             "texts": [text.as_json() for text in self.texts],
+            **({"ignored_config_keys": list(self.ignored)} if self.ignored else {}),
             "geometric_mean_perplexity": self.geometric_mean_perplexity,
             "worst": {"name": self.worst.name, "perplexity": self.worst.perplexity},
         }
