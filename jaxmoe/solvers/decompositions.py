@@ -6,7 +6,8 @@ hold every thread while each waits for another: nothing ever moves again. Two co
 are enough. There, matrices go one by one (`lax.map`), a call that has nothing to spread and blocks nobody; the numbers
 are the same. Newer versions never spread them, and GPU and TPU have batched kernels: there the call is the plain one.
 
-All functions take `[..., row, column]` with any leading axes. Under `jax.vmap` matrices that go one by one become
+All functions take `[..., row, column]` with any leading axes. Each is compiled as a whole, once for a shape: called by
+itself, the loop over the matrices would be compiled anew every time. Under `jax.vmap` matrices that go one by one become
 batches again: give leading axes instead. Nothing else in the package may call these functions of JAX by itself; the
 linter holds that.
 """
@@ -25,6 +26,7 @@ BLOCKING = jax.__version_info__ < (0, 11, 2)
 """Whether a batched LAPACK call of this jaxlib waits for other threads."""
 
 
+@partial(jax.jit, static_argnames="symmetrize_input")
 def cholesky(
     matrix: Float[AnyArray, "*batch side side"], *, symmetrize_input: bool = True
 ) -> Float[Array, "*batch side side"]:
@@ -44,6 +46,7 @@ def cholesky(
     return _batched(partial(lax.linalg.cholesky, symmetrize_input=symmetrize_input), matrix)
 
 
+@partial(jax.jit, static_argnames="symmetrize_input")
 def eigh(
     matrix: Float[AnyArray, "*batch side side"], *, symmetrize_input: bool = True
 ) -> tuple[Float[Array, "*batch side"], Float[Array, "*batch side side"]]:
@@ -61,6 +64,7 @@ def eigh(
     return _batched(lambda own: tuple(jnp.linalg.eigh(own, symmetrize_input=symmetrize_input)), matrix)
 
 
+@partial(jax.jit, static_argnames="symmetrize_input")
 def eigvalsh(
     matrix: Float[AnyArray, "*batch side side"], *, symmetrize_input: bool = True
 ) -> Float[Array, "*batch side"]:
@@ -73,6 +77,7 @@ def eigvalsh(
     return _batched(partial(jnp.linalg.eigvalsh, symmetrize_input=symmetrize_input), matrix)
 
 
+@jax.jit
 def orthonormal(matrix: Float[AnyArray, "*batch row column"]) -> Float[Array, "*batch row column"]:
     """Return an orthonormal basis of the span of the columns, by QR; row >= column.
 
@@ -83,6 +88,7 @@ def orthonormal(matrix: Float[AnyArray, "*batch row column"]) -> Float[Array, "*
     return _batched(lambda own: jnp.linalg.qr(own)[0], matrix)
 
 
+@jax.jit
 def solve(
     matrix: Float[AnyArray, "*batch side side"], right: Float[AnyArray, "*batch side column"]
 ) -> Float[Array, "*batch side column"]:
@@ -95,6 +101,7 @@ def solve(
     return _batched(jnp.linalg.solve, matrix, right)
 
 
+@partial(jax.jit, static_argnames=("left_side", "transpose"))
 def solve_lower(
     factor: Float[AnyArray, "*batch side side"],
     right: Float[AnyArray, "*batch row column"],
