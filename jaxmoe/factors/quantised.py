@@ -19,6 +19,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import msgspec
+import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxmoe.arrays import AnyArray
@@ -275,7 +276,10 @@ class QuantisedArray(Held):
         return {f"{name}_{own}": array for own, array in self._arrays().items()}
 
     def restored(self, tensors, name):
-        return replace(self, **{own: tensors[f"{name}_{own}"] for own in self._arrays()})
+        found = {own: tensors[f"{name}_{own}"] for own in self._arrays()}
+        for own, array in found.items():
+            _check(f"{name}_{own}", array, positive=own in ("scale", "unit"), exponents=self.store.scale == "exponent")
+        return replace(self, **found)
 
     def record(self):
         return asdict(self.store)
@@ -359,6 +363,19 @@ class MixedArray(Held):
 def _values(array: QuantisedArray) -> Float[Array, "..."]:
     # One program: by itself each of its many steps would write all numbers to memory.
     return array.unpack().values(array.store).reshape(array.shape)
+
+
+def _check(name: str, array: Any, *, positive: bool, exponents: bool) -> None:
+    """Raise unless the numbers of a tensor are such as `QuantisedArray.pack` writes; any codes are."""
+    whole = np.issubdtype(array.dtype, np.integer)
+    if isinstance(array, Abstract) or (whole and not positive):
+        return
+    numbers = np.asarray(array).astype(np.float32)
+    bad = ~np.isfinite(numbers) | (positive & (numbers <= 0)) | (positive & whole & exponents & (numbers == 255))
+    if bad.any():
+        row, column = np.argwhere(bad)[0].tolist()
+        what = "a positive scale" if positive else "a number"
+        raise JaxmoeError(f"{name} [{row}, {column}] is {numbers[row, column]:g}, which is not {what}")
 
 
 def _matrices(shape: tuple[int, ...]) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """Arrays in few bits: bit streams word by word, bytes as the table says, and terms that hold them, through files."""
 
 import json
+import re
 from dataclasses import replace
 
 import jax
@@ -244,6 +245,26 @@ def test_mixed_widths(width):
         Dense.from_tensors(tensors | {"dense_order": np.zeros((1, 6), np.int32)}, term.spec(), term.shape)
     with pytest.raises(JaxmoeError, match="there are"):
         MixedArray.abstract(array.shape, parts[1:], width=width)
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_damaged_numbers_are_named(store):
+    """Whatever scale, real zero or table entry is put out of order, the error names the tensor and the place."""
+    array = QuantisedArray.pack(drawn((2, 16, 64), store), store)
+    whole = {name: np.array(tensor) for name, tensor in array.tensors("up").items()}
+    for name, tensor in whole.items():
+        if tensor.dtype == np.int32:
+            continue
+        wrong = [0, 255] if store.scale == "exponent" else [0] if tensor.dtype == np.uint8 else [np.nan, np.inf]
+        if tensor.dtype != np.uint8 and name in ("up_scale", "up_unit"):
+            wrong += [0, -1]
+        for value in wrong:
+            damaged = tensor.copy()
+            damaged[-1, -1] = value
+            row, column = tensor.shape[0] - 1, tensor.shape[1] - 1
+            with pytest.raises(JaxmoeError, match=re.escape(f"{name} [{row}, {column}] is {value:g}")):
+                array.restored(whole | {name: damaged}, "up")
+    assert np.array_equal(array.restored(whole, "up").values(), array.values())
 
 
 def test_damaged_records_are_named():
