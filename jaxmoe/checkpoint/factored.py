@@ -29,6 +29,7 @@ from jaxmoe.checkpoint.quantization import (
 from jaxmoe.checkpoint.tensor_file import Planned, TensorEntry
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import CompressedLayer, CompressedLinear, Count, LayerShape
+from jaxmoe.factors.quantised import CODED
 from jaxmoe.model.compressed_experts import MainExperts, vector_shapes
 
 T = TypeVar("T")
@@ -303,5 +304,5 @@ class CompressedCheckpoint:
 
 
 def _counted(entry: TensorEntry) -> Any:
-    """Return a tensor without its numbers, unless these are whole: they decide what is read of the others."""
-    return entry.read() if entry.dtype[0] in "IU" else entry.abstract()
+    """Return a tensor without its numbers, unless these are whole and no codes: they decide what is read of others."""
+    return entry.read() if entry.dtype[0] in "IU" and not entry.name.endswith(CODED) else entry.abstract()

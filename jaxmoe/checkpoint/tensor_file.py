@@ -127,8 +127,8 @@ class TensorEntry:
         return span.view(DTYPES[self.dtype]).reshape(len(chosen), *self.shape[1:])
 
     def abstract(self) -> np.ndarray:
-        """Return something of the tensor's shape and dtype that takes no memory and was not read."""
-        return np.broadcast_to(np.zeros((), DTYPES.get(self.dtype, np.uint8)), self.shape)
+        """Return ones of the tensor's shape and dtype: they take no memory, nothing is read, and any scale may be one."""
+        return np.broadcast_to(np.ones((), DTYPES.get(self.dtype, np.uint8)), self.shape)
 
 
 def byte_size(code: str, shape: Sequence[int]) -> int:

@@ -32,6 +32,9 @@ from jaxmoe.factors.store import Rounded, Scale, Store, Table, Zero
 BLOCK = 256
 """Scales of a matrix, row by row, that share a unit where they are held in 8 bits."""
 
+CODED = ("_codes", "_scale", "_zero")
+"""Ends of the names of tensors whose whole numbers stand for floats."""
+
 FLOATS = ("bfloat16", "float16", "float32")
 """The kinds of scales that are floats."""
 
