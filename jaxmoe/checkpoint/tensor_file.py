@@ -127,7 +127,7 @@ class TensorEntry:
         return span.view(DTYPES[self.dtype]).reshape(len(chosen), *self.shape[1:])
 
     def abstract(self) -> np.ndarray:
-        """Return ones of the tensor's shape and dtype: they take no memory, nothing is read, and any scale may be one."""
+        """Return ones of the tensor's shape and dtype, which any scale may be: without memory, and without reading."""
         return np.broadcast_to(np.ones((), DTYPES.get(self.dtype, np.uint8)), self.shape)
 
 

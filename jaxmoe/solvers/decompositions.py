@@ -7,9 +7,9 @@ are enough. There, matrices go one by one (`lax.map`), a call that has nothing t
 are the same. Newer versions never spread them, and GPU and TPU have batched kernels: there the call is the plain one.
 
 All functions take `[..., row, column]` with any leading axes. Each is compiled as a whole, once for a shape: called by
-itself, the loop over the matrices would be compiled anew every time. Under `jax.vmap` matrices that go one by one become
-batches again: give leading axes instead. Nothing else in the package may call these functions of JAX by itself; the
-linter holds that.
+itself, the loop over the matrices would be compiled anew every time. Under `jax.vmap` matrices that go one by one
+become batches again: give leading axes instead. Nothing else in the package may call these functions of JAX by itself;
+the linter holds that.
 """
 
 from collections.abc import Callable
