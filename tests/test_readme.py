@@ -84,7 +84,8 @@ SHORT = {
     "convert": "",
     "evaluate": "--sequences 2 --generate 4",
     "recover": "--steps 2 --rows 2 --length 64",
-    "compare": "--ratios .2 --setting paper --set mobe:steps=2 --set rfid:steps=2 --sequences 2 --windows 1",
+    "compare": "--ratios .2 --baselines svd --setting paper --set mobe:steps=2 --set rfid:steps=2 --sequences 2"
+    " --windows 1",
 }
 """What is appended to a command so that it takes seconds; of an option that was given the last one counts."""
 

@@ -139,6 +139,14 @@ def compare(
         list[str] | None,
         typer.Option("--set", metavar="METHOD[:SETTING]:NAME=VALUE", help="a setting of a method; may be repeated"),
     ] = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(
+            "--baselines",
+            metavar="NAME,...",
+            help="some of svd,frequency,reap,rtn,gptq, or none; by default all that can be carried out",
+        ),
+    ] = None,
     main_experts: Annotated[
         str | None,
         typer.Option(
@@ -176,6 +184,7 @@ def compare(
             calibration_text=calibration_text,
             setting=setting.value,
             set=settings(set_),
+            baselines=baselines,
             sequences=sequences,
             windows=windows,
             length=length,

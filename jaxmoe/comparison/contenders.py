@@ -16,8 +16,9 @@ from jaxmoe.compression.step import Options
 from jaxmoe.errors import JaxmoeError
 
 SETTINGS = {"paper": ("paper",), "improved": ("improved",), "both": ("paper", "improved")}
-FACTORED, PRUNED, ROUNDED = "svd", ("frequency", "reap"), ("rtn", "gptq")
-"""The baselines: truncated SVD of every expert, pruning of whole experts, and rounding of all numbers."""
+FACTORED = "svd"
+BASELINES = (FACTORED, "frequency", "reap", "rtn", "gptq")
+"""Truncated SVD of every expert, pruning of whole experts, and rounding of all numbers."""
 
 
 def contenders(
@@ -66,21 +67,40 @@ def _read(name: str) -> str | Recipe:
     return find(options["method"], setting=options.get("setting", "improved"), options=options.get("set"))
 
 
-def with_baselines(recipes: Sequence[Recipe], able: Callable[[Recipe], bool]) -> list[Recipe]:
-    """Return the recipes, and before them the cheap ones that every comparison has, unless they are there.
+def with_baselines(
+    recipes: Sequence[Recipe], able: Callable[[Recipe], bool], wanted: Sequence[str] | str | None = None
+) -> list[Recipe]:
+    """Return the recipes, and before them cheap ones that nobody has to name, unless they are there.
 
     Args:
         recipes: what is compared.
         able: whether a recipe can be carried out with what there is: the checkpoint, its statistics, unit and targets.
+        wanted: names of the baselines, as a list or a text with commas in between, none in an empty one or "none"; None
+            for all that can be carried out.
+
+    Raises:
+        JaxmoeError: a name is of no baseline, or of one that cannot be carried out.
+
+    Example:
+        >>> [own.name for own in with_baselines([find("mobe")], lambda own: True, "svd,rtn")]
+        ['svd', 'rtn', 'mobe']
     """
+    listed = wanted.split(",") if isinstance(wanted, str) else BASELINES if wanted is None else wanted
+    names = [own.strip() for own in listed if own.strip() not in ("", "none")]
+    if unknown := [own for own in names if own not in BASELINES]:
+        raise JaxmoeError(f"no baselines: {', '.join(unknown)}; give some of {', '.join(BASELINES)}, or none")
     if not recipes:
         return []
     there = {(own.name, own.setting) for own in recipes}
-    names = {name for name, _ in there}
+    known = {name for name, _ in there}
     settings = dict.fromkeys(own.setting for own in recipes)
-    baselines = [find(FACTORED, setting=own) for own in settings if (FACTORED, own) not in there]
-    baselines += [find(name) for name in (*PRUNED, *ROUNDED) if name in methods.METHODS and name not in names]
-    return [*(own for own in baselines if able(own)), *recipes]
+    baselines = [find(FACTORED, setting=own) for own in settings if FACTORED in names and (FACTORED, own) not in there]
+    baselines += [find(own) for own in names if own in methods.METHODS and own not in known and own != FACTORED]
+    possible = [own for own in baselines if able(own)]
+    if wanted is not None and len(possible) < len(baselines):
+        impossible = dict.fromkeys(own.name for own in baselines if own not in possible)
+        raise JaxmoeError(f"baselines that cannot be carried out here: {', '.join(impossible)}; leave them out")
+    return [*possible, *recipes]
 
 
 def calibrated(recipe: Recipe) -> bool:

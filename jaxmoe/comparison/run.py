@@ -62,6 +62,7 @@ def compare(
     calibration_text: Paths | None = None,
     setting: str = "improved",
     set: Mapping[str, Any] | None = None,
+    baselines: Sequence[str] | str | None = None,
     sequences: int | None = SEQUENCES,
     windows: int | None = None,
     length: int | None = None,
@@ -79,9 +80,7 @@ def compare(
     Args:
         checkpoint: a folder or a hub id.
         report: folder of the comparison; what it holds from earlier runs is used again.
-        methods: names of methods, recipes or recipe files, as a list or with commas between them; cheap baselines join
-            them where they can be carried out: truncated SVD of every expert, rounding to nearest and GPTQ and, with
-            calibration, pruning by frequency and by REAP.
+        methods: names of methods, recipes or recipe files, as a list or with commas between them.
         ratios: removed fractions.
         text: to evaluate on, as `jaxmoe.evaluate` takes it.
         of: what the ratios are fractions of: "touched" (the matrices that are replaced), "experts" or "model".
@@ -90,6 +89,9 @@ def compare(
         calibration_text: to calibrate on, once for all; None for no calibration.
         setting: "paper", "improved" or "both".
         set: settings by `METHOD:NAME`, or by `METHOD:SETTING:NAME` for one of both settings.
+        baselines: cheap methods that join them, some of "svd" (truncated SVD of every expert), "frequency" and "reap"
+            (pruning), "rtn" and "gptq" (rounding to nearest and GPTQ), as a list or with commas between; "none" for
+            none, None for all that can be carried out.
         sequences: so many calibration windows of each text; all if None.
         windows: so many windows of each text to evaluate on; all if None.
         length: tokens in a window; None for what `texts.window_length` says.
@@ -124,7 +126,7 @@ def compare(
     for cell in sized(recipes):
         cell.recipe.asked(**cell.size)
     given = calibration_text is not None
-    asked = sized(with_baselines(recipes, lambda own: able(own, opened, sized([own]), texts=given)))
+    asked = sized(with_baselines(recipes, lambda own: able(own, opened, sized([own]), texts=given), baselines))
     length = window_length(model.longest, length)
     cut = text_windows(texts, tokenizer, length=length, count=windows)
     calibration = None

@@ -115,10 +115,22 @@ def content(place: Path, to: str) -> dict[str, str]:
 
 
 def test_comparison_killed_while_it_removes_a_checkpoint(place, moments, monkeypatch):
-    words = ("compare", "source", "output", "--methods", "svd", "--ratios", "0.5", *SOME, "--windows", "2")
+    words = (
+        "compare",
+        "source",
+        "output",
+        "--methods",
+        "svd",
+        "--ratios",
+        "0.5",
+        *SOME,
+        "--windows",
+        "2",
+        "--baselines",
+        "none",
+    )
     # Drawing and compiling again take seconds.
     monkeypatch.setattr(comparison, "page", lambda result: "")
-    monkeypatch.setattr("jaxmoe.comparison.contenders.ROUNDED", ())
     monkeypatch.setattr(comparison.jax, "clear_caches", lambda: None)
     moments.before(ComparisonFolder, "add", lambda *given: hasattr(given[2], "setting"))
 

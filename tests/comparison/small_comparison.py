@@ -10,7 +10,6 @@ from jaxmoe.report.comparison_records import CellResult, Comparison, Row, RowMea
 RATIO = 0.8
 ASKED = {
     "ratios": [RATIO],
-    # Of numbers, so that the rounding baselines, which take most of the time, stay away.
     "unit": "parameters",
     "text": demo_texts()[:2],
     "calibration_text": [demo_texts()[2]],

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from jaxmoe import Checkpoint
 from jaxmoe.comparison.cells import cells
-from jaxmoe.comparison.contenders import ROUNDED, able, contenders, with_baselines
+from jaxmoe.comparison.contenders import able, contenders, with_baselines
 from jaxmoe.comparison.summary import Original, rows
 from jaxmoe.compression.recipe import KINDS, Recipe, find
 from jaxmoe.data import demo_checkpoint
@@ -180,19 +180,30 @@ def test_cells_are_every_combination_in_order():
 
 
 def test_baselines_join():
-    def joined(asked, able=lambda recipe: True):
-        return [(own.name, own.setting) for own in with_baselines(asked, able) if own.name not in ROUNDED]
+    def joined(asked, able=lambda recipe: True, wanted="svd,frequency,reap"):
+        return [(own.name, own.setting) for own in with_baselines(asked, able, wanted)]
 
     asked = [find("mobe"), find("mobe", setting="paper"), find("svd", setting="paper")]
     given = [("mobe", "improved"), ("mobe", "paper"), ("svd", "paper")]
-    assert joined(asked, lambda recipe: recipe.name == "svd") == [("svd", "improved"), *given]
+    assert joined(asked, lambda recipe: recipe.name == "svd", None) == [("svd", "improved"), *given]
+    assert [name for name, _ in joined(asked, bool, None)[:5]] == ["svd", "frequency", "reap", "rtn", "gptq"]
     assert joined([find("reap"), find("svd")]) == [
         ("frequency", "improved"),
         ("reap", "improved"),
         ("svd", "improved"),
     ]
     assert joined([]) == []
-    assert {("rtn", "improved"), ("gptq", "improved")} <= {(o.name, o.setting) for o in with_baselines(asked, bool)}
+
+
+@pytest.mark.parametrize("none", ["none", "", ()])
+def test_baselines_are_named_or_dropped(none):
+    asked = [find("mobe")]
+    assert with_baselines(asked, bool, none) == asked
+    assert [own.name for own in with_baselines(asked, bool, ["gptq", "svd"])] == ["svd", "gptq", "mobe"]
+    with pytest.raises(JaxmoeError, match="no baselines: mobe; give some of svd, frequency, reap, rtn, gptq, or none"):
+        with_baselines(asked, bool, "svd,mobe")
+    with pytest.raises(JaxmoeError, match="cannot be carried out here: reap; leave them out"):
+        with_baselines(asked, lambda own: own.name == "svd", "svd,reap")
 
 
 def test_baselines_that_cannot_run_stay_away():

@@ -161,7 +161,20 @@ def test_by_name_on_the_command_line(source, tmp_path):
 
 
 def test_beside_all_others_in_a_comparison(tmp_path):
-    words = ("--ratios", 0.25, "--unit", "bytes", "--text", demo_texts()[0], "--windows", 1, "--length", 32)
+    words = (
+        "--ratios",
+        0.25,
+        "--unit",
+        "bytes",
+        "--text",
+        demo_texts()[0],
+        "--windows",
+        1,
+        "--length",
+        32,
+        "--baselines",
+        "none",
+    )
     done = call("compare", demo_checkpoint(), tmp_path / "report", "--methods", "rows,last,svd+half", *words, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

@@ -167,19 +167,9 @@ def test_command_line_and_pytorch(source, text, tmp_path):
 def test_experts_are_removed_and_it_is_compared(source, text, tmp_path):
     result = jaxmoe(
         "compare",
-        *(source, tmp_path / "report", "--methods", "svd,frequency", "--ratios", 0.25, "--setting", "improved"),
-        *(
-            "--set",
-            "frequency:multiple=1",
-            "--calibration-text",
-            text,
-            "--text",
-            text,
-            "--sequences",
-            4,
-            "--length",
-            64,
-        ),
+        *(source, tmp_path / "report", "--methods", "svd,frequency", "--ratios", 0.25, "--baselines", "none"),
+        *("--set", "frequency:multiple=1", "--calibration-text", text, "--text", text),
+        *("--sequences", 4, "--length", 64),
     )
     rows = {row["method"]: row for row in result["rows"]}
     assert rows["svd"]["commands"][0].startswith("jaxmoe --import own_family compress ")
