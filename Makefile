@@ -32,9 +32,12 @@ CORE := tests/solvers tests/factors tests/allocation tests/methods tests/model t
 # One thread for each of the tests' processes: more only spin, waiting for a core.
 test test-slow: export OPENBLAS_NUM_THREADS = 1
 test test-slow: export OMP_NUM_THREADS = 1
-# Half of the tests' time went into compiling, in every process anew.
+# Most of the tests' time goes into compiling, in every process anew.
 test test-slow: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.jax_cache
 test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
+# Many small programs that run once are compiled in a hurry; those of `make test-slow` are compiled as users have it.
+test: export JAX_DISABLE_MOST_OPTIMIZATIONS = 1
+test: export XLA_FLAGS = --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
 
 .PHONY: demo test test-slow test-newest lint format docs notebooks fuzz bench kills clean
 

