@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from crossing import crossed
 from random_windows import random_windows
 from tiny_models import load_tiny, save_tiny
 
@@ -32,8 +33,10 @@ def close(found, expected, tolerance=2e-5):
         assert error <= tolerance * (np.linalg.norm(array) + 1e-12), f"{name}: {error} of {np.linalg.norm(array)}"
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "gpt_oss", "phimoe", "mixtral"])
-@pytest.mark.parametrize("gradients", [None, "sequence"])
+@pytest.mark.parametrize(
+    ("family", "gradients"),
+    crossed(["qwen3_moe", "deepseek_v3", "gpt_oss", "phimoe", "mixtral"], ["sequence", None]),
+)
 def test_both_doors_agree(family, gradients, tmp_path):
     from jaxmoe.torch import statistics
 

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import plain_checkpoint
 import pytest
+from crossing import crossed
 from planned import make_plan
 
 from jaxmoe import Checkpoint, methods
@@ -148,8 +149,7 @@ def test_full_rank_and_a_whole_base_leave_the_outputs_as_they_are(settings):
     assert relative(RUN(x, chosen, w, layer), network(x, chosen, w, WEIGHTS)) < 1e-4
 
 
-@pytest.mark.parametrize("target", ["gate", "down"])
-@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize(("target", "rank"), crossed(["gate", "down"], [1, 4]))
 def test_deviations_are_the_published_ones_and_lose_the_tails(target, rank):
     fit = fitted(target, level=rank, **PAPER)
     base = np.asarray(fit.terms[0].weight, np.float64)
@@ -232,8 +232,9 @@ def test_the_error_falls_with_the_rank(settings):
 # The base.
 
 
-@pytest.mark.parametrize("target", ["gate", "down"])
-@pytest.mark.parametrize("method", ["fisher", "fisher_freq", "freq", "mean", "regmean", "ties"])
+@pytest.mark.parametrize(
+    ("target", "method"), crossed(["gate", "down"], ["fisher", "fisher_freq", "freq", "mean", "regmean", "ties"])
+)
 def test_bases_are_the_solvers(method, target):
     base = fitted(target, level=1, merge=method, **PAPER).terms[0].weight
     weight, found = WEIGHTS[target], statistics()
@@ -305,8 +306,7 @@ def test_without_fisher_information_frequency_decides_and_it_is_said():
 # Pruning.
 
 
-@pytest.mark.parametrize("method", ["regmean", "freq", "fisher"])
-@pytest.mark.parametrize("setting", ["paper", "improved"])
+@pytest.mark.parametrize(("method", "setting"), crossed(["regmean", "freq", "fisher"], ["paper", "improved"]))
 def test_neuron_pruning_cuts_the_same_neurons_out_of_every_projection(setting, method):
     options = {"setting": setting, "merge": method, "mode": "neuron", "sparsity": 0.4, "dynamic": 0.0, "base": "always"}
     # Inputs of which the base that is closest under them ranks the neurons differently than the one by frequency does.
@@ -484,8 +484,7 @@ def share_of(detail):
     return float(re.search(r"explains (0\.\d+|1\.0+)", detail)[1])
 
 
-@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16])
-@pytest.mark.parametrize("delta", ["whitened", "asvd", "plain"])
+@pytest.mark.parametrize(("dtype", "delta"), crossed(["float32", ml_dtypes.bfloat16], ["whitened", "asvd", "plain"]))
 def test_improved_keeps_a_base_only_where_the_experts_have_something_in_common(dtype, delta):
     options = {"level": 15, "sparsity": 0.0, "dtype": dtype, "delta": delta}
     alone = fitted("down", WEIGHTS, **options)
@@ -523,8 +522,7 @@ def test_no_base_never_takes_more_bytes_than_were_planned(share_v):
 # What is stored.
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.6])
-@pytest.mark.parametrize("dynamic", [0.0, 0.5])
+@pytest.mark.parametrize(("sparsity", "dynamic"), crossed([0.0, 0.1, 0.6], [0.0, 0.5]))
 def test_stored_numbers_are_those_of_the_notes(sparsity, dynamic):
     shape = LayerShape(experts=8, hidden=40, intermediate=30)
     E, D, F, rank = 8, 40, 30, 3

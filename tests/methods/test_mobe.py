@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from crossing import crossed
 from small_fits import SHAPE, WEIGHTS, fitted, materialized, moments, relative
 
 from jaxmoe import methods
@@ -98,8 +99,7 @@ def test_the_highest_level_is_the_last_that_saves(settings):
         assert full or ladder.numbers(slot.high) + ladder.step >= ladder.dense
 
 
-@pytest.mark.parametrize("target", ["gate_up", "down"])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(("target", "shared"), crossed(["gate_up", "down"], [True, False]))
 def test_weighted_by_inputs_serves_those_inputs(target, shared):
     rng = np.random.default_rng(2)
     size = SHAPE.of(target)[2]

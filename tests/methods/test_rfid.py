@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import plain_checkpoint
 import pytest
+from crossing import crossed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from planned import make_plan
@@ -113,9 +114,7 @@ def test_information_of_groups_is_that_of_their_singular_values(size):
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("xi", [None, 0.0, 0.4, 1.0])
-@pytest.mark.parametrize("kept", [0.5, 0.8])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("xi", "kept", "size"), crossed([None, 0.0, 0.4, 1.0], [0.5, 0.8], [2, 4]))
 def test_published_ranks_are_equation_13(size, kept, xi):
     ranks, total, _, outcomes = shared_out(kept=kept, xi=xi, group=size)
     wanted = total * importance(WEIGHT, COUNTS, size, (0.8 if kept == 0.8 else 0.7) if xi is None else xi)

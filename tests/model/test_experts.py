@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from crossing import crossed
 
 from jaxmoe.factors import CompressedLayer, Dense, Grouped, Hashed, LayerShape, LowRank, Shared, SharedBasis, Sparse
 from jaxmoe.model import experts
@@ -167,9 +168,7 @@ def close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("gate", [Gate(), BOUNDED], ids=["silu", "bounded"])
-@pytest.mark.parametrize("routed", ROUTINGS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "routed", "gate"), crossed(KINDS, ROUTINGS, (Gate(), BOUNDED)))
 def test_equals_a_loop_over_tokens(kind, routed, gate):
     x, chosen, layer = inputs(), routing(routed), layer_of(kind)
     biases = biases_of() if gate.limit is not None else {}
@@ -196,8 +195,7 @@ def test_blocks_chosen_from_counts(routed):
         close(found.intermediate, np.asarray(expected.intermediate))
 
 
-@pytest.mark.parametrize("routed", ROUTINGS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "routed"), crossed(KINDS, ROUTINGS))
 def test_sorted_rows_equal_blocks(kind, routed):
     """What runs on TPU, tried where there is none."""
     x, chosen, layer, biases = inputs(), jnp.asarray(routing(routed)), layer_of(kind), biases_of()
@@ -211,8 +209,7 @@ def test_sorted_rows_equal_blocks(kind, routed):
         close(a, np.asarray(b))
 
 
-@pytest.mark.parametrize("routed", ROUTINGS)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "routed"), crossed(KINDS, ROUTINGS))
 def test_gradient_equals_that_of_dense_products(kind, routed):
     x, chosen, layer = inputs(), jnp.asarray(routing(routed)), layer_of(kind)
     target = jnp.asarray(np.random.default_rng(8).normal(size=(TOKENS, CHOICES, SIZES.hidden)), jnp.float32)

@@ -27,7 +27,7 @@ def test_salience_is_the_published_one():
     np.testing.assert_allclose(salience(weight, moment, group=3), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("order", [False, True])
+@pytest.mark.parametrize("order", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_errors_of_groups_add_up_to_the_objective(order):
     rng = np.random.default_rng(2)
     weight, moment = rng.normal(size=(3, 8, 16)).astype(np.float32), moments(3, 16).astype(np.float32)
