@@ -37,7 +37,6 @@ test test-slow: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.jax_cache
 test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 # Many small programs that run once are compiled in a hurry; those of `make test-slow` are compiled as users have it.
 test: export JAX_DISABLE_MOST_OPTIMIZATIONS = 1
-test: export XLA_FLAGS = --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
 
 .PHONY: demo test test-slow test-newest lint format docs notebooks fuzz bench kills clean
 

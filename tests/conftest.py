@@ -1,12 +1,18 @@
 """What holds for all tests: no hub, no accelerator, no user's cache, and compiled programs go before they are many."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 # Read when the libraries are imported; the last is the folder that transformers copies the code of checkpoints to.
 os.environ |= {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"HF_MODULES_CACHE": (CODE := TemporaryDirectory(prefix="jaxmoe-tests-")).name}
+
+# Beside what JAX leaves out when it compiles in a hurry, this version of XLA can leave out fusions through MLIR, which
+# take two thirds of the time. Processes that tests start inherit both.
+if os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1" and version("jaxlib").startswith("0.10."):
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 
 import jax
 import pytest
