@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import ml_dtypes  # noqa: F401  numpy learns bfloat16
 from safetensors.numpy import load_file, save_file
 
 from jaxmoe.data import demo_checkpoint
+
+FOLDER = TemporaryDirectory(prefix="jaxmoe-tests-")
 
 
 def two_layers(folder: Path) -> Path:
@@ -21,3 +25,9 @@ def two_layers(folder: Path) -> Path:
     }
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@cache
+def short_demo() -> Path:
+    """Return the two layers' folder, written once a process, for tests that leave it as it is."""
+    return two_layers(Path(FOLDER.name) / "demo")
