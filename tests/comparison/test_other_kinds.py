@@ -9,7 +9,7 @@ from program import call, checksums
 from small_comparison import ASKED
 from two_layers import two_layers
 
-from jaxmoe.comparison import compare
+from jaxmoe.comparison import compare, run
 from jaxmoe.report.comparison import comparison_markdown
 from jaxmoe.report.records import Requested
 
@@ -19,9 +19,12 @@ def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kinds")
     source = two_layers(folder / "source")
     chosen = {"compressed_experts:steps": 20, "nystrom:multiple": 1}
-    options = {**ASKED, "ratios": [0.5], "main_experts": [1], "keep": True, "set": chosen}
+    options = {**ASKED, "ratios": [0.5], "main_experts": [1], "keep": True, "set": chosen, "baselines": "reap"}
     names = "compressed_experts, prune:reap+svd, nystrom"
-    return source, folder / "report", compare(source, folder / "report", names, **options)
+    with pytest.MonkeyPatch.context() as changed:
+        # Compiling again takes seconds.
+        changed.setattr(run.jax, "clear_caches", lambda: None)
+        return source, folder / "report", compare(source, folder / "report", names, **options)
 
 
 def row(result, method):
@@ -29,10 +32,10 @@ def row(result, method):
     return found
 
 
-def test_baselines_are_always_there(compared):
+def test_every_kind_can_be_carried_out(compared):
     result = compared[-1]
     assert [row.method for row in result.rows] == [
-        *("original", "svd", "frequency", "reap", "compressed_experts", "reap+svd", "nystrom"),
+        *("original", "reap", "compressed_experts", "reap+svd", "nystrom"),
     ]
     assert all(row.reason is None for row in result.rows)
 
@@ -49,7 +52,7 @@ def test_sizes_are_told_apart(compared):
         assert 0.5 <= row(result, method).measured.removed["parameters"]["experts"] < 0.501
     header, _, *lines = comparison_markdown(result).split("\n\n")[0].splitlines()
     assert header.endswith("| 50% of experts in parameters | 1 expert runs |")
-    assert len(lines) == 6
+    assert len(lines) == 4
 
 
 def test_the_page_shows_them(compared):
@@ -67,10 +70,10 @@ def test_a_cell_equals_the_command_that_it_names(compared, tmp_path, method):
     assert words[:2] == ["jaxmoe", "compress"]
     made = Path(words[3])
     words[3] = str(tmp_path / "again")
-    run = call(*words[1:], "--json")
-    assert run.returncode == 0, run.stderr
+    done = call(*words[1:], "--json")
+    assert done.returncode == 0, done.stderr
     assert checksums(tmp_path / "again") == checksums(made)
-    report = json.loads(run.stdout)
+    report = json.loads(done.stdout)
     assert report["achieved"] == cell.measured.achieved
     assert not list(tmp_path.glob("again.steps"))
 
@@ -78,6 +81,6 @@ def test_a_cell_equals_the_command_that_it_names(compared, tmp_path, method):
 def test_an_unknown_step_is_refused(compared, tmp_path):
     source, *_ = compared
     for name, message in (("svd+mobe", "svd stores factors"), ("reap+nothing", "unknown method 'nothing'")):
-        run = call("compress", source, tmp_path / "out", "-m", name, "-r", 0.5, "--text", ASKED["text"][0])
-        assert run.returncode == 1
-        assert message in run.stderr
+        done = call("compress", source, tmp_path / "out", "-m", name, "-r", 0.5, "--text", ASKED["text"][0])
+        assert done.returncode == 1
+        assert message in done.stderr

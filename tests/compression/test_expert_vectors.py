@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from program import ENVIRONMENT, call, checksums, command
 
+import jaxmoe
 from jaxmoe import StoredModel
 from jaxmoe.calibration.collect import calibrate_windows
 from jaxmoe.compression.expert_vectors import Examples, distil, importance
@@ -21,8 +22,10 @@ from jaxmoe.model.compressed_experts import vector_shapes
 from jaxmoe.model.layer import routed
 from jaxmoe.model.routing import Routes
 from jaxmoe.model.spec import ExpertBlock, Router
+from jaxmoe.report.events import LayerDone
 from jaxmoe.texts import Tokenizer, text_windows
 
+METHOD = "compressed_experts"
 TEXT = demo_texts()[0].parent
 LEARN = ("--text", TEXT, "--sequences", "6", "--length", "64", "--set", "steps=30", "--set", "batch=512")
 
@@ -34,7 +37,7 @@ def run(*arguments) -> dict:
 
 
 def compress(output, *options) -> dict:
-    return run("compress", demo_checkpoint(), output, "--method", "compressed_experts", *options)
+    return run("compress", demo_checkpoint(), output, "--method", METHOD, *options)
 
 
 @pytest.fixture(scope="module")
@@ -159,9 +162,30 @@ def test_other_commands_take_it(learned, tmp_path):
     assert f"| active parameters | {report['active_parameters']['before']:,} |" in card
 
 
+def test_a_stopped_run_resumes_to_the_same_bytes(learned, tmp_path):
+    folder, _ = learned
+    learn = {"text": [TEXT], "sequences": 6, "length": 64, "set": {"steps": 30, "batch": 512}}
+
+    def go(on_event):
+        jaxmoe.compress(demo_checkpoint(), tmp_path / "small", METHOD, main_experts=1, **learn, on_event=on_event)
+
+    def stop(event):
+        if isinstance(event, LayerDone):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(stop)
+    assert not (tmp_path / "small").exists()
+    seen = []
+    go(seen.append)
+    assert [event.resumed for event in seen if isinstance(event, LayerDone)] == [True, False, False, False]
+    assert checksums(tmp_path / "small") == checksums(folder)
+
+
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bytes(learned, tmp_path):
     folder, _ = learned
-    arguments = ("compress", demo_checkpoint(), tmp_path / "small", "--method", "compressed_experts")
+    arguments = ("compress", demo_checkpoint(), tmp_path / "small", "--method", METHOD)
     arguments += ("--main-experts", "1", *LEARN)
     process = subprocess.Popen(command(*arguments), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     entry = tmp_path / "small.partial" / ".jaxmoe" / "layer00001.json"
@@ -201,7 +225,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_options(name, tmp_path):
     options, words = BAD[name]
-    line = ["compress", demo_checkpoint(), tmp_path / "small", "--method", "compressed_experts", *options]
+    line = ["compress", demo_checkpoint(), tmp_path / "small", "--method", METHOD, *options]
     done = call(*line)
     assert done.returncode == 1
     assert all(word in done.stderr for word in words), done.stderr
@@ -220,7 +244,7 @@ def test_other_methods_take_a_ratio(name, options, code, word, tmp_path):
 
 
 def test_vectors_do_not_compensate_twice(learned, tmp_path):
-    line = ["compress", learned[0], tmp_path / "twice", "--method", "compressed_experts", "--main-experts", "1"]
+    line = ["compress", learned[0], tmp_path / "twice", "--method", METHOD, "--main-experts", "1"]
     done = call(*line)
     assert done.returncode == 1
     assert "compensate for experts already" in done.stderr

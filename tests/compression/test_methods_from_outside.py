@@ -7,6 +7,7 @@ import numpy as np
 import plain_checkpoint
 import pytest
 from program import call
+from two_layers import short_demo
 
 import jaxmoe
 from jaxmoe import methods
@@ -14,7 +15,8 @@ from jaxmoe.checkpoint.factored import CompressedCheckpoint
 from jaxmoe.checkpoint.files import read_tensors
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.cli.arguments import import_module
-from jaxmoe.data import demo_checkpoint, demo_texts
+from jaxmoe.comparison import run as comparison
+from jaxmoe.data import demo_texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.report.events import LayerDone
 
@@ -54,11 +56,13 @@ def experts_of(folder):
         ("half", {}),
         ("svd+half", {"ratio": 0.7, "unit": "bytes", "of": "touched"}),
         ("svd+half", {"ratio": 0.7, "unit": "bytes"}),
-        ("svd+half", {"ratio": 0.4, "unit": "bytes", "of": "model"}),
+        pytest.param("svd+half", {"ratio": 0.4, "unit": "bytes", "of": "model"}, marks=pytest.mark.slow),
         ("svd+half", {"ratio": 0.6, "unit": "bytes", "of": "model", "targets": "experts,attention"}),
         ("last+half", {"ratio": 0.5, "unit": "bytes"}),
         ("last+svd+half+compressed_experts", {"ratio": 0.75, "unit": "bytes", "main_experts": 1}),
-        ("svd+compressed_experts", {"ratio": 0.5, "unit": "bytes", "main_experts": 1}),
+        pytest.param(
+            "svd+compressed_experts", {"ratio": 0.5, "unit": "bytes", "main_experts": 1}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_the_plan_is_what_comes_out(source, tmp_path, name, asked):
@@ -160,7 +164,10 @@ def test_by_name_on_the_command_line(source, tmp_path):
     assert json.loads(done.stdout)["layers"][0]["projections"]["down"]["terms"][0]["kind"] == "low_rank"
 
 
-def test_beside_all_others_in_a_comparison(tmp_path):
+def test_beside_all_others_in_a_comparison(tmp_path, monkeypatch):
+    # Drawing and compiling again take seconds.
+    monkeypatch.setattr(comparison, "page", lambda result: "")
+    monkeypatch.setattr(comparison.jax, "clear_caches", lambda: None)
     words = (
         "--ratios",
         0.25,
@@ -173,9 +180,9 @@ def test_beside_all_others_in_a_comparison(tmp_path):
         "--length",
         32,
         "--baselines",
-        "none",
+        "svd",
     )
-    done = call("compare", demo_checkpoint(), tmp_path / "report", "--methods", "rows,last,svd+half", *words, "--json")
+    done = call("compare", short_demo(), tmp_path / "report", "--methods", "rows,last,svd+half", *words, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     rows = {row["method"]: row for row in result["rows"]}

@@ -7,6 +7,7 @@ import re
 import pytest
 import yaml
 from program import call, checksums
+from two_layers import short_demo
 
 import jaxmoe
 from jaxmoe.cli.app import app
@@ -153,14 +154,14 @@ def test_defaults_are_those_of_the_function():
                     assert getattr(own.default, "value", own.default) == ours[name].default, name
 
 
-SHORT = {"sequences": 2, "length": 64}
+SHORT = {"sequences": 2, "length": 32}
 RUNS = {
     "weights alone": ("svd", {"ratio": 0.5, "seed": 3}),
     "given statistics": ("svd", {"ratio": 0.4, "statistics": ..., "allocation": "spectral", "setting": "paper"}),
     "texts": ("reap", {"ratio": 0.25, "text": demo_texts()[:2], **SHORT}),
     "two steps": (
         "reap+svd",
-        {"ratio": 0.4, "of": "model", "set": {"svd.share": 2}, "text": demo_texts()[:1], **SHORT},
+        {"ratio": 0.2, "of": "model", "set": {"svd.share": 2}, "text": demo_texts()[:1], **SHORT},
     ),
     "sequential": ("svd", {"ratio": 0.5, "text": demo_texts()[0], "sequential": True, "export": "dense", **SHORT}),
     "fewer experts": ("compressed_experts", {"main_experts": 1, "set": {"steps": 2}, "text": demo_texts()[0], **SHORT}),
@@ -174,14 +175,14 @@ def test_what_an_output_holds_makes_it_again(case, tmp_path, monkeypatch):
     method, options = RUNS[case]
     if "statistics" in options:
         monkeypatch.chdir(tmp_path)
-        jaxmoe.calibrate(demo_checkpoint(), "sums", text=demo_texts()[0], **SHORT)
+        jaxmoe.calibrate(short_demo(), "sums", text=demo_texts()[0], **SHORT)
         options = {**options, "statistics": "sums"}
-    first = jaxmoe.compress(demo_checkpoint(), tmp_path / "first", method, **options)
+    first = jaxmoe.compress(short_demo(), tmp_path / "first", method, **options)
     monkeypatch.chdir("/")
     recipe = tmp_path / "first" / NAME
-    planned = call("plan", demo_checkpoint(), "--recipe", recipe, "--json")
+    planned = call("plan", short_demo(), "--recipe", recipe, "--json")
     assert planned.returncode == 0, planned.stderr
-    done = call("compress", demo_checkpoint(), tmp_path / "second", "--recipe", recipe, "--json")
+    done = call("compress", short_demo(), tmp_path / "second", "--recipe", recipe, "--json")
     assert done.returncode == 0, done.stderr
     assert checksums(tmp_path / "first") == checksums(tmp_path / "second")
     assert (tmp_path / "second" / NAME).read_text() == recipe.read_text()
@@ -190,6 +191,6 @@ def test_what_an_output_holds_makes_it_again(case, tmp_path, monkeypatch):
 
 def test_a_later_step_does_not_carry_the_file_along(tmp_path):
     """It says how an output is made, and is not true of what is made of that."""
-    jaxmoe.compress(demo_checkpoint(), tmp_path / "small", "svd", ratio=0.5)
+    jaxmoe.compress(short_demo(), tmp_path / "small", "svd", ratio=0.5)
     assert call("convert", tmp_path / "small", tmp_path / "dense", "--to", "dense").returncode == 0
     assert not (tmp_path / "dense" / NAME).exists()

@@ -2,10 +2,11 @@
 
 import pytest
 from program import checksums
+from two_layers import short_demo
 
 import jaxmoe
 from jaxmoe.checkpoint.files import read_tensors
-from jaxmoe.data import demo_checkpoint, demo_texts
+from jaxmoe.data import demo_texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.report.events import TrainingStep
 
@@ -14,7 +15,7 @@ FEW = {"recover.steps": 3, "recover.rows": 2, "recover.train": "norms"}
 
 
 def run(folder, name="svd+recover", **options):
-    return jaxmoe.compress(demo_checkpoint(), folder, name, ratio=0.5, set=FEW, **TEXT, **options)
+    return jaxmoe.compress(short_demo(), folder, name, ratio=0.5, set=FEW, **TEXT, **options)
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +26,8 @@ def recovered(tmp_path_factory):
 
 def test_it_is_what_the_two_commands_do_one_after_the_other(recovered, tmp_path):
     folder, report = recovered
-    jaxmoe.compress(demo_checkpoint(), tmp_path / "small", "svd", ratio=0.5, **TEXT)
-    options = {"teacher": demo_checkpoint(), "train": ["norms"], "steps": 3, "rows": 2, "length": 32}
+    jaxmoe.compress(short_demo(), tmp_path / "small", "svd", ratio=0.5, **TEXT)
+    options = {"teacher": short_demo(), "train": ["norms"], "steps": 3, "rows": 2, "length": 32}
     alone = jaxmoe.recover(tmp_path / "small", tmp_path / "trained", text=TEXT["text"], **options)
     left_out = ("report.json", "README.md", "recipe.yaml")
     assert checksums(folder, left_out) == checksums(tmp_path / "trained", left_out)
@@ -36,7 +37,7 @@ def test_it_is_what_the_two_commands_do_one_after_the_other(recovered, tmp_path)
 def test_its_report_is_that_of_the_recipe(recovered):
     folder, report = recovered
     assert (report.method, [step.method for step in report.steps]) == ("svd+recover", ["svd", "recover"])
-    assert report.source == str(demo_checkpoint())
+    assert report.source == str(short_demo())
     assert report.achieved["experts"] >= 0.5
     assert report.bytes.after == report.stored.bytes == sum(entry.bytes for entry in read_tensors(folder).values())
     assert report.recovery["trained"]["sets"] == ["norms"]
@@ -79,5 +80,5 @@ def test_a_pruned_model_is_trained_before_it_is_factored(tmp_path):
 )
 def test_refused_before_anything_runs(tmp_path, name, options, message):
     with pytest.raises(JaxmoeError, match=message):
-        jaxmoe.compress(demo_checkpoint(), tmp_path / "out", name, ratio=0.5, **{**TEXT, **options})
+        jaxmoe.compress(short_demo(), tmp_path / "out", name, ratio=0.5, **{**TEXT, **options})
     assert not list(tmp_path.iterdir())

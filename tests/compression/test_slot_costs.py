@@ -8,11 +8,12 @@ import plain_checkpoint
 import pytest
 from planned import make_plan
 from program import call
+from two_layers import short_demo
 
 from jaxmoe import Checkpoint, methods
 from jaxmoe.compression.evidence import moments
 from jaxmoe.compression.slot_costs import choose_rule, fisher_loss, shares, spectrum
-from jaxmoe.data import demo_checkpoint, demo_texts
+from jaxmoe.data import demo_texts
 from jaxmoe.errors import JaxmoeError
 from jaxmoe.factors import LayerShape
 from jaxmoe.methods.svd import break_even
@@ -196,10 +197,10 @@ def test_without_gradients_importance_is_refused_by_the_command_line(tmp_path):
     text = ("--text", demo_texts()[0])
     for arguments in ((), ("--statistics", tmp_path / "statistics")):
         if arguments:
-            made = call("calibrate", demo_checkpoint(), arguments[1], *text, "--sequences", "1", "--length", "16")
+            made = call("calibrate", short_demo(), arguments[1], *text, "--sequences", "1", "--length", "16")
             assert made.returncode == 0, made.stderr
         given = ("--method", "svd", "--ratio", "0.4", "--allocation", "importance", *arguments)
-        done = call("compress", demo_checkpoint(), tmp_path / "small", *given)
+        done = call("compress", short_demo(), tmp_path / "small", *given)
         assert done.returncode == 1
         assert done.stderr.splitlines()[-1].startswith("error: allocation importance")
         assert "--gradients" in done.stderr

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def test_every_term_of_format_1_is_there():
 @pytest.mark.parametrize("name", EXPECTED)
 def test_loads_in_jax(name):
     model = StoredModel(GOLDEN / name)
-    assert close(name, forward(jnp.asarray(TOKENS.numpy()), model.parameters(), model.spec))
+    assert close(name, jax.jit(forward, static_argnums=2)(jnp.asarray(TOKENS.numpy()), model.parameters(), model.spec))
 
 
 @pytest.mark.parametrize("name", EXPECTED)

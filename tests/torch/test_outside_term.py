@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -63,7 +64,10 @@ def test_runs_in_jax_and_in_pytorch(folder, monkeypatch):
     assert where.startswith("transformers.models.")
     assert not close(expected, logits(folder.parent / "source")[1])
     model = StoredModel(folder)
-    assert close(np.asarray(forward(jnp.asarray(TOKENS.numpy()), model.parameters(), model.spec)), expected)
+    assert close(
+        np.asarray(jax.jit(forward, static_argnums=2)(jnp.asarray(TOKENS.numpy()), model.parameters(), model.spec)),
+        expected,
+    )
     register()
     where, found = logits(folder)
     assert where == "jaxmoe.torch.registration"

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -203,7 +204,7 @@ def test_models_equal_their_dense_twins_and_jax(stored):
     expected = logits(twin)
     assert close(logits(load(folder)), expected)
     model = StoredModel(folder)
-    found = forward(jnp.asarray(TOKENS.numpy()), model.parameters(), model.spec)
+    found = jax.jit(forward, static_argnums=2)(jnp.asarray(TOKENS.numpy()), model.parameters(), model.spec)
     assert close(torch.from_numpy(np.array(found)), expected)
 
 
