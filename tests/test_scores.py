@@ -194,10 +194,11 @@ def test_leading_axes_vmap_jit_and_gradients(name):
     arrays = [jnp.asarray(each) for each in arguments if isinstance(each, np.ndarray)]
     bound = functools.partial(lambda *given, rest: function(*given, *rest), rest=arguments[len(arrays) :])
     whole = bound(*arrays)
-    each = jnp.stack([bound(*(array[layer] for array in arrays)) for layer in range(LAYERS)])
+    jitted = jax.jit(bound)
+    each = np.stack([jitted(*(array[layer] for array in arrays)) for layer in range(LAYERS)])
     np.testing.assert_allclose(whole, each, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(jax.vmap(bound)(*arrays), each, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(jax.jit(bound)(*arrays), whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(jax.vmap(bound))(*arrays), each, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jitted(*arrays), whole, rtol=1e-5, atol=1e-5)
     if jnp.issubdtype(arrays[0].dtype, jnp.floating):
         # The guards of divisions and logarithms hold for gradients too.
         gradient = jax.grad(lambda first: bound(first, *arrays[1:]).sum())(arrays[0] * (arrays[0] > 0.3))

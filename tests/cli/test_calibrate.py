@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from program import ENVIRONMENT, call, checksums, command
+from two_layers import short_demo
 
 from jaxmoe.data import demo_checkpoint, demo_texts
 
@@ -18,19 +19,19 @@ QUICK = ("--sequences", "4", "--length", "64")
 
 @pytest.fixture(scope="module")
 def statistics(tmp_path_factory) -> Path:
-    """Return a small statistics folder of the bundled checkpoint."""
+    """Return a small statistics folder."""
     folder = tmp_path_factory.mktemp("calibrated") / "statistics"
-    done = call("calibrate", demo_checkpoint(), folder, "--text", TEXT, *QUICK, "--json")
+    done = call("calibrate", short_demo(), folder, "--text", TEXT, *QUICK, "--json")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
     assert record["tokens"] == 5 * 4 * 63
-    assert [layer["layer"] for layer in record["layers"]] == [0, 1, 2, 3]
+    assert [layer["layer"] for layer in record["layers"]] == [0, 1]
     assert all(0 < layer["busiest"] <= 1 for layer in record["layers"])
     return folder
 
 
 def compress(output: Path, *options):
-    return call("compress", demo_checkpoint(), output, "--method", "svd", "--ratio", "0.4", *options, "--json")
+    return call("compress", short_demo(), output, "--method", "svd", "--ratio", "0.4", *options, "--json")
 
 
 def report(done) -> dict:
@@ -38,9 +39,16 @@ def report(done) -> dict:
     return json.loads(done.stdout)
 
 
-def test_weighing_lowers_the_weighted_error(statistics, tmp_path):
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory) -> tuple[Path, dict]:
+    """Return a checkpoint that was calibrated and compressed by one command, and the report."""
+    output = tmp_path_factory.mktemp("compressed") / "out"
+    return output, report(compress(output, "--text", TEXT, *QUICK))
+
+
+def test_weighing_lowers_the_weighted_error(calibrated, tmp_path):
+    output, weighted = calibrated
     plain = report(compress(tmp_path / "plain"))
-    weighted = report(compress(tmp_path / "weighted", "--statistics", statistics))
     assert plain["calibration"] is None
     assert weighted["calibration"]["tokens"] == 5 * 4 * 63
     assert weighted["achieved"] == plain["achieved"]
@@ -49,42 +57,61 @@ def test_weighing_lowers_the_weighted_error(statistics, tmp_path):
             assert before["projections"][name]["weighted_error"] is None
             assert record["weighted_error"] < record["error"]
             assert before["projections"][name]["error"] < record["error"]
-    assert "1,260 tokens" in (tmp_path / "weighted" / "README.md").read_text()
+    assert "1,260 tokens" in (output / "README.md").read_text()
 
 
-def test_texts_are_calibrated_on_first(statistics, tmp_path):
-    report(compress(tmp_path / "out", "--text", TEXT, *QUICK))
-    assert checksums(tmp_path / "out.statistics") == checksums(statistics)
-    report(compress(tmp_path / "again", "--statistics", tmp_path / "out.statistics"))
-    assert checksums(tmp_path / "again") == checksums(tmp_path / "out")
+def test_texts_are_calibrated_on_first(statistics, calibrated, tmp_path):
+    output, _ = calibrated
+    assert checksums(output.with_name("out.statistics")) == checksums(statistics)
+    report(compress(tmp_path / "again", "--statistics", statistics))
+    assert checksums(tmp_path / "again") == checksums(output)
 
 
-def test_behind_the_compressed_layers(tmp_path):
-    options = ("--text", TEXT, *QUICK, "--sequential")
-    first = report(compress(tmp_path / "out", *options))
+SEQUENTIAL = ("--text", TEXT, *QUICK, "--sequential")
+
+
+@pytest.fixture(scope="module")
+def sequential(tmp_path_factory) -> tuple[Path, dict]:
+    """Return what is compressed layer by layer, each behind those before it, and the report."""
+    output = tmp_path_factory.mktemp("sequential") / "out"
+    return output, report(compress(output, *SEQUENTIAL))
+
+
+def test_behind_the_compressed_layers(calibrated, sequential):
+    (_, plain), (output, first) = calibrated, sequential
     assert first["calibration"]["sequential"]
-    assert not list(tmp_path.rglob("*.f32"))
-    plain = report(compress(tmp_path / "plain", "--text", TEXT, *QUICK))
+    assert not list(output.parent.rglob("*.f32"))
     same, different = ([layer["projections"]["gate"]["error"] for layer in each["layers"]] for each in (first, plain))
     assert same[0] == pytest.approx(different[0], rel=1e-6), "nothing stands before the first layer"
     assert all(abs(a - b) > 1e-5 for a, b in zip(same[1:], different[1:], strict=True))
 
+
+@pytest.mark.slow
+def test_a_killed_sequential_compression_goes_on(sequential, tmp_path):
     running = subprocess.Popen(
         [
-            *command("compress", demo_checkpoint(), tmp_path / "cut", "--method", "svd", "--ratio", "0.4"),
-            *map(str, options),
+            *command("compress", short_demo(), tmp_path / "cut", "--method", "svd", "--ratio", "0.4"),
+            *map(str, SEQUENTIAL),
         ],
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     journal = tmp_path / "cut.partial" / ".jaxmoe"
-    while not (journal / "layer00001.json").exists() and running.poll() is None:
+    while not (journal / "layer00000.json").exists() and running.poll() is None:
         time.sleep(0.02)
     running.send_signal(signal.SIGKILL)
     running.wait()
-    report(compress(tmp_path / "cut", *options))
-    assert checksums(tmp_path / "cut") == checksums(tmp_path / "out")
+    report(compress(tmp_path / "cut", *SEQUENTIAL))
+    assert checksums(tmp_path / "cut") == checksums(sequential[0])
+
+
+def test_a_finished_calibration_is_only_shown(statistics):
+    before = checksums(statistics, ())
+    again = call("calibrate", short_demo(), statistics, "--text", TEXT, *QUICK, "--json")
+    assert again.returncode == 0
+    assert again.stderr == ""
+    assert checksums(statistics, ()) == before
 
 
 def kill_when(pattern: str, arguments, output: Path) -> bool:
@@ -103,10 +130,8 @@ FORWARD = ("*-layer00000.json", "*-layer00002.json")
 BACKWARD = ("states/hidden00002.f32", "*-layer00003.json", "*-layer00001.json")
 
 
-@pytest.mark.parametrize(
-    ("gradients", "stops"),
-    [((), FORWARD), pytest.param(("--gradients", "token"), BACKWARD, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("gradients", "stops"), [((), FORWARD), (("--gradients", "token"), BACKWARD)])
 def test_a_killed_calibration_goes_on(gradients, stops, tmp_path):
     options = ("--text", TEXT, *QUICK, *gradients)
     whole = call("calibrate", demo_checkpoint(), tmp_path / "whole", *options)
@@ -149,7 +174,7 @@ def test_bad_calibration(name, tmp_path, monkeypatch):
     (tmp_path / "binary.txt").write_bytes(b"ab\0cd")
     (tmp_path / "short.txt").write_text("a few words")
     arguments, message = BAD[name]
-    done = call("calibrate", demo_checkpoint(), "s", *arguments, "--json")
+    done = call("calibrate", short_demo(), "s", *arguments, "--json")
     assert done.returncode == 1, done.stderr
     assert message in json.loads(done.stdout)["error"]
     assert not (tmp_path / "s").exists()
@@ -157,14 +182,14 @@ def test_bad_calibration(name, tmp_path, monkeypatch):
 
 def edited(tmp_path: Path, change) -> Path:
     """Return a copy of the bundled checkpoint with its config changed."""
-    folder = shutil.copytree(demo_checkpoint(), tmp_path / "model")
+    folder = shutil.copytree(short_demo(), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(change(config)))
     return folder
 
 
 def test_a_tokenizer_that_does_not_match(tmp_path):
-    folder = shutil.copytree(demo_checkpoint(), tmp_path / "model")
+    folder = shutil.copytree(short_demo(), tmp_path / "model")
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": 5000, "content": "<odd>"})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -193,9 +218,9 @@ def test_statistics_that_do_not_serve(statistics, tmp_path):
     none = compress(tmp_path / "o", "--statistics", tmp_path / "none")
     assert "has no statistics.json" in json.loads(none.stdout)["error"]
     part = tmp_path / "part"
-    assert call("calibrate", demo_checkpoint(), part, "--text", TEXT, *QUICK, "--layers", "0:2").returncode == 0
+    assert call("calibrate", short_demo(), part, "--text", TEXT, *QUICK, "--layers", "0:1").returncode == 0
     missing = compress(tmp_path / "o", "--statistics", part)
-    assert "has no layer 2, 3" in json.loads(missing.stdout)["error"]
+    assert "has no layer 1" in json.loads(missing.stdout)["error"]
     alone = compress(tmp_path / "o", "--sequential")
     assert "--sequential goes from the first layer to the last with --text" in json.loads(alone.stdout)["error"]
     assert not (tmp_path / "o").exists()

@@ -38,7 +38,7 @@ TARGETS = np.array([0, 9, 10, 19, 50, 52, 31])
 def test_blocks_give_what_all_logits_give(block):
     x, ends = draw(0)
     expected = log_softmax(x, ends)
-    found = score(Side(jnp.asarray(x), ends, SPEC), jnp.asarray(TARGETS), block=block)
+    found = jax.jit(lambda x: score(Side(x, ends, SPEC), jnp.asarray(TARGETS), block=block))(x)
     np.testing.assert_allclose(found.nats, -expected[np.arange(TOKENS), TARGETS], rtol=2e-5)
     np.testing.assert_array_equal(found.top, expected.argmax(-1))
 
