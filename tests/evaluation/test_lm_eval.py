@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
+from two_layers import short_demo
 
-from jaxmoe.data import demo_checkpoint, demo_texts
+from jaxmoe.data import demo_texts
 from jaxmoe.errors import JaxmoeError
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -28,8 +29,8 @@ PAIRS = [
 
 @pytest.fixture(scope="module")
 def reference():
-    tokenizer = transformers.AutoTokenizer.from_pretrained(demo_checkpoint())
-    model = transformers.AutoModelForCausalLM.from_pretrained(demo_checkpoint(), dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(short_demo())
+    model = transformers.AutoModelForCausalLM.from_pretrained(short_demo(), dtype=torch.float32).eval()
 
     def encode(text):
         return tokenizer(text, add_special_tokens=False).input_ids
@@ -51,7 +52,7 @@ def instances(kind, arguments):
 
 def test_likelihoods(reference):
     _, tokenizer, encode, likelihood = reference
-    found = JaxmoeLM(demo_checkpoint()).loglikelihood(instances("loglikelihood", PAIRS))
+    found = JaxmoeLM(short_demo()).loglikelihood(instances("loglikelihood", PAIRS))
     for (context, continuation), (value, greedy) in zip(PAIRS, found, strict=True):
         # A space at the end of the context belongs to what follows.
         stripped = context.rstrip()
@@ -69,7 +70,7 @@ def test_rolling_likelihood_of_a_text_longer_than_the_context(reference):
     length = 50
     assert len(ids) > 3 * length
     assert len(ids) % length, "a last window that is not full"
-    found = JaxmoeLM(demo_checkpoint(), length=length).loglikelihood_rolling(
+    found = JaxmoeLM(short_demo(), length=length).loglikelihood_rolling(
         instances("loglikelihood_rolling", [(text,), (text[:40],)])
     )
     expected, done = 0.0, 0
@@ -87,7 +88,7 @@ def test_answers(reference):
     model, tokenizer, encode, _ = reference
     prompts = ["The king said to the", "def main():\n", "We, the people of the United States, in order to"]
     options = {"until": ["\n\n", "the"], "max_gen_toks": 20, "do_sample": False}
-    found = JaxmoeLM(demo_checkpoint()).generate_until(instances("generate_until", [(p, options) for p in prompts]))
+    found = JaxmoeLM(short_demo()).generate_until(instances("generate_until", [(p, options) for p in prompts]))
     for prompt, answer in zip(prompts, found, strict=True):
         ids = torch.tensor([encode(prompt)])
         theirs = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=1)[0, ids.shape[1] :]
@@ -138,7 +139,7 @@ def test_local_tasks(tmp_path, reference):
         data = {"dataset_path": "json", "dataset_kwargs": {"data_files": files, "cache_dir": str(tmp_path / "cache")}}
         (tmp_path / f"{name}.yaml").write_text(json.dumps({"task": name, "test_split": "test", **data, **task}))
     results = lm_eval.simple_evaluate(
-        model=JaxmoeLM(demo_checkpoint()),
+        model=JaxmoeLM(short_demo()),
         tasks=list(tasks),
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         bootstrap_iters=0,
@@ -161,10 +162,10 @@ def test_local_tasks(tmp_path, reference):
 def test_sampling_is_refused():
     asked = instances("generate_until", [("The", {"do_sample": True, "temperature": 0.7})])
     with pytest.raises(JaxmoeError, match="sampling"):
-        JaxmoeLM(demo_checkpoint()).generate_until(asked)
+        JaxmoeLM(short_demo()).generate_until(asked)
 
 
 def test_too_long_is_refused():
-    model = JaxmoeLM(demo_checkpoint(), length=4)
+    model = JaxmoeLM(short_demo(), length=4)
     with pytest.raises(JaxmoeError, match="the model takes 4"):
         model.loglikelihood(instances("loglikelihood", [("a", " continuation that is longer than that")]))

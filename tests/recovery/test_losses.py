@@ -91,7 +91,7 @@ def test_balance_is_that_of_transformers(side):
     from jaxmoe.model.layer import layer
 
     for own, rules in zip(side.parameters["layers"], side.spec.layers):
-        x, seen = layer(x, own, rules)
+        x, seen = jax.jit(layer, static_argnums=2)(x, own, rules)
         inputs.append(np.asarray(seen.inputs @ own["router.weight"].T))
     router = side.spec.layers[0].feed_forward.router
     # Theirs joins all layers first; by single layers it is the mean of theirs.
@@ -104,7 +104,8 @@ def test_distillation_and_outputs_in_float64(side, other, temperature):
     batch = whole_rows()
     batch = batch._replace(learned=batch.learned & (np.arange(LENGTH) % 3 != 0))
     found = measured(side, batch, other, wanted=("next_token", "distillation", "outputs"), temperature=temperature)
-    logits, aims = (np.asarray(forward(batch.ids, s.parameters, s.spec), np.float64) for s in (side, other))
+    run = jax.jit(forward, static_argnums=2)
+    logits, aims = (np.asarray(run(batch.ids, s.parameters, s.spec), np.float64) for s in (side, other))
     counted = torch.tensor(batch.learned[:, 1:])
     own, aim = (F.log_softmax(torch.tensor(x[:, :-1]) / temperature, -1) for x in (logits, aims))
     divergence = F.kl_div(own, aim, reduction="none", log_target=True).sum(-1)[counted].mean() * temperature**2
@@ -119,7 +120,7 @@ def test_distillation_and_outputs_in_float64(side, other, temperature):
     for s in (side, other):
         x, passed = s.parameters["embedding.weight"][batch.ids].astype(jnp.float32), []
         for own_layer, rules in zip(s.parameters["layers"], s.spec.layers):
-            x, _ = layer(x, own_layer, rules)
+            x, _ = jax.jit(layer, static_argnums=2)(x, own_layer, rules)
             passed.append(np.asarray(x, np.float64))
         states.append(passed)
     ratios = [np.square(a - b).sum() / np.square(b).sum() for a, b in zip(*states)]

@@ -11,10 +11,11 @@ from importlib import import_module
 import numpy as np
 import pytest
 from program import ENVIRONMENT, call, checksums, command
+from two_layers import short_demo
 
 from jaxmoe.checkpoint import files
 from jaxmoe.checkpoint.stored_model import StoredModel
-from jaxmoe.data import demo_checkpoint, demo_texts
+from jaxmoe.data import demo_texts
 from jaxmoe.recovery.trainable import merge, names
 
 TRAINING = ("--steps", 4, "--rows", 2, "--length", 32, "--learning-rate", 0.01, "--save-every", 1, "--warmup", 0.5)
@@ -23,7 +24,7 @@ TRAINING = ("--steps", 4, "--rows", 2, "--length", 32, "--learning-rate", 0.01, 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory):
     output = tmp_path_factory.mktemp("compressed") / "small"
-    done = call("compress", demo_checkpoint(), output, "--method", "svd", "--ratio", 0.8)
+    done = call("compress", short_demo(), output, "--method", "svd", "--ratio", 0.8)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -37,7 +38,7 @@ def text():
 def recovered(compressed, text):
     """An undisturbed run, its command, and its report."""
     output = compressed.with_name("recovered")
-    arguments = ("--teacher", demo_checkpoint(), "--text", text, "--train", "factors,router", *TRAINING)
+    arguments = ("--teacher", short_demo(), "--text", text, "--train", "factors,router", *TRAINING)
     done = call("recover", compressed, output, *arguments, "--json")
     assert done.returncode == 0, done.stderr
     return output, arguments, json.loads(done.stdout)
@@ -95,6 +96,7 @@ def test_the_same_command_finds_the_result(compressed, recovered):
     assert "exists and holds something else" in other.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(compressed, recovered, tmp_path):
     output, arguments, _ = recovered
     killed = tmp_path / "killed"
@@ -128,6 +130,10 @@ def test_a_damaged_state_costs_the_steps_since_the_one_before(compressed, recove
             break
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert not (tmp_path / "out").exists()
+    other = call("recover", compressed, tmp_path / "out", *arguments, "--seed", 1)
+    assert other.returncode == 1
+    assert "was begun with other settings: seed" in other.stderr
     training = tmp_path / "out.partial" / ".jaxmoe" / "training"
     last = max(int(path.stem) for path in (training / "states").glob("*.json"))
     damaged = next(path for path in sorted((training / "states" / str(last)).rglob("*")) if path.is_file())
@@ -135,6 +141,7 @@ def test_a_damaged_state_costs_the_steps_since_the_one_before(compressed, recove
     done = call("recover", compressed, tmp_path / "out", *arguments)
     assert done.returncode == 0, done.stderr
     assert f"{damaged}: not what was written, the state cannot be used: going on from step {last - 1}" in done.stderr
+    assert "step 1 of 4" not in done.stderr
     assert checksums(tmp_path / "out") == checksums(output)
     (outcome,) = json.loads((tmp_path / "out" / "report.json").read_text())["outcomes"]
     assert outcome["kind"] == "damaged_state"
@@ -159,7 +166,7 @@ def test_dialogues_are_learned_from(text, tmp_path):
     options = ("--train", "router", "--loss", "next_token,balance=0.01", *TRAINING, "--json")
     learned = []
     for name, extra in (("answers", ()), ("all", ("--prompts",))):
-        done = call("recover", demo_checkpoint(), tmp_path / name, "--instructions", talk, *extra, *options)
+        done = call("recover", short_demo(), tmp_path / name, "--instructions", talk, *extra, *options)
         assert done.returncode == 0, done.stderr
         report = json.loads(done.stdout)
         assert set(report["losses"]) == {"loss", "next_token", "balance"}
@@ -175,7 +182,7 @@ def stranger(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("stranger") / "model"
     tiny_models.save_tiny("qwen3_moe", folder, vocab_size=4160)
-    shutil.copy(demo_checkpoint() / "tokenizer.json", folder)
+    shutil.copy(short_demo() / "tokenizer.json", folder)
     return folder
 
 
@@ -187,7 +194,7 @@ def test_a_run_goes_on_with_the_date_of_its_beginning(tmp_path, monkeypatch):
         def now(cls, tz=None):
             return datetime(2026, 1, 2, 3, 4, 5, 6)
 
-    source = shutil.copytree(demo_checkpoint(), tmp_path / "model")
+    source = shutil.copytree(short_demo(), tmp_path / "model")
     template = "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{{ m.content }}{% endfor %}"
     (source / "chat_template.jinja").write_text(template)
     output, begun = tmp_path / "out", tmp_path / "out.partial" / ".jaxmoe" / "run.json"
@@ -240,7 +247,7 @@ def test_bad_input(arguments, message, text, stranger, tmp_path, capsys):
 
     given = [{"TEXT": str(text), "STRANGER": str(stranger)}.get(str(part), str(part)) for part in arguments]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["jaxmoe", "recover", str(demo_checkpoint()), str(tmp_path / "out"), *given])
+        patch.setattr("sys.argv", ["jaxmoe", "recover", str(short_demo()), str(tmp_path / "out"), *given])
         with pytest.raises(SystemExit) as ended:
             main()
     assert ended.value.code == 1
@@ -275,7 +282,7 @@ def test_numbers_that_the_files_cannot_hold_are_refused(name, tmp_path):
     from jaxmoe.errors import JaxmoeError
     from jaxmoe.export.trained import write_trained
 
-    model = StoredModel(demo_checkpoint())
+    model = StoredModel(short_demo())
     parameters = model.parameters()
     array = dict(zip(names(parameters), _leaves(parameters)))[name]
     with pytest.raises(JaxmoeError, match="bfloat16 cannot hold"):
