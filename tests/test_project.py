@@ -14,9 +14,10 @@ from hatchling.builders.wheel import WheelBuilder
 from jaxtyping import TypeCheckError
 from program import checksums
 from program import jaxmoe as program
+from two_layers import short_demo
 
 import jaxmoe
-from jaxmoe.data import demo_checkpoint, demo_texts
+from jaxmoe.data import demo_texts
 from jaxmoe.solvers.merging import ties
 
 ROOT = Path(__file__).parents[1]
@@ -59,20 +60,20 @@ def test_the_door_is_made_of_functions():
 
 
 def test_old_names_work_once_more_and_name_the_new(tmp_path):
-    svd, source = jaxmoe.methods.get("svd"), jaxmoe.Checkpoint.open(demo_checkpoint())
+    svd, source = jaxmoe.methods.get("svd"), jaxmoe.Checkpoint.open(short_demo())
     with pytest.warns(DeprecationWarning, match=r"jaxmoe.make_plan is deprecated, use jaxmoe.plan"):
         plan = jaxmoe.make_plan(source, svd, svd.settings(), ratio=0.5)
-    assert plan.summary() == jaxmoe.plan(demo_checkpoint(), "svd", ratio=0.5).as_json()
+    assert plan.summary() == jaxmoe.plan(short_demo(), "svd", ratio=0.5).as_json()
     jaxmoe.compress(source, tmp_path / "old", plan, seed=1)
-    jaxmoe.compress(demo_checkpoint(), tmp_path / "new", "svd", ratio=0.5, seed=1)
+    jaxmoe.compress(short_demo(), tmp_path / "new", "svd", ratio=0.5, seed=1)
     assert checksums(tmp_path / "old") == checksums(tmp_path / "new")
     options = {"sequences": 1, "length": 32}
     with pytest.warns(DeprecationWarning, match="use jaxmoe.calibrate"):
-        old = jaxmoe.calibrate_checkpoint(demo_checkpoint(), demo_texts()[:1], tmp_path / "statistics", **options)
+        old = jaxmoe.calibrate_checkpoint(short_demo(), demo_texts()[:1], tmp_path / "statistics", **options)
     assert old.domains == ("code",)
     with pytest.warns(DeprecationWarning, match="use jaxmoe.evaluate"):
-        found = jaxmoe.evaluate_checkpoint(demo_checkpoint(), demo_texts()[:1], generate=0, **options)
-    again = jaxmoe.evaluate(demo_checkpoint(), text=demo_texts()[0], generate=0, **options)
+        found = jaxmoe.evaluate_checkpoint(short_demo(), demo_texts()[:1], generate=0, **options)
+    again = jaxmoe.evaluate(short_demo(), text=demo_texts()[0], generate=0, **options)
     assert found.texts == again.texts
     with pytest.warns(DeprecationWarning, match="use jaxmoe.compare with the names of methods"):
         assert jaxmoe.Contender(method=svd, settings=svd.settings()).name == "svd"

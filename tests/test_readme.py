@@ -120,6 +120,7 @@ def inside(tmp_path, monkeypatch):
     two_layers(tmp_path / "CHECKPOINT")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inside")
 @pytest.mark.parametrize("line", EXAMPLES)
 def test_a_recipe_makes_the_same_as_its_command(line, tmp_path):

@@ -34,11 +34,12 @@ USES = {
 }
 
 
+@pytest.mark.parametrize("draws", [60, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("use", USES)
-def test_hostile_values_end_in_a_message(use, tmp_path):
+def test_hostile_values_end_in_a_message(use, draws, tmp_path):
     folder = plain_checkpoint.write(tmp_path / "x")
     plain, chance, refused = json.loads((folder / "config.json").read_text()), random.Random(use), 0
-    for _ in range(200):
+    for _ in range(draws):
         changes = {chance.choice(sorted(KINDS)): chance.choice(HOSTILE)}
         if chance.random() < 0.3:
             # The names of experts are those of many architectures.
@@ -52,4 +53,4 @@ def test_hostile_values_end_in_a_message(use, tmp_path):
         assert len(message) < 2500, changes
         assert message == "" or use.startswith("fewer") or str(folder) in message, changes
         refused += message != ""
-    assert 0 < refused < 200
+    assert 0 < refused < draws

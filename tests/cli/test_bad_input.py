@@ -356,7 +356,7 @@ def test_no_space_left(tmp_path):
     assert "no space left" in done.stderr
     assert not (tmp_path / "output").exists()
     assert not list((tmp_path / "output.partial").glob(".*.part"))
-    again = jaxmoe(*arguments)
+    again = call(*arguments)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("kept from an earlier run") == 2
 

@@ -11,20 +11,21 @@ from filelock import FileLock
 from program import ENVIRONMENT, call, checksums, command
 
 SVD = ("--method", "svd", "--ratio", "0.4")
-MOBE = ("--method", "mobe", "--ratio", "0.4", "--set", "steps=300")
+MOBE = ("--method", "mobe", "--ratio", "0.4", "--set", "steps=30")
 
 
 def source_of(tmp_path, layers=6):
     return plain_checkpoint.write(tmp_path / "source", shards=2, num_hidden_layers=layers)
 
 
-@pytest.fixture
-def quiet(tmp_path):
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory):
     """A source and the checksums of an undisturbed run over it."""
-    source = source_of(tmp_path)
-    done = call("compress", source, tmp_path / "quiet", *MOBE)
+    folder = tmp_path_factory.mktemp("quiet")
+    source = source_of(folder)
+    done = call("compress", source, folder / "quiet", *MOBE)
     assert done.returncode == 0, done.stderr
-    return source, checksums(tmp_path / "quiet")
+    return source, checksums(folder / "quiet")
 
 
 @pytest.mark.slow
