@@ -9,6 +9,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
@@ -184,9 +185,15 @@ def mixed_layer(t: Terms) -> CompressedLayer:
     )
 
 
+@jax.jit
+def materialized(layer: CompressedLayer):
+    """Return the matrices that a layer stands for, in one program instead of one for every step."""
+    return {name: layer.materialize(name) for name in layer.sizes.projections}
+
+
 def set_dense(native, layer: CompressedLayer) -> None:
     """Write the matrices that a layer stands for into a stock module."""
-    dense = {p: torch.tensor(np.asarray(layer.materialize(p))) for p in layer.sizes.projections}
+    dense = {name: torch.tensor(np.asarray(x)) for name, x in materialized(layer).items()}
     if layer.sizes.gated:
         both = torch.cat([dense["gate"], dense["up"]], 1)
         if not native.is_concatenated:
