@@ -17,7 +17,7 @@ from jaxmoe.texts import Windows
 
 torch.set_num_threads(1)
 TOKENS = torch.randint(3, VOCABULARY, (2, 21), generator=torch.Generator().manual_seed(7))
-# Experts apart on disk and no shared ones; a dense layer, shared experts, and choices by groups. One layer of the first is enough.
+# Experts apart on disk and no shared ones, in one layer; a dense layer, shared experts, and choices by groups.
 FAMILIES = {"mixtral": {"num_hidden_layers": 1}, "deepseek_v3": {}}
 RATIO = 0.4
 
