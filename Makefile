@@ -77,7 +77,7 @@ fuzz: $(INSTALLED)
 	  $(BIN)/python scripts/fuzz/run.py $$target --seconds $(SECONDS) || exit 1; done
 
 bench: $(INSTALLED)
-	for name in svd closed_form conversion basis_learning base_once compressed_experts forward calibration training; do \
+	for name in svd closed_form conversion basis_learning base_once compressed_experts forward calibration training gptq codebooks decoding; do \
 	  echo "== $$name"; $(BIN)/python scripts/benchmarks/$$name.py || exit 1; done
 
 kills: $(INSTALLED)

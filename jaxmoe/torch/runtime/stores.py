@@ -2,7 +2,7 @@
 # Copyright The jaxmoe developers
 """Arrays that lie in few bits: codes, packed as streams of bits, scales, zeros and codebooks."""
 
-from math import prod
+from math import gcd, prod
 from statistics import NormalDist
 from typing import Any
 
@@ -14,6 +14,10 @@ FLOATS = ("bfloat16", "float16", "float32")
 
 SCALES = 256
 """Scales of a matrix that share a unit, where they are held in 8 bits."""
+
+
+FORMED = 1 << 19
+"""Numbers of a matrix that are formed at a time to be multiplied by: so many stay in a processor's cache."""
 
 
 class StoredArray:
@@ -32,6 +36,8 @@ class StoredArray:
         self.shape, self.matrices = tuple(shape), prod(shape[:-2])
         self.rows, self.columns = shape[-2:]
         self.groups = 0 if self.table == "row" else self.columns // (record["group"] or self.columns)
+        # Codes that are looked up at once: all pairs of short ones are few.
+        self.together = 2 if self.bits <= 4 and self.columns % 2 == 0 and self.table != "row" else 1
 
     def tensors(self):
         """Return rows, columns and dtype of each tensor by name."""
@@ -58,40 +64,95 @@ class StoredArray:
             items: the matrices to form, by their indices; None for all.
             rows: those to form of each, a slice or indices.
         """
-        own = {name: x.view(self.matrices, -1, x.shape[1]) for name, x in tensors.items()}
-        if items is not None:
-            own = {name: x[items] for name, x in own.items()}
-        own["codes"] = own["codes"][:, rows]
-        codes = _unpacked(own["codes"], self.bits, self.columns)
+        own = self._chosen(tensors, slice(None) if items is None else items)
+        return self._numbers(own, self._grid(own), rows, planar=False)
+
+    def product(self, tensors, item, entering, transposed):
+        """Multiply rows by one of the matrices, or by its transpose, of which few numbers are formed at a time.
+
+        Args:
+            tensors: by the names of `tensors`.
+            item: which matrix.
+            entering: `[row, column]`; with `transposed`, as many columns as the matrix has rows.
+            transposed: multiply by the matrix as it stands, `x W`, instead of `x W^T`.
+        """
+        own = self._chosen(tensors, slice(item, item + 1))
+        grid, planes = self._grid(own), _planes(self.bits * self.together)
+        # Columns may stay in the order in which codes leave their words, if every group has its part in every plane.
+        planar = self.columns % (planes * self.together * max(1, self.groups)) == 0
+        if planar and not transposed:
+            entering = entering.unflatten(1, (-1, planes, self.together)).transpose(1, 2).flatten(1)
+        parts, step = [], max(1, FORMED // self.columns)
+        for part in (slice(first, first + step) for first in range(0, self.rows, step)):
+            weight = self._numbers(own, grid, part, planar=planar)[0].to(entering.dtype)
+            parts.append(entering[:, part] @ weight if transposed else F.linear(entering, weight))
+        if not transposed:
+            return torch.cat(parts, 1)
+        out = sum(parts[1:], parts[0])
+        return out.unflatten(1, (planes, -1, self.together)).transpose(1, 2).flatten(1) if planar else out
+
+    def _chosen(self, tensors, items):
+        return {name: x.view(self.matrices, -1, x.shape[1])[items] for name, x in tensors.items()}
+
+    def _grid(self, own):
+        """Return zeros and scales, `[matrix, row, group, 1]`, or None in their places."""
+        zeros = self._zeros(own) if self.zero != "none" else None
+        return zeros, self._scales(own) if self.groups else None
+
+    def _numbers(self, own, grid, rows, planar):
+        """Return some rows in float32, `[matrix, row, column]`: columns in their order, or plane after plane."""
+        levels = self._levels(own, rows)
+        if not planar:
+            levels = levels.transpose(2, 3).flatten(2)[:, :, None, : self.columns]
+        levels = levels.flatten(3)
+        if self.groups:
+            zeros, scales = grid
+            levels = levels.unflatten(3, (self.groups, -1))
+            if zeros is not None:
+                levels = levels.sub_(zeros[:, rows, None])
+            levels = levels.mul_(scales[:, rows, None]).flatten(3)
+        return levels.flatten(2)
+
+    def _levels(self, own, rows):
+        """Return the codes of some rows, or their entries in the codebook: `[matrix, row, plane, unit, code]`."""
+        fields = _in_planes(own["codes"][:, rows], self.bits * self.together, -(-self.columns // self.together))
         if self.table == "row":
-            return own["table"][:, rows].float().gather(2, codes.long())
-        if self.table == "matrix":
-            levels = own["table"].float()[:, 0].gather(1, codes.long().flatten(1)).view(codes.shape)
+            books = own["table"][:, rows].float().flatten(0, 1)
+        elif self.table == "matrix":
+            books = own["table"][:, 0].float()
         elif self.table is not None:
-            levels = torch.tensor(_fixed(self.table, self.bits), device=codes.device)[codes.int()]
+            books = torch.tensor([_fixed(self.table, self.bits)], device=fields.device)
         else:
-            levels = codes.float()
-        levels = levels.unflatten(2, (self.groups, -1))
-        if self.table is None:
-            zeros = self._zeros(own)
-            levels = levels - (zeros if isinstance(zeros, int) else zeros[:, rows])
-        return (levels * self._scales(own)[:, rows]).flatten(2)
+            # Without zeros of their own, codes count from the middle one.
+            zero = 2 ** (self.bits - 1) if self.zero == "none" else 0
+            if self.together == 1:
+                return fields.float().sub_(zero)[..., None]
+            books = torch.arange(-zero, 2**self.bits - zero, dtype=torch.float32, device=fields.device)[None]
+        index = fields.int()
+        if len(books) > 1:
+            first = torch.arange(len(books), dtype=torch.int32, device=fields.device) * 2 ** (self.bits * self.together)
+            index += first.view(fields.shape[0], -1, 1, 1)
+        if self.together == 1:
+            return books.flatten().index_select(0, index.flatten()).view(*fields.shape, 1)
+        # Two codes are looked up at once, as one number of 64 bits; the first is in the lower bits.
+        codes = 2**self.bits
+        pairs = torch.stack((books[:, None].expand(-1, codes, -1), books[..., None].expand(-1, -1, codes)), -1)
+        found = pairs.flatten(0, 2).view(torch.int64).flatten().index_select(0, index.flatten())
+        return found.view(torch.float32).view(*fields.shape, 2)
 
     def _zeros(self, own):
-        if self.zero == "none":
-            return 2 ** (self.bits - 1)
         if self.zero == "real":
             return own["zero"].float()[..., None]
         # A copy whatever the sizes: words can be seen as octets only where they are next to each other.
         zeros = own["zero"].transpose(1, 2).clone(memory_format=torch.contiguous_format)
-        zeros = _unpacked(zeros, self.bits, self.rows)
+        zeros = _in_planes(zeros, self.bits, self.rows).transpose(2, 3).flatten(2)[..., : self.rows]
         return zeros.transpose(1, 2).float()[..., None]
 
     def _scales(self, own):
         scale = own["scale"]
         if self.kind == "exponent":
             # The exponents of floats, with which they are just the powers of two.
-            return (scale.int() << 23).view(torch.float32)[..., None]
+            scale = (scale.int() << 23).view(torch.float32)
         elif self.kind == "quantised":
             unit = own["unit"].float().flatten(1).repeat_interleave(SCALES, 1)[:, : self.rows * self.groups]
             scale = scale.float() * unit.view(scale.shape)
@@ -139,6 +200,11 @@ class MixedArray:
             first += part.matrices
         return found.view(-1, self.blocks, self.rows, self.width).transpose(1, 2).flatten(2)
 
+    def product(self, tensors, item, entering, transposed):
+        """Multiply rows by one of the matrices, as `StoredArray` does."""
+        (weight,) = self.values(tensors, torch.tensor([item], device=entering.device)).to(entering.dtype)
+        return entering @ weight if transposed else F.linear(entering, weight)
+
 
 def stored_array(record, shape):
     """Return what a record in `config.jaxmoe` says of an array in few bits."""
@@ -150,20 +216,29 @@ def _words(codes, bits):
     return -(-codes * bits // 32)
 
 
-def _unpacked(words, bits, count):
-    """Return the codes in streams of bits: the first is in the lowest bits of the first word."""
+def _planes(bits):
+    """Return after how many codes the next one begins an octet again."""
+    return 8 // gcd(8, bits)
+
+
+def _in_planes(words, bits, count):
+    """Return the codes in streams of bits, the first in the lowest bits of the first word, as `[..., plane, unit]`.
+
+    Code i is at plane i % planes of unit i // planes: within a plane all codes lie in the same bits of their octets,
+    and whole planes are moved at once. The last unit may hold more codes than there are.
+    """
+    planes = _planes(bits)
+    units, size = -(-count // planes), planes * bits // 8
     octets = words.view(torch.uint8)
-    if bits == 8:
-        return octets[..., :count]
-    if 8 % bits:
-        # 8 codes take as many octets as a code has bits; zeros fill these up to one number of 64 bits.
-        units = -(-count // 8)
-        octets = F.pad(octets, (0, max(0, units * bits - octets.shape[-1])))[..., : units * bits]
-        whole = F.pad(octets.unflatten(-1, (units, bits)), (0, 8 - bits)).view(torch.int64)
-        shifts = torch.arange(0, 8 * bits, bits, device=words.device)
-    else:
-        whole, shifts = octets[..., None], torch.arange(0, 8, bits, dtype=torch.uint8, device=words.device)
-    return ((whole >> shifts) & (2**bits - 1)).flatten(-2)[..., :count]
+    octets = F.pad(octets, (0, max(0, units * size - octets.shape[-1])))[..., : units * size]
+    lanes = [octets[..., lane::size] for lane in range(size)]
+    found = []
+    for lane, first in (divmod(plane * bits, 8) for plane in range(planes)):
+        code = lanes[lane] >> first
+        if first + bits > 8:
+            code = code | (lanes[lane + 1] << (8 - first))
+        found.append(code if bits == 8 else code & (2**bits - 1))
+    return torch.stack(found, -2)
 
 
 def _fixed(table, bits):

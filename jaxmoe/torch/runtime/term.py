@@ -12,8 +12,8 @@ from jaxmoe.torch.runtime.stores import stored_array
 TERMS = {}
 """The terms by the name of their kind, which stands in `config.jaxmoe`."""
 
-FORMED = {False: 64, True: 8}
-"""What a number that is formed from few bits counts in `Routing.visits`: in a loop over experts few stay in a cache."""
+UNPACKED = 8
+"""What a number that is formed from few bits counts in `Routing.visits`, with all that is formed on the way."""
 
 
 def register(kind):
@@ -102,10 +102,12 @@ class Term(nn.Module):
         if name not in self._stored:
             return routing.linear(rows, oriented(self._array(name)))
         _, out, in_ = self._shapes[name]
-        parts = [
-            inner.linear(own, oriented(self._array(name, experts)))
-            for experts, own, inner in routing.visits(rows, FORMED[routing.together(rows)] * out * in_)
-        ]
+        if routing.together(rows):
+            visits = routing.visits(rows, UNPACKED * out * in_)
+            parts = [inner.linear(own, oriented(self._array(name, experts))) for experts, own, inner in visits]
+        else:
+            stored, tensors = self._stored[name], self._tensors(name)
+            parts = [stored.product(tensors, own, rows[first:last], transposed) for own, first, last in routing.spans]
         return torch.cat(parts) if parts else rows.new_zeros(0, in_ if transposed else out)
 
     def prepare(self):
