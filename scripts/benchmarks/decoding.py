@@ -21,7 +21,7 @@ import torch  # noqa: E402
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM  # noqa: E402
 
 import jaxmoe  # noqa: E402
-import jaxmoe.torch  # noqa: E402, F401  registers the factored architectures
+import jaxmoe.torch  # noqa: E402  registers the factored architectures
 from jaxmoe.torch.runtime.stores import StoredArray  # noqa: E402
 
 
@@ -97,9 +97,8 @@ def unpacking(step) -> float:
 
     StoredArray._numbers = watched
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            with torch.profiler.record_function("whole"):
-                step()
+        with torch.profiler.profile() as profile, torch.profiler.record_function("whole"):
+            step()
     finally:
         StoredArray._numbers = own
     times = {event.key: event.cpu_time_total for event in profile.key_averages()}
