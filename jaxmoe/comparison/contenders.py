@@ -46,7 +46,7 @@ def contenders(
     spelled = dict.fromkeys(find(own).name for own in found if own and isinstance(own, str))
     wanted: dict[tuple[str, str], dict[str, Any]] = {(name, own): {} for name in spelled for own in SETTINGS[setting]}
     for key, value in (set or {}).items():
-        method, *scope, name = key.split(":")
+        method, *scope, name = key.split(":") if ":" in key else ("", key)
         to = [own for own in wanted if own[0] == method and (not scope or scope == [own[1]])]
         if not to:
             known = ", ".join(":".join(own) for own in wanted)

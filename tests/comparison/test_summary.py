@@ -237,6 +237,12 @@ def test_names_and_recipe_files_become_recipes(tmp_path):
         contenders([str(path)])
 
 
+@pytest.mark.parametrize("key", ["steps", "", ":", "svd:steps", "mobe:best:steps", "mobe:paper:steps:more"])
+def test_settings_of_no_contender_are_named(key):
+    with pytest.raises(JaxmoeError, match=rf"--set {key}=2: give METHOD:NAME=VALUE .* of mobe:improved"):
+        contenders("mobe", set={key: 2})
+
+
 def test_recipes_that_take_both_sizes_get_every_pair():
     made = cells([find("svd+compressed_experts")], [0.2, 0.4], main_experts=[1, 2])
     assert [dict(cell.size) for cell in made] == [
