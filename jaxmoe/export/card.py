@@ -6,9 +6,9 @@ from typing import Any
 from jaxmoe.report.records import Calibration, Layer, Outcome, Projection, Report
 
 _FORMS = {
-    "factored": "The experts are stored as factors: the model needs transformers 5.16 or newer and the code in this"
-    " folder (`trust_remote_code=True`, or `import jaxmoe.torch` before loading). The tokenizer needs none of it:"
-    " `AutoTokenizer.from_pretrained(..., trust_remote_code=False)` loads it without asking.",
+    "factored": "The experts are stored as factors or in few bits: the model needs transformers 5.16 or newer and the"
+    " code in this folder (`trust_remote_code=True`, or `import jaxmoe.torch` before loading). The tokenizer needs none"
+    " of it: `AutoTokenizer.from_pretrained(..., trust_remote_code=False)` loads it without asking.",
     "dense": "The experts were written back as dense matrices: any program that runs the original runs this folder, and"
     " nothing is saved on disk. The ratios below are those of the factors.",
     "slim": "Some of the experts, or some of their channels, were removed: any program that runs the original"
@@ -23,13 +23,17 @@ _FORMS = {
 """What a reader has to know of each form of a checkpoint."""
 
 
+_COUNTED = {"parameters": "stored numbers", "bytes": "bytes"}
+"""What each unit counts, in words: of numbers in few bits, many share one that is stored."""
+
+
 def model_card(report: Report) -> str:
     """Return the README.md of a compressed checkpoint.
 
     Args:
         report: of a run that is complete.
     """
-    requested, stored = report.requested, report.stored
+    stored = report.stored
     factored = ", trust_remote_code=True" if report.export == "factored" else ""
     load = [
         "from transformers import AutoModelForCausalLM",
@@ -38,7 +42,6 @@ def model_card(report: Report) -> str:
     ]
     if report.export == "packed-vllm":
         load = ["from vllm import LLM", "", 'model = LLM("PATH_OF_THIS_FOLDER")']
-    counted = "" if requested.unit == "parameters" else f" (in {requested.unit})"
     lines = [
         "---",
         "library_name: transformers",
@@ -60,10 +63,9 @@ def model_card(report: Report) -> str:
         *(f"| {name.replace('_', ' ')} | {own.before:,} | {own.after:,} |" for name, own in report.changes().items()),
         *([] if stored is None else [f"| in the files | | {stored.parameters:,} parameters, {stored.bytes:,} bytes |"]),
         "",
-        f"| removed fraction{counted} of | replaced matrices | routed experts | model |",
+        "| | replaced matrices | routed experts | model |",
         "|---|---|---|---|",
-        _ratio_row("requested", {requested.of: requested.ratio} if requested.of and requested.ratio else {}),
-        _ratio_row("achieved", report.achieved),
+        *_ratio_rows(report),
         "",
         *_errors(report.layers),
         "",
@@ -82,6 +84,18 @@ def model_card(report: Report) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _ratio_rows(report: Report) -> list[str]:
+    """Return the removed fractions, as requested and in every unit, and the bits that are left of a number."""
+    requested, bits = report.requested, report.bits_per_weight
+    removed = report.removed or {requested.unit: report.achieved}
+    asked = {requested.of: requested.ratio} if requested.of and requested.ratio else {}
+    return [
+        *([_ratio_row(f"fraction of {_COUNTED[requested.unit]} to remove", asked)] if asked else []),
+        *(_ratio_row(f"fraction of {_COUNTED[unit]} removed", own) for unit, own in removed.items()),
+        *([] if bits is None else [_ratio_row("stored bits for each original number", bits)]),
+    ]
 
 
 def _ratio_row(name: str, ratios: Mapping[str, float]) -> str:
