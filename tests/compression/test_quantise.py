@@ -159,6 +159,13 @@ def test_the_plan_is_what_comes_out(source, tmp_path, name, asked):
     assert report.achieved["experts"] * experts * 2 == pytest.approx(report.bytes.before - report.bytes.after)
     assert report.requested.unit == "bytes"
     assert [own.bits for own in report.layers] == [own.bits for own in plan.layers]
+    card = (tmp_path / "small" / "README.md").read_text()
+    for what, own in (
+        ("stored bits for each original number", report.bits_per_weight),
+        ("fraction of bytes removed", report.achieved),
+        ("fraction of stored numbers removed", report.removed["parameters"]),
+    ):
+        assert f"| {what} | {own['touched']:.4f} | {own['experts']:.4f} | {own['model']:.4f} |" in card
     if "ratio" in asked:
         of = asked.get("of", "experts")
         assert asked["ratio"] <= report.achieved[of] < asked["ratio"] + 0.02
