@@ -11,7 +11,7 @@ def crossed(*axes: Sequence[Any]) -> list[Any]:
     """Return all combinations of values, those slow that are not needed for each value to occur once.
 
     Example:
-        >>> [own.marks == () for own in crossed("ab", "xyz")]
+        >>> [not own.marks for own in crossed("ab", "xyz")]
         [True, False, True, False, True, False]
     """
     wanted = {tuple(place % len(axis) for axis in axes) for place in range(max(map(len, axes)))}
