@@ -37,6 +37,7 @@ test test-slow: export JAX_COMPILATION_CACHE_DIR = $(CURDIR)/.jax_cache
 test test-slow: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
 # Many small programs that run once are compiled in a hurry; those of `make test-slow` are compiled as users have it.
 test: export JAX_DISABLE_MOST_OPTIMIZATIONS = 1
+test: export JAX_TRACEBACK_IN_LOCATIONS_LIMIT = 0
 
 .PHONY: demo test test-slow test-newest lint format docs notebooks fuzz bench kills clean
 
