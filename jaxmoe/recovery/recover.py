@@ -333,10 +333,25 @@ def _report(model: StoredModel, original, output, sets, training, rows: Rows, le
             "passes": training.steps * training.rows / len(rows.ids),
         },
         "losses": losses,
-        "outcomes": [{"kind": "damaged_state", "detail": reason} for reason in result["damaged"]],
+        "outcomes": [
+            *({"kind": "damaged_state", "detail": reason} for reason in result["damaged"]),
+            *_no_gain(losses["loss"], training.learning_rate),
+        ],
         "stored": stored,
         "compression": read_record(compression, dict[str, Any], "remove it") if compression.is_file() else None,
     }
+
+
+def _no_gain(loss: Mapping[str, float], rate: float) -> list[dict[str, str]]:
+    """Return the outcome of a training in which the loss did not fall; none of others."""
+    first, last = loss["first_tenth"], loss["last_tenth"]
+    if last < first:
+        return []
+    detail = (
+        f"the loss did not fall, {first:.4g} in the first tenth of the steps and {last:.4g} in the last: train longer,"
+        f" at another learning rate than {rate:g}, or keep the checkpoint as it was"
+    )
+    return [{"kind": "no_gain", "detail": detail}]
 
 
 def _card_before(folder: Path) -> str:
@@ -364,6 +379,7 @@ def _card(before: str, report: dict[str, Any]) -> str:
             for name, loss in report["losses"].items()
         ),
         "",
+        *(f"- {outcome['kind']}: {outcome['detail']}" for outcome in report["outcomes"]),
         f"- teacher: {report['teacher'] or 'none'}",
         f"- command: `{report['command']}`" if report["command"] else "- made through the Python interface",
         "",

@@ -284,7 +284,7 @@ def inspection_tables(record: Mapping[str, Any]) -> list[Any]:
 
 
 def recovery_tables(report: RecoveryReport) -> list[Table]:
-    """Return the tables of a training: what was trained on what, and its losses."""
+    """Return the tables of a training: what was trained on what, its losses, and what a user should know."""
     trained, data, training = report.trained, report.data, report.training
     about = (
         ("trained", f"{', '.join(trained.sets)}: {size(trained.parameters)} parameters"),
@@ -293,4 +293,7 @@ def recovery_tables(report: RecoveryReport) -> list[Table]:
         ("seconds", f"{report.seconds:.0f}"),
     )
     losses = [(name, f"{loss.first_tenth:.4f}", f"{loss.last_tenth:.4f}") for name, loss in report.losses.items()]
-    return [table(("", ""), about), table(("loss", "first tenth of the steps", "last"), losses)]
+    notes = (
+        [table(("what to know", ""), [(own.kind, own.detail) for own in report.outcomes])] if report.outcomes else []
+    )
+    return [table(("", ""), about), table(("loss", "first tenth of the steps", "last"), losses), *notes]

@@ -143,9 +143,21 @@ def test_a_damaged_state_costs_the_steps_since_the_one_before(compressed, recove
     assert f"{damaged}: not what was written, the state cannot be used: going on from step {last - 1}" in done.stderr
     assert "step 1 of 4" not in done.stderr
     assert checksums(tmp_path / "out") == checksums(output)
-    (outcome,) = json.loads((tmp_path / "out" / "report.json").read_text())["outcomes"]
+    outcome, *_ = json.loads((tmp_path / "out" / "report.json").read_text())["outcomes"]
     assert outcome["kind"] == "damaged_state"
     assert str(damaged) in outcome["detail"]
+
+
+def test_a_loss_that_does_not_fall_is_told(compressed, text, tmp_path):
+    options = list(TRAINING)
+    options[options.index("--learning-rate") + 1] = 1
+    done = call("recover", compressed, tmp_path / "out", "--text", text, "--train", "norms", *options)
+    assert done.returncode == 0, done.stderr
+    (outcome,) = json.loads((tmp_path / "out" / "report.json").read_text())["outcomes"]
+    assert outcome["kind"] == "no_gain"
+    assert "at another learning rate than 1" in outcome["detail"]
+    assert "the loss did not fall" in done.stdout.replace("\n", " ")
+    assert outcome["detail"] in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_training_that_diverges_says_so_and_keeps_the_last_state(compressed, text, tmp_path):
