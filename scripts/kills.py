@@ -137,6 +137,14 @@ def prepare(folder: Path) -> list[Command]:
             (*compress, "compressed_experts", "--main-experts", "1", *some, *steps(20)),
             checksums,
         ),
+        Command("rtn", (*compress, "rtn", "--ratio", "0.75", "--unit", "bytes"), checksums),
+        *(
+            Command(name, (*compress, name, *some), checksums)
+            for name in ("hqq3", "gptq3", "squeezellm3", "milo3", "slim_llm3")
+        ),
+        Command("quantmoe", (*compress, "quantmoe", "--setting", "paper", *some), checksums),
+        Command("svd+gptq4", (*compress, "svd+gptq4", "--ratio", "0.8", "--unit", "bytes", *some), checksums),
+        Command("packed", (*compress, "gptq4", "--export", "packed", *some), checksums),
         Command("calibrate", ("calibrate", source, ..., "--text", folder / "texts", *some[2:]), checksums),
         Command("calibrate --gradients", ("calibrate", source, ..., *some, "--gradients", "token"), checksums),
         Command(

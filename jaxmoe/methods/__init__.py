@@ -12,6 +12,7 @@ from jaxmoe.methods.camera import CAMERA
 from jaxmoe.methods.compressed_experts import COMPRESSED_EXPERTS, SkippingMethod
 from jaxmoe.methods.d2moe import D2MOE
 from jaxmoe.methods.frequency import FREQUENCY
+from jaxmoe.methods.fwsvd import FWSVD
 from jaxmoe.methods.hc_smoe import HC_SMOE
 from jaxmoe.methods.method import Evidence, Fit, Method, Outcome, Slot
 from jaxmoe.methods.milo import MILO
@@ -111,6 +112,7 @@ def of_linear_maps() -> list[str]:
 
 for _method in (
     SVD,
+    FWSVD,
     MOBE,
     RFID,
     D2MOE,
