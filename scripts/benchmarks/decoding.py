@@ -72,12 +72,12 @@ def write(folder: Path, hidden: int, layers: int) -> Path:
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
         num_key_value_heads=2,
-        head_dim=64,
         num_experts=16,
         num_experts_per_tok=4,
         max_position_embeddings=128,
     )
-    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    model = Qwen3MoeForCausalLM(config)
+    model.bfloat16().save_pretrained(folder)
     return folder
 
 
