@@ -70,7 +70,7 @@ mine = methods.register(
 # ## The comparison
 #
 # All contenders at the same size, calibrated on the same text and measured on the same other text: the first 60 % and
-# the rest of each bundled text. Plain baselines and the original are always there.
+# the rest of each bundled text. The original is always there; of the baselines, pruning of whole experts joins.
 
 # %%
 folder = Path(tempfile.mkdtemp())
@@ -85,6 +85,7 @@ result = jaxmoe.compare(
     folder / "report",
     [mine.name, "svd"],
     ratios=[0.5],
+    baselines=["frequency", "reap"],
     text=folder / "unseen",
     calibration_text=folder / "calibration",
     windows=4,
