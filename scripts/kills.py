@@ -142,7 +142,7 @@ def prepare(folder: Path) -> list[Command]:
             Command(name, (*compress, name, *some), checksums)
             for name in ("hqq3", "gptq3", "squeezellm3", "milo3", "slim_llm3")
         ),
-        Command("quantmoe", (*compress, "quantmoe", "--setting", "paper", *some), checksums),
+        Command("quantmoe", (*compress, "quantmoe", "--ratio", "0.65", "--unit", "bytes", *some), checksums),
         Command("svd+gptq4", (*compress, "svd+gptq4", "--ratio", "0.8", "--unit", "bytes", *some), checksums),
         Command("packed", (*compress, "gptq4", "--export", "packed", "--set", "group=0", *some), checksums),
         Command("calibrate", ("calibrate", source, ..., "--text", folder / "texts", *some[2:]), checksums),
