@@ -10,54 +10,25 @@ Source: Hsu et al. 2022, arXiv 2207.00112, whose W is `[in, out]`: its rows are 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
-from jaxmoe.allocation import water_fill
 from jaxmoe.errors import JaxmoeError
-from jaxmoe.factors import Grouped, LayerShape, LowRank
-from jaxmoe.methods.low_rank import expert_factors
-from jaxmoe.methods.method import DOWN_WEIGHT, Evidence, Fit, Method, Outcome, Slot, check_setting
-from jaxmoe.methods.svd import break_even, working_bytes
+from jaxmoe.factors import LayerShape
+from jaxmoe.methods.method import DOWN_WEIGHT, Evidence, Fit, Method, Outcome
+from jaxmoe.methods.svd import SVDSettings, pairs, slot, working_bytes
 
 FLOOR = 1e-3
 """Least weight of an input channel, in units of its expert's mean: no channel may cost nothing."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class FWSVDSettings:
-    """Settings of the method: `setting` is "paper" or "improved".
-
-    Example:
-        >>> FWSVDSettings().setting
-        'improved'
-    """
-
-    setting: str = "improved"
-
-    def __post_init__(self):
-        check_setting(self.setting)
-
-
-def targets(shape: LayerShape, settings: FWSVDSettings) -> Mapping[str, float]:
+def targets(shape: LayerShape, settings: SVDSettings) -> Mapping[str, float]:
     """Return what is replaced: every projection; improved, down with its weight."""
     heavy = {} if settings.setting == "paper" else {"down": DOWN_WEIGHT}
     return dict.fromkeys(shape.projections, 1.0) | heavy
 
 
-def slot(
-    target: str, shape: LayerShape, dtype, settings: FWSVDSettings, kept: float, *, weighted: bool = False
-) -> Slot:
-    """Return a ladder of ranks: of every expert (paper), or of all together."""
-    sizes = shape.of(target)
-    most, experts = break_even(sizes), shape.experts
-    if settings.setting == "paper":
-        return Slot(lambda rank: (LowRank.abstract(sizes, dtype, rank=rank),), 1, most)
-    return Slot(lambda total: (Grouped.abstract(sizes, dtype, total=total),), experts, experts * most)
-
-
-def requires(settings: FWSVDSettings) -> Mapping[str, str]:
+def requires(settings: SVDSettings) -> Mapping[str, str]:
     """Return that the weights are squared gradients; improved, second moments do."""
     mend = "calibrate with gradients, or take --setting improved"
     return {"fisher_up": mend, "fisher_down": mend} if settings.setting == "paper" else {}
@@ -84,9 +55,8 @@ def importance(fisher: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(mean > 0, np.maximum(columns, FLOOR * mean), 1.0), np.flatnonzero(mean[:, 0] <= 0)
 
 
-def fit(weight, template, settings: FWSVDSettings, *, evidence: Evidence, key=None) -> Fit:
+def fit(weight, template, settings: SVDSettings, *, evidence: Evidence, key=None) -> Fit:
     """Return the factors of one target."""
-    (term,) = template
     moment, outcomes = evidence.moment, ()
     if settings.setting == "paper" or moment is None:
         fisher = evidence.statistic(f"fisher_{evidence.target}")
@@ -97,19 +67,13 @@ def fit(weight, template, settings: FWSVDSettings, *, evidence: Evidence, key=No
             if len(unknown):
                 detail = f"experts {', '.join(map(str, unknown))}: no gradient reached them, plain SVD"
                 outcomes = (Outcome("unweighted", "", detail),)
-    if isinstance(term, LowRank):
-        found, dtype = expert_factors(weight, moment, term.rank), term.left.dtype
-        pair = LowRank(left=found.left.astype(dtype), right=found.right.astype(dtype))
-        return Fit((pair,), outcomes=outcomes)
-    found = expert_factors(weight, moment, min(term.shape[1:]))
-    ranks, _ = water_fill(found.energies, 1, term.bases.shape[0], minimum=1)
-    return Fit((Grouped.build(found.left, found.right, ranks, dtype=term.bases.dtype),), outcomes=outcomes)
+    return Fit(pairs(weight, template, moment), outcomes=outcomes)
 
 
 FWSVD = Method(
     "fwsvd",
     "SVD under what each input channel is worth to the loss",
-    FWSVDSettings,
+    SVDSettings,
     targets,
     slot,
     fit,

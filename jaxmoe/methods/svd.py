@@ -62,16 +62,21 @@ def linear_slot(shape: LinearShape, dtype, settings: SVDSettings) -> Slot:
     return Slot(lambda rank: (LowRank.abstract(shape.terms, dtype, rank=rank),), 1, break_even(shape.terms))
 
 
-def fit(weight, template, settings: SVDSettings, *, evidence: Evidence, key=None) -> Fit:
-    """Return the factors of one target."""
+def pairs(weight, template, moment) -> tuple[LowRank | Grouped]:
+    """Return the closest factors under a second moment or its diagonal: of one rank, or of ranks by energy."""
     (term,) = template
     even = isinstance(term, LowRank)
-    found = expert_factors(weight, evidence.moment, term.rank if even else min(term.shape[1:]))
+    found = expert_factors(weight, moment, term.rank if even else min(term.shape[1:]))
     if even:
         dtype = term.left.dtype
-        return Fit((LowRank(left=found.left.astype(dtype), right=found.right.astype(dtype)),))
+        return (LowRank(left=found.left.astype(dtype), right=found.right.astype(dtype)),)
     ranks, _ = water_fill(found.energies, 1, term.bases.shape[0], minimum=1)
-    return Fit((Grouped.build(found.left, found.right, ranks, dtype=term.bases.dtype),))
+    return (Grouped.build(found.left, found.right, ranks, dtype=term.bases.dtype),)
+
+
+def fit(weight, template, settings: SVDSettings, *, evidence: Evidence, key=None) -> Fit:
+    """Return the factors of one target."""
+    return Fit(pairs(weight, template, evidence.moment))
 
 
 def working_bytes(template) -> int:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from crossing import crossed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,8 +60,9 @@ def oracle(batch: Intermediates, counted: np.ndarray) -> dict[str, np.ndarray]:
     return sums
 
 
-@pytest.mark.parametrize(("first", "experts", "jitted"), [(0, 5, True), (2, 2, False)])
-def test_every_sum_equals_the_loop(first, experts, jitted):
+@pytest.mark.parametrize(("span", "jitted"), crossed([(0, 5), (2, 2)], [True, False]))
+def test_every_sum_equals_the_loop(span, jitted):
+    first, experts = span
     batch, counted = seen()
     summing = Summing(shape=SHAPE, names=kept(SHAPE), experts=experts, first=first)
     run = jax.jit(lambda summing, *batch: summing(*batch)) if jitted else lambda summing, *batch: summing(*batch)
