@@ -172,7 +172,7 @@ def test_settings_that_make_no_sense(settings, message):
 SHARDED = """
 from functools import partial
 import jax, jax.numpy as jnp, numpy as np
-assert jax.device_count() == 4
+assert jax.device_count() == 8
 from jaxmoe.checkpoint.stored_model import StoredModel
 from jaxmoe.data import demo_checkpoint
 from jaxmoe.errors import JaxmoeError
@@ -198,12 +198,12 @@ def run(place, place_one, rows):
     return state, found
 
 alone, before = run(lambda x: x, lambda name, x: x, batch)
-mesh = training_mesh(2, 2)
+mesh = training_mesh(2, 4)
 place = lambda tree: place_parameters(tree, spec, mesh)
 one = lambda name, x: jax.device_put(x, shardings(name, x, spec, mesh))
 spread, after = run(place, one, place_batch(batch, mesh))
 down = spread.trained["layers.0.experts.terms.down.0.weight"]
-assert down.addressable_shards[0].data.shape[0] == 8, down.sharding
+assert down.addressable_shards[0].data.shape[0] == 4, down.sharding
 stacked = shardings("layers.0.experts.terms.up.0.weight.codes", jnp.zeros((16 * 64, 8)), spec, mesh)
 assert stacked.spec == jax.sharding.PartitionSpec("expert"), stacked
 for name in before:
@@ -213,15 +213,15 @@ for name, x in alone.trained.items():
 try:
     training_mesh(4, 4)
 except JaxmoeError as error:
-    assert "there are 4" in str(error)
+    assert "there are 8" in str(error)
 else:
     raise AssertionError
 """
 
 
-def test_on_four_devices_the_step_is_the_same():
-    # Devices that wait for each other need as many threads, however few cores there are.
-    flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4", "NPROC": "32"}
+def test_on_eight_devices_the_step_is_the_same():
+    # Eight devices that wait for each other need as many threads, however few cores there are.
+    flags = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8", "NPROC": "32"}
     environment = {**ENVIRONMENT, **flags}
     done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
